@@ -1,0 +1,5 @@
+"""The one error a reader of this package meets."""
+
+
+class EcoDiffError(ValueError):
+    """Something the caller can put right: one sentence that says what, where and what to do."""

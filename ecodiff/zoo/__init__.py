@@ -1,0 +1,9 @@
+"""The embedded family: recipes, training, checking and model cards of the small pipelines under ``data/models``.
+
+    python -m ecodiff.zoo list
+    python -m ecodiff.zoo train openmoji-sdxl          # resumable; checkpoints under .runs/
+    python -m ecodiff.zoo evaluate openmoji-sdxl       # the numbers of the model card
+    python -m ecodiff.zoo check                        # checksums, plain loading, one fixed picture each
+
+An embedded pipeline is an ordinary diffusers folder: ``DiffusionPipeline.from_pretrained`` loads it without this package.
+"""
