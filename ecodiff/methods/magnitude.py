@@ -1,0 +1,29 @@
+"""Magnitude (Han et al., 2015) at the granularity of units: how large the weights are that would go with the unit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pipelines import denoiser
+from ..sites import find_sites
+
+
+@torch.no_grad()
+def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward")) -> dict[str, Tensor]:
+    """Mean absolute weight over the rows that write a unit and the columns that read it, {site name: fp32 [units]}.
+
+    A mean, not a norm, so that heads of different widths compare. Biases are left out; `prompts` is not used.
+    """
+    model = denoiser(pipe)
+    result = {}
+    for name, site in find_sites(model, kinds).items():
+        total, entries = torch.zeros(site.units), 0
+        for dimension, spans in enumerate((site.writers, site.readers)):
+            for span in spans:
+                weight = model.get_submodule(span.layer).weight.float().abs()
+                per_channel = weight.sum(1 - dimension)[span.offset : span.offset + site.units * span.size]
+                total += per_channel.view(site.units, span.size).sum(1).cpu()
+                entries += span.size * weight.shape[1 - dimension]
+        result[name] = total / entries
+    return result

@@ -1,0 +1,17 @@
+"""Random scores: the floor that every method has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pipelines import denoiser
+from ..sites import find_sites
+
+
+def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int = 0) -> dict[str, Tensor]:
+    """Uniform numbers in [0, 1), {site name: fp32 [units]}; the same for the same seed. `prompts` is not used."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(site.units, generator=generator) for name, site in find_sites(denoiser(pipe), kinds).items()
+    }

@@ -1,0 +1,63 @@
+"""Loading a pipeline and finding its denoiser."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from .errors import EcoDiffError
+from .paths import data_dir
+
+_DENOISER_NAMES = ("unet", "transformer")
+
+
+def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
+    """Load a diffusers pipeline: the name of an embedded one ("openmoji-sdxl"), a folder, or a Hub id.
+
+    Keyword arguments go to `DiffusionPipeline.from_pretrained`. Raises EcoDiffError where nothing can be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = os.fspath(id_or_path)
+    models = data_dir() / "models"
+    embedded = models / name
+    is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
+    if is_plain_name and (embedded / "model_index.json").is_file():
+        source = embedded
+    elif name and Path(name).is_dir():
+        source = Path(name)
+        if not (source / "model_index.json").is_file():
+            raise EcoDiffError(
+                f"{name}: this folder has no model_index.json; save a pipeline there with save_pretrained."
+            )
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        source = name  # owner/name on the Hub
+    else:
+        known = sorted(path.parent.name for path in models.glob("*/model_index.json"))
+        raise EcoDiffError(
+            f"{name!r} is no embedded pipeline ({', '.join(known) or 'none is built yet'}), "
+            "no folder and no Hub id (owner/name)."
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(source, **from_pretrained_kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, EcoDiffError):
+            raise
+        raise EcoDiffError(f"{name}: the pipeline could not be loaded: {error}") from error
+
+
+def denoiser_name(pipe) -> str:
+    """The name, unet or transformer, of the component that the sampling loop calls at every step."""
+    for name in _DENOISER_NAMES:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise EcoDiffError(
+        f"{type(pipe).__name__} has no denoiser: expected a component called {' or '.join(_DENOISER_NAMES)}."
+    )
+
+
+def denoiser(pipe) -> nn.Module:
+    """The network that predicts noise, velocity or flow; the one that is pruned."""
+    return getattr(pipe, denoiser_name(pipe))

@@ -1,0 +1,301 @@
+"""From a mask to a smaller model: units are cut out of the weights, and the result is an ordinary diffusers pipeline.
+
+Masked and removed models agree to rounding for every site, also where no unit is left: such a module keeps the bias of
+its output layer and does no other work.
+
+The denoiser of a pruned pipeline is an instance of `Pruned<Class>`, a subclass of its diffusers class made on demand.
+Its config.json has one entry more, `pruned_units`: {site name: units kept}. That is all `from_pretrained` needs to give
+the layers their shapes before the weights arrive; which channels of a modulation layer are left is in the weights file.
+diffusers takes component classes from other libraries only once those are imported: `import ecodiff` first (quick), or
+load with `ecodiff.load`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EcoDiffError
+from .pipelines import denoiser_name
+from .sites import KINDS, Site, find_sites, skipped_modules
+
+# How attention processors call and what they return decides what may stand in for an attention without heads.
+_ONE_OUTPUT = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "SanaLinearAttnProcessor2_0",
+}
+_TWO_OUTPUTS = {"JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
+
+
+def prune(pipe, mask: Mapping[str, Tensor]):
+    """Return a pipeline of the same class whose denoiser lacks the masked units; all other components are shared.
+
+    mask: {site name: bool tensor [units]}, True = keep; sites it does not name stay whole.
+    The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay. The
+    result's `save_pretrained` is `save`. A pruned pipeline can be pruned again (its modulation layers excepted).
+
+    Raises EcoDiffError for unknown sites, wrong lengths or dtypes, and for an attention whose processor is unknown here
+    and that would lose its last head.
+    """
+    name = denoiser_name(pipe)
+    parts = {**pipe.components, name: prune_denoiser(getattr(pipe, name), mask)}
+    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
+    pruned = type(pipe)(
+        **{key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
+    )
+    pruned._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pruned.save_pretrained = partial(save, pruned)
+    return pruned
+
+
+def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
+    """`prune` for a denoiser by itself: a smaller copy."""
+    from accelerate import init_empty_weights
+
+    if not hasattr(denoiser, "config"):
+        raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
+    sites = find_sites(denoiser, KINDS)
+    _check_mask(mask, sites, skipped_modules(denoiser))
+    removing = {name: int(keep.sum()) for name, keep in mask.items() if not keep.all()}
+
+    cls = pruned_class(type(denoiser).__name__.removeprefix("Pruned"))
+    with init_empty_weights():
+        pruned = cls.from_config(dict(denoiser.config))
+    # Same shapes as the original up to here: borrow its tensors, cut them, then copy what is still shared.
+    pruned.load_state_dict(denoiser.state_dict(), assign=True)
+    for name, buffer in denoiser.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        pruned.get_submodule(owner)._buffers[leaf] = buffer
+    _cut(pruned, sites, {name: mask[name].cpu() for name in removing})
+    pruned._apply(lambda tensor: tensor.detach().clone())
+    pruned.register_to_config(pruned_units={**denoiser.config.get("pruned_units", {}), **removing})
+    trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return pruned.train(denoiser.training)
+
+
+def save(pipe, path: str | os.PathLike, **kwargs) -> None:
+    """`save_pretrained` of a pipeline or model, all or nothing: written beside `path`, then renamed.
+
+    An earlier saved pipeline or model at `path` is replaced; any other folder that is not empty is refused. Raises
+    EcoDiffError where writing fails (disk full, no permission); then nothing is left of the attempt and the earlier
+    folder stays.
+    """
+    with _all_or_nothing(Path(path)) as folder:
+        type(pipe).save_pretrained(pipe, folder, **kwargs)
+
+
+@contextmanager
+def _all_or_nothing(path: Path):
+    """A folder to write to, which becomes `path` when the context ends without an error."""
+    path = path.absolute()
+    if path.is_file():
+        raise EcoDiffError(f"{path}: is a file; give a folder to save to.")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in _SAVED_MODEL):
+        raise EcoDiffError(f"{path}: this folder holds something else than a saved model; give a new or empty one.")
+    workshop = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        folder = workshop / path.name
+        yield str(folder)
+        if path.exists():
+            path.rename(workshop / "earlier")
+        folder.rename(path)
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or, from tokenizers, a bare Exception
+        cause = error.__cause__ if isinstance(error, EcoDiffError) and error.__cause__ else error
+        raise EcoDiffError(f"{path}: saving failed ({cause}); nothing was written.") from cause
+    finally:
+        if workshop is not None:
+            if (workshop / "earlier").exists() and not path.exists():
+                (workshop / "earlier").rename(path)
+            shutil.rmtree(workshop, ignore_errors=True)
+
+
+_SAVED_MODEL = ("model_index.json", "config.json")
+
+
+class _Pruned:
+    """What `Pruned<Class>` adds to a diffusers model class: shapes from the config (and saving all or nothing)."""
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        config = dict(config)
+        kept = dict(config.pop("pruned_units", {}))
+        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        sites = find_sites(model, KINDS)
+        for name, units in kept.items():
+            if name not in sites or not isinstance(units, int) or not 0 <= units <= sites[name].units:
+                raise EcoDiffError(
+                    f"config.json: pruned_units: {name!r} cannot keep {units!r} units; was the file changed?"
+                )
+        # Which units does not matter here: the weights that are about to be loaded are cut already.
+        _cut(
+            model, sites, {name: torch.arange(sites[name].units, device="cpu") < units for name, units in kept.items()}
+        )
+        model.register_to_config(pruned_units=kept)
+        return (model, unused) if return_unused_kwargs else model
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """diffusers' own, with the weights moved to aligned memory.
+
+        The loader leaves tensors where they lie in the file. Odd numbers of units put them at odd addresses, where CPU
+        kernels are slower and round differently: pictures would not be bit for bit those of the model that was saved.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._apply(lambda t: t.clone() if t.device.type == "cpu" and t.data_ptr() % 64 else t)
+        return loaded
+
+
+@cache
+def pruned_class(name: str) -> type:
+    """The pruned class of the diffusers model class `name`, also to be had as `ecodiff.Pruned<name>`."""
+    import diffusers
+
+    base = getattr(diffusers, name, None)
+    if not (isinstance(base, type) and issubclass(base, diffusers.ModelMixin)):
+        raise EcoDiffError(f"{name} is not a model class of diffusers, so there is no Pruned{name}.")
+
+    @wraps(base.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        with _all_or_nothing(Path(save_directory)) as folder:
+            base.save_pretrained(self, folder, *args, **kwargs)
+
+    body = {"__module__": "ecodiff", "__doc__": f"{name} with units removed.", "save_pretrained": save_pretrained}
+    cls = type(f"Pruned{name}", (_Pruned, base), body)
+    try:  # diffusers finds the rule for LoRA scales by class name
+        from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as rules
+    except ImportError:
+        return cls
+    if name in rules:
+        rules[cls.__name__] = rules[name]
+    return cls
+
+
+def _cut(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
+    """Remove the units whose mask is False from the model, in place; works on real and on meta tensors."""
+    kept: dict[tuple[str, int], Tensor] = {}  # (layer, dimension of its weight) -> which entries stay
+    for name, keep in mask.items():
+        for dimension, spans in enumerate((sites[name].writers, sites[name].readers)):
+            for span in spans:
+                width = model.get_submodule(span.layer).weight.shape[dimension]
+                entries = kept.setdefault((span.layer, dimension), torch.ones(width, dtype=torch.bool, device="cpu"))
+                entries[span.offset : span.offset + keep.numel() * span.size] = keep.repeat_interleave(span.size)
+    for (layer, dimension), entries in kept.items():
+        _cut_linear(model.get_submodule(layer), dimension, entries)
+
+    for name, keep in mask.items():
+        site, module = sites[name], model.get_submodule(name)
+        if site.kind == "attention":
+            _set_heads(module, int(keep.sum()), site)
+            if not keep.any():
+                _replace(model, name, NoHeads(name, module))
+        elif site.kind == "modulation":
+            _replace(model, f"{name}.linear", ScatteredLinear(module.linear, keep))
+
+
+def _cut_linear(linear: nn.Linear, dimension: int, entries: Tensor) -> None:
+    """Keep some rows (dimension 0) or columns (1). Left with no column a layer is its bias, with no row nothing."""
+
+    def cut(parameter, dimension):
+        index = entries.nonzero().flatten().to(parameter.device)
+        return nn.Parameter(parameter.detach().index_select(dimension, index), parameter.requires_grad)
+
+    if blocks := getattr(linear, "_tp_packed_row_blocks", None):  # FLUX: how tensor parallelism splits proj_out
+        linear._tp_packed_row_blocks = [int(block.sum()) for block in entries.split(blocks)]
+    linear.weight = cut(linear.weight, dimension)
+    if dimension == 0 and linear.bias is not None:
+        linear.bias = cut(linear.bias, 0)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
+    """Tell the attention module how many heads are left; its processors reshape by these numbers."""
+    attention.heads = attention.heads // site.units * units
+    attention.inner_dim = attention.to_q.out_features
+    for name, value in (("inner_kv_dim", "to_k"), ("sliceable_head_dim", None)):
+        if hasattr(attention, name):
+            layer = getattr(attention, value, None) if value else None
+            setattr(attention, name, attention.heads if value is None else getattr(layer, "out_features", 0))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+class NoHeads(nn.Module):
+    """An attention without heads: nothing is attended to, the output layers add their bias.
+
+    Returns what the attention's own processor would: one output, or two (image, text) in joint attention.
+    """
+
+    def __init__(self, name: str, attention: nn.Module):
+        super().__init__()
+        processor = type(attention.processor).__name__
+        if processor not in _ONE_OUTPUT | _TWO_OUTPUTS:
+            raise EcoDiffError(
+                f"{name}: keep at least one head; what {processor} returns without heads is not known here."
+            )
+        self.joint = processor in _TWO_OUTPUTS
+        self.to_out = getattr(attention, "to_out", None)  # None in a parallel block, whose proj_out reads what is left
+        self.to_add_out = getattr(attention, "to_add_out", None)
+        self.residual_connection = getattr(attention, "residual_connection", False)
+        self.rescale_output_factor = getattr(attention, "rescale_output_factor", 1.0)
+
+    def forward(self, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        no_channels = hidden_states[..., :0]
+        if self.to_out is None:
+            return no_channels
+        if hidden_states.ndim == 4:  # pictures, channels first
+            no_channels = hidden_states.movedim(1, -1)[..., :0]
+        output = self.to_out[1](self.to_out[0](no_channels))
+        if hidden_states.ndim == 4:
+            output = output.movedim(-1, 1)
+        if self.residual_connection:
+            output = output + hidden_states
+        output = output / self.rescale_output_factor
+        if not self.joint or encoder_hidden_states is None:
+            return output
+        context = encoder_hidden_states[..., :0]
+        return output, context if self.to_add_out is None else self.to_add_out(context)
+
+
+class ScatteredLinear(nn.Module):
+    """A linear layer with some output channels left, put back in their places; the others are zero."""
+
+    def __init__(self, linear: nn.Linear, keep: Tensor):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, keep.numel()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("index", keep.nonzero().flatten().to(linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = nn.functional.linear(x, self.weight, self.bias)
+        return kept.new_zeros(*kept.shape[:-1], self.out_features).index_copy(-1, self.index, kept)
+
+
+def _check_mask(mask: Mapping[str, Tensor], sites: Mapping[str, Site], skipped: Mapping[str, str]) -> None:
+    for name, keep in mask.items():
+        if name not in sites:
+            why = f" ({skipped[name]})" if name in skipped else "; find_sites lists them"
+            raise EcoDiffError(f"prune: {name!r} is not a site of this denoiser{why}.")
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+            raise EcoDiffError(f"prune: the mask of {name!r} must be a bool tensor, True = keep; make_mask makes one.")
+        if tuple(keep.shape) != (sites[name].units,):
+            raise EcoDiffError(f"prune: {name!r} has {sites[name].units} units, its mask {list(keep.shape)}.")

@@ -1,0 +1,26 @@
+"""Shared by all tests: one thread (the pipelines are tiny), and where files outside the project may lie."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_file():
+    """A function from a name to the path of a file in ECODIFF_SHARED (or ../shared); skips where it is absent."""
+    folder = Path(os.environ.get("ECODIFF_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+    def find(name: str) -> Path:
+        if not (folder / name).is_file():
+            pytest.skip(f"{name} is not in {folder} (set ECODIFF_SHARED to the folder that holds it)")
+        return folder / name
+
+    return find
