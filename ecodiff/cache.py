@@ -1,0 +1,124 @@
+"""Results kept on disk under a hash of all they depend on, and the hashes themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .errors import EcoDiffError
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 (64 hex digits) over names, shapes, dtypes and bytes of all parameters and saved buffers of a module.
+
+    The same on every device and in every process; about a second a gigabyte. Raises EcoDiffError for weights that are
+    not there (meta device).
+    """
+    total = hashlib.sha256()
+    state = {
+        name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()
+    }  # torch.compile's prefix
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                raise EcoDiffError(
+                    f"{type(module).__name__}: {name} is on the meta device and has no values to hash: load its "
+                    "weights."
+                )
+            total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+            total.update(_bytes(value))
+    return total.hexdigest()
+
+
+def canonical(value) -> str:
+    """One text for equal settings: JSON with sorted keys; tensors and arrays enter by the hash of their contents.
+
+    Raises EcoDiffError for what has no such text (a function, a NaN).
+    """
+    try:
+        return json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, EcoDiffError):
+            raise
+        raise EcoDiffError(f"These settings have no unambiguous text form ({error}): use plain values.") from error
+
+
+def key(value) -> str:
+    """SHA-256 of ``canonical(value)``: what a result is filed under."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, or what it gave before for an equal ``request``: one safetensors file a request in ``folder``.
+
+    With ``folder`` None it only computes. A file appears whole or not at all. Raises EcoDiffError for a file that is
+    damaged or was changed, and where the folder cannot be written; nothing is left behind then.
+    """
+    if folder is None:
+        return compute()
+    name = key(request)
+    path = Path(folder) / f"{kind}-{name[:20]}.safetensors"
+    if path.exists():
+        return _read(path, name)
+    result = compute().detach().cpu().contiguous()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(
+            save({"result": result}, {"request": name, "sha256": hashlib.sha256(_bytes(result)).hexdigest()})
+        )
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EcoDiffError(f"{path} could not be written ({error}): choose another cache folder, or none.") from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+    return result
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, result = file.metadata() or {}, file.get_tensor("result")
+    except (OSError, SafetensorError) as error:
+        raise EcoDiffError(f"{path} is damaged ({error}): delete it, and it is computed again.") from error
+    if metadata.get("request") != name or metadata.get("sha256") != hashlib.sha256(_bytes(result)).hexdigest():
+        raise EcoDiffError(f"{path} is not what was written there: delete it, and it is computed again.")
+    return result
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        return {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype),
+            "sha256": hashlib.sha256(_bytes(value)).hexdigest(),
+        }
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise EcoDiffError(
+        f"A {type(value).__name__} among the settings has no text form to file a result under: use plain values."
+    )

@@ -1,0 +1,332 @@
+"""Learning a mask end to end (Alg. 1): one λ a unit, trained so that the final latents stay put (Eq. 2, 3).
+
+Each update samples hard concrete gates, runs the whole gated trajectory from the same noise as the unmasked model,
+compares the final latents and adds the price of open gates (Eq. 4). Two ways of doing it are configurations of the
+same loop: *corrected* (``LearnConfig()``) and *faithful* to what was published (``LearnConfig.paper``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from . import resume
+from .errors import EcoDiffError
+from .gates import Gates, apply_gates
+from .learn_config import LearnConfig
+from .pipelines import denoiser as find_denoiser
+from .prompts import checked_prompts, collate, encoding_once
+from .sites import find_sites
+from .trajectory import final_latents
+
+
+def learn(
+    pipe,
+    prompts: Sequence[str | Mapping],
+    config: LearnConfig = LearnConfig(),  # noqa: B008 (frozen)
+    *,
+    resume_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Gates:
+    """Learn one λ a unit of the pipeline's denoiser (Alg. 1); ``pipe`` itself is not changed.
+
+    Text encoders run once a prompt, the unmasked model once a sample. Everything random is a function of
+    ``config.seed`` and the number of the update, so an interrupted run continues from ``resume_dir`` to the same λ,
+    bit for bit.
+
+    Args:
+        pipe: a diffusers pipeline; it runs on the device that accelerate chooses and moves back afterwards.
+        prompts: prompts; or, for pipelines without a text encoder, mappings with the call's arguments for one sample
+            (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
+        config: see ``LearnConfig``.
+        resume_dir: folder for teacher latents, λ, optimiser and history; a run already there is continued.
+            ``updates``, ``save_every``, ``checkpoint`` and ``keep_last`` may change in between.
+        progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
+
+    Returns:
+        Gates with λ (fp32, on the CPU), one ``history`` row an update (update, loss, reconstruction, regulariser,
+        gradient_norm, seconds, open_<kind>) and ``snapshots`` {update: λ}.
+
+    Raises:
+        EcoDiffError: no prompts, no sites, a sampling loop that is not differentiable, another run in ``resume_dir``,
+            or a loss that is not finite; the error's ``gates`` then holds the last λ that was good.
+    """
+    prompts = checked_prompts(prompts, "learn")
+    sites = find_sites(find_denoiser(pipe), config.kinds)
+    if not sites:
+        raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
+    _warn_where_gradient_is_zero(config)
+    with _on_device(pipe) as device:
+        task = _Task(encoding_once(pipe), prompts, config, device)
+        folder = None if resume_dir is None else resume.Folder(resume_dir, resume.describe(pipe, prompts, config))
+        gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
+        optimizer = _optimizer(gates, config)
+        done = folder.load_state(gates, optimizer) if folder else 0
+        if done > config.updates:
+            raise EcoDiffError(
+                f"resume_dir {folder.path} holds {done} updates: ask for at least as many, or start anew."
+            )
+        if done == config.updates:
+            return _finished(gates)
+        task.compute_teacher(folder, progress)
+        if progress:
+            tqdm.write(task.cost(config.updates - done))
+        if done == 0:
+            gates.snapshots[0] = _copy(gates)
+        bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc="mask", disable=not progress)
+        previous = None
+        with bar:
+            for update in bar:
+                row = task.update(gates, optimizer, update)
+                if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                    raise _diverged(gates, previous, update, row, folder)
+                previous = {name: value.detach().clone() for name, value in gates.log_alpha.items()}
+                optimizer.step()
+                row |= _open_share(gates)
+                gates.history.append(row)
+                bar.set_postfix(
+                    loss=f"{row['loss']:.4g}", open=" ".join(f"{v:.0%}" for k, v in row.items() if k[:5] == "open_")
+                )
+                last = update + 1 == config.updates
+                if last or (update + 1) % config.snapshot_every == 0:
+                    gates.snapshots[update + 1] = _copy(gates)
+                if folder and (last or (update + 1) % config.save_every == 0):
+                    folder.save_state(gates, optimizer)
+        return _finished(gates)
+
+
+class _Task:
+    """Samples, their teacher latents, and the gradient of one update."""
+
+    def __init__(self, pipe, prompts, config: LearnConfig, device: torch.device):
+        self.pipe, self.config, self.device = pipe, config, device
+        self.denoiser = find_denoiser(pipe)
+        many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
+        self.samples = [(prompt, _mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
+        self.teacher: Tensor | None = None
+        self.seconds_a_sample = 0.0
+
+    def latents(self, indices: Sequence[int], gradients: bool) -> Tensor:
+        """Final latents of these samples. Each has a noise generator of its own, so batching changes nothing."""
+        config = self.config
+        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+        with torch.autocast(self.device.type, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext():
+            return final_latents(
+                self.pipe,
+                checkpoint=config.checkpoint,
+                keep_last=config.keep_last,
+                gradients=gradients,
+                preserve_rng_state=config.recompute == "restore",
+                num_inference_steps=config.num_inference_steps,
+                generator=[torch.Generator().manual_seed(self.samples[i][1]) for i in indices],
+                **collate([self.samples[i][0] for i in indices]),
+                **guidance,
+                **config.call,
+            ).float()
+
+    def compute_teacher(self, folder, progress: bool) -> None:
+        """z_0 of the unmasked model for all samples (Alg. 1, line 3): from the folder, or computed once and kept
+        there."""
+        cached = folder.load_teacher() if folder else None
+        if cached is None:
+            started, size = time.perf_counter(), self.config.micro_batch_size or self.config.batch_size
+            batches = range(0, len(self.samples), size)
+            parts = [
+                self.latents(range(first, min(first + size, len(self.samples))), gradients=False)
+                for first in tqdm(batches, desc="teacher", disable=not progress)
+            ]
+            cached = torch.cat(parts), (time.perf_counter() - started) / len(self.samples)
+            if folder:
+                folder.save_teacher(*cached)
+        self.teacher, self.seconds_a_sample = cached[0].to(self.device), cached[1]
+        self.scale = self.teacher.var().item() if self.config.normalize else 1.0
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise EcoDiffError(
+                "The teacher's latents are constant or not finite: check the pipeline's weights, dtype and guidance."
+            )
+
+    def cost(self, updates: int) -> str:
+        """One line: what the run will take, from the time the teacher took (backward and recomputation as long as
+        forward)."""
+        c = self.config
+        recomputed = (1 - min(c.keep_last / c.num_inference_steps, 1)) if c.checkpoint else 0
+        seconds = self.seconds_a_sample * min(c.batch_size, len(self.samples)) * updates * (2 + recomputed)
+        shown = (
+            f"{seconds:.0f} s"
+            if seconds < 120
+            else f"{seconds / 60:.0f} min"
+            if seconds < 7200
+            else f"{seconds / 3600:.1f} h"
+        )
+        work = f"{updates} updates of {c.batch_size} samples, {c.num_inference_steps} steps each"
+        return f"{work}, on {self.device}: about {shown}"
+
+    def update(self, gates: Gates, optimizer, update: int) -> dict:
+        """Leave the gradient of update number ``update`` in λ and return its history row."""
+        config, started = self.config, time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        batch = _batch(len(self.samples), config.batch_size, config.seed, update)
+        size = config.micro_batch_size or len(batch)
+        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
+        reconstruction, generator = 0.0, torch.Generator().manual_seed(_mix(config.seed, update))
+        # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(_mix(config.seed, update))
+            for part in parts:
+                values = gates.sample(generator) if config.gate_draw == "trajectory" else _fresh_gates(gates)
+                with apply_gates(self.denoiser, values, gates.sites):
+                    loss = (
+                        self.reconstruction(self.latents(part, gradients=True), self.teacher[part])
+                        * len(part)
+                        / len(batch)
+                    )
+                    loss.backward()
+                reconstruction += loss.item()
+        regulariser = _regulariser(gates, config.regulariser)
+        (config.weight * regulariser).backward()
+        norm = torch.nn.utils.clip_grad_norm_(gates.log_alpha.values(), config.clip_grad_norm or math.inf)
+        return {
+            "update": update + 1,
+            "loss": reconstruction + config.weight * regulariser.item(),
+            "reconstruction": reconstruction,
+            "regulariser": regulariser.item(),
+            "gradient_norm": norm.item(),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def reconstruction(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """L_E of Eq. 3, in the configuration's form and scale."""
+        if self.config.reconstruction == "mse":
+            return (student - teacher).square().mean() / self.scale
+        size = teacher[0].numel() if self.config.normalize else 1
+        return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
+
+
+def _regulariser(gates: Gates, form: str) -> Tensor:
+    """The price of open gates, a scalar: Eq. 4 in closed form ("l0"), or the published stand-in ("l1")."""
+    kinds = dict.fromkeys(site.kind for site in gates.sites.values())
+    total = torch.zeros((), device=next(iter(gates.log_alpha.values())).device)
+    for kind in kinds:
+        values = [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind]
+        if form == "l0":
+            total = total + gates.distribution.prob_open(torch.cat(values)).mean()
+        elif kind != "modulation":
+            total = total + torch.stack([value.abs().mean() for value in values]).mean()
+    return total
+
+
+def _fresh_gates(gates: Gates):
+    """A gate sample drawn anew each time a site's module runs, from torch's own CPU random state (as published)."""
+
+    def draw(name: str) -> Tensor:
+        value = gates.log_alpha[name]
+        return gates.distribution.sample(value, torch.rand(value.shape).to(value.device))
+
+    return draw
+
+
+def _optimizer(gates: Gates, config: LearnConfig) -> torch.optim.Optimizer:
+    groups = [
+        {
+            "params": [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind],
+            "lr": config.learning_rate(kind),
+        }
+        for kind in dict.fromkeys(site.kind for site in gates.sites.values())
+    ]
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        groups, weight_decay=config.weight_decay
+    )
+
+
+def _open_share(gates: Gates) -> dict[str, float]:
+    shares: dict[str, list[Tensor]] = {}
+    for name, site in gates.sites.items():
+        shares.setdefault(f"open_{site.kind}", []).append(gates.distribution.prob_open(gates.log_alpha[name].detach()))
+    return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+
+
+def _batch(samples: int, batch_size: int, seed: int, update: int) -> list[int]:
+    """Sample indices of an update: each epoch visits every sample once, in an order of its own."""
+    positions = range(update * batch_size, (update + 1) * batch_size)
+    orders = {
+        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(_mix(seed, -1, epoch))).tolist()
+        for epoch in {position // samples for position in positions}
+    }
+    return [orders[position // samples][position % samples] for position in positions]
+
+
+@contextmanager
+def _on_device(pipe):
+    """Inside, the pipeline is on accelerate's device, unless it was placed by offloading or a device map; then it
+    stays."""
+    state = PartialState()
+    if state.num_processes > 1:
+        raise EcoDiffError(f"learn runs in one process, not in {state.num_processes}: start it without a launcher.")
+    home = pipe.device
+    placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
+    device = pipe._execution_device if placed else state.device
+    if device != home and not placed:
+        pipe.to(device)
+    try:
+        yield device
+    finally:
+        if device != home and not placed:
+            pipe.to(home)
+
+
+def _warn_where_gradient_is_zero(config: LearnConfig) -> None:
+    start, distribution = config.log_alpha_start, config.distribution
+    if start >= distribution.saturation:
+        warnings.warn(
+            f"λ starts at {start}, above {distribution.saturation:.3f} where every gate is 1 for any noise "
+            f"(δ={config.delta}): the reconstruction has exactly zero gradient until the regulariser alone has moved λ "
+            "down. Start lower or lower δ.",
+            stacklevel=3,
+        )
+    if config.regulariser == "l0" and start >= distribution.l0_saturation:
+        warnings.warn(
+            f"λ starts at {start}, above {distribution.l0_saturation:.3f} where P(gate open) is 1 (δ={config.delta}): "
+            "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound).",
+            stacklevel=3,
+        )
+
+
+def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiffError:
+    """The error for a loss or gradient that is not finite; it carries the λ of the last update whose loss was."""
+    if previous is not None:
+        gates.log_alpha = previous
+    gates = _finished(gates)
+    message = (
+        f"Update {update + 1}: loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}: not finite, so "
+        "learning stopped. Lower lr, clip gradients, or use fp32. The last good λ is in this error's .gates"
+    )
+    if folder:
+        gates.save(folder.path / "last_good.safetensors")
+        message += f" and in {folder.path / 'last_good.safetensors'}"
+    error = EcoDiffError(message + ".")
+    error.gates = gates
+    return error
+
+
+def _copy(gates: Gates) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in gates.log_alpha.items()}
+
+
+def _finished(gates: Gates) -> Gates:
+    gates.log_alpha = {name: value.detach().cpu() for name, value in gates.log_alpha.items()}
+    return gates

@@ -1,0 +1,311 @@
+"""Learning: λ move the right way, the same run gives the same λ (also after an interruption), bad input is named."""
+
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
+
+from ecodiff import resume
+from ecodiff.errors import EcoDiffError
+from ecodiff.gates import Gates
+from ecodiff.learn import LearnConfig, _batch, _regulariser, _Task, learn
+from ecodiff.pipelines import denoiser
+from ecodiff.prompts import encoding_once
+from ecodiff.sites import find_sites
+
+SIZE = {"height": 16, "width": 16}
+QUICK = LearnConfig(
+    updates=4, batch_size=2, num_inference_steps=2, guidance_scale=3.0, call=SIZE, save_every=1, snapshot_every=2
+)
+
+
+def quiet(pipe, prompts=PROMPTS, config=QUICK, **more):
+    return learn(pipe, prompts, config, progress=False, **more)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_learns_on_every_pipeline(model):
+    pipe = TINY[model]()
+    length = {"max_sequence_length": 12} if hasattr(pipe, "transformer") else {}
+    gates = quiet(pipe, config=replace(QUICK, updates=2, call=SIZE | length))
+    assert gates.log_alpha.keys() == find_sites(denoiser(pipe)).keys()
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in gates.log_alpha.values())
+    assert any((value != 3.0).any() for value in gates.log_alpha.values())
+    assert [row["update"] for row in gates.history] == [1, 2]
+    for row in gates.history:
+        assert row["loss"] == pytest.approx(row["reconstruction"] + 2.0 * row["regulariser"])
+        assert {"open_attention", "open_feed_forward", "seconds", "gradient_norm"} <= row.keys()
+    json.dumps(gates.history)
+
+
+def test_a_unit_that_does_nothing_closes_before_one_that_matters():
+    pipe = tiny_sd()
+    name = next(name for name in find_sites(denoiser(pipe)) if name.endswith("ff"))
+    layer = denoiser(pipe).get_submodule(name).net[2]
+    half = layer.in_features // 2
+    layer.weight.data[:, :half] = 0
+    layer.weight.data[:, half:] *= 20
+    gates = quiet(
+        pipe, config=replace(QUICK, updates=24, kinds=("feed_forward",), log_alpha_start=1.0, lr=0.3, weight=0.1)
+    )
+    idle, useful = gates.scores()[name].split(half)
+    assert idle.std() < 1e-3  # only the regulariser moves them, all alike
+    assert useful.mean() > idle.mean() + 1
+    assert (useful[:, None] > idle).float().mean() > 0.9
+
+
+def test_with_zero_weight_and_open_gates_nothing_moves():
+    gates = quiet(tiny_sd(), config=replace(QUICK, weight=0.0, log_alpha_start=60.0, updates=2))
+    assert all((value == 60.0).all() for value in gates.log_alpha.values())
+    assert gates.history[0]["reconstruction"] < 1e-9
+
+
+def test_pipeline_is_left_as_it_was():
+    pipe = tiny_sdxl()
+    before = {key: value for key, value in vars(pipe).items() if key != "_internal_dict"}
+    scheduler = {key: repr(value) for key, value in vars(pipe.scheduler).items()}
+    quiet(pipe)
+    assert {key: value for key, value in vars(pipe).items() if key != "_internal_dict"} == before
+    assert {key: repr(value) for key, value in vars(pipe.scheduler).items()} == scheduler
+    assert all(p.requires_grad and p.grad is None for p in denoiser(pipe).parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in denoiser(pipe).modules())
+
+
+def test_same_seed_same_result_and_checkpointing_changes_nothing():
+    pipe = tiny_sd()
+    torch.manual_seed(1)
+    first = quiet(pipe)
+    state = torch.get_rng_state()
+    second = quiet(pipe, config=replace(QUICK, checkpoint=False))
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(first.log_alpha, second.log_alpha)
+    assert not same(first.log_alpha, quiet(pipe, config=replace(QUICK, seed=1)).log_alpha)
+
+
+@pytest.mark.parametrize("draw", ["trajectory", "call"])
+def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, draw):
+    pipe, config = (
+        tiny_sd(),
+        replace(QUICK, gate_draw=draw, micro_batch_size=1, noises_per_prompt=2, save_every=2, optimizer="adamw"),
+    )
+    whole = quiet(pipe, config=config)
+    update, teachers = _Task.update, []
+
+    def killed(self, gates, optimizer, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return update(self, gates, optimizer, number)
+
+    monkeypatch.setattr(_Task, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(pipe, config=config, resume_dir=tmp_path)
+    monkeypatch.setattr(_Task, "update", update)
+    latents = _Task.latents
+    monkeypatch.setattr(
+        _Task, "latents", lambda self, i, gradients: (gradients or teachers.append(i), latents(self, i, gradients))[1]
+    )
+    resumed = quiet(tiny_sd(), config=config, resume_dir=tmp_path)
+    assert not teachers  # read from disk
+    assert same(whole.log_alpha, resumed.log_alpha)
+    assert [{**row, "seconds": 0} for row in whole.history] == [{**row, "seconds": 0} for row in resumed.history]
+    assert whole.snapshots.keys() == resumed.snapshots.keys() == {0, 2, 4}
+    assert all(same(whole.snapshots[update], resumed.snapshots[update]) for update in (0, 2, 4))
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors"}
+
+
+def test_a_finished_run_can_be_read_again_and_made_longer(tmp_path):
+    pipe = tiny_sd()
+    short = quiet(pipe, config=replace(QUICK, updates=2), resume_dir=tmp_path)
+    assert same(short.log_alpha, quiet(pipe, config=replace(QUICK, updates=2), resume_dir=tmp_path).log_alpha)
+    assert same(quiet(pipe, resume_dir=tmp_path).log_alpha, quiet(pipe).log_alpha)
+    with pytest.raises(EcoDiffError, match="holds 4 updates"):
+        quiet(pipe, config=replace(QUICK, updates=2), resume_dir=tmp_path)
+
+
+def test_resume_refuses_another_run_and_damaged_files(tmp_path):
+    pipe = tiny_sd()
+    config = replace(QUICK, updates=1)
+    quiet(pipe, config=config, resume_dir=tmp_path)
+    with pytest.raises(EcoDiffError, match="config.weight was 2.0, is 1.0"):
+        quiet(pipe, config=replace(config, weight=1.0), resume_dir=tmp_path)
+    with pytest.raises(EcoDiffError, match="another run .prompts"):
+        quiet(pipe, PROMPTS[:2], config=config, resume_dir=tmp_path)
+    other = tiny_sd()
+    denoiser(other).conv_out.weight.data.add_(1e-3)
+    with pytest.raises(EcoDiffError, match="another run .weights"):
+        quiet(other, config=config, resume_dir=tmp_path)
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(EcoDiffError, match="not a readable file"):
+        quiet(pipe, config=config, resume_dir=tmp_path)
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(EcoDiffError, match="cannot be made"):
+        quiet(pipe, config=config, resume_dir=tmp_path / "plain")
+
+
+def test_a_full_disk_leaves_what_was_saved_before(tmp_path, monkeypatch):
+    pipe = tiny_sd()
+    quiet(pipe, config=replace(QUICK, updates=1), resume_dir=tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(EcoDiffError, match="No space left"):
+        quiet(pipe, resume_dir=tmp_path)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_lambda(tmp_path, monkeypatch):
+    pipe, update, seen = tiny_sd(), _Task.update, []
+
+    def diverging(self, gates, optimizer, number):
+        row = update(self, gates, optimizer, number)
+        seen.append({name: value.detach().clone() for name, value in gates.log_alpha.items()})
+        return row | ({"loss": math.nan} if number == 2 else {})
+
+    monkeypatch.setattr(_Task, "update", diverging)
+    with pytest.raises(EcoDiffError, match="Update 3: loss nan") as caught:
+        quiet(pipe, resume_dir=tmp_path)
+    assert same(caught.value.gates.log_alpha, seen[1])
+    assert same(Gates.load(tmp_path / "last_good.safetensors", denoiser(pipe)).log_alpha, seen[1])
+
+
+def test_text_encoders_run_once_a_prompt_and_give_what_the_pipeline_gives():
+    for make in (tiny_sdxl, tiny_flux):
+        pipe = make()
+        taken = call_kwargs(pipe, n=3, steps=2)
+        calls = []
+        handle = pipe.text_encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        once = encoding_once(pipe)
+        pipe.set_progress_bar_config(disable=True)
+        first = once(**taken).images
+        used = len(calls)
+        once(**call_kwargs(pipe, n=3, steps=2))
+        assert len(calls) == used
+        handle.remove()
+        assert torch.allclose(first, pipe(**call_kwargs(pipe, n=3, steps=2)).images, atol=1e-4)
+
+
+def test_prompts_may_be_mappings_of_call_arguments():
+    pipe = tiny_sd()
+    with torch.no_grad():
+        rows = [pipe.encode_prompt(p, "cpu", 1, True) for p in PROMPTS]
+    prompts = [{"prompt_embeds": text, "negative_prompt_embeds": empty} for text, empty in rows]
+    a, b = quiet(pipe, prompts), quiet(pipe)
+    assert all(torch.allclose(a.log_alpha[name], b.log_alpha[name], atol=1e-3) for name in a.log_alpha)
+
+
+def test_reconstruction_is_normalised_by_the_teachers_variance():
+    task = _Task(tiny_sd(), PROMPTS, QUICK, torch.device("cpu"))
+    teacher = 7 * torch.randn(64, 4, 8, 8)
+    other = 7 * torch.randn(64, 4, 8, 8)
+    task.scale = teacher.var().item()
+    assert task.reconstruction(other, teacher).item() == pytest.approx(2, rel=0.05)
+    task.config = replace(QUICK, reconstruction="norm")
+    assert task.reconstruction(other, teacher).item() == pytest.approx(math.sqrt(2), rel=0.05)
+    task.config, task.scale = replace(QUICK, reconstruction="norm", normalize=False), 1.0
+    assert task.reconstruction(other, teacher).item() == pytest.approx(
+        (other - teacher).flatten(1).norm(dim=1).mean().item(), rel=1e-5
+    )
+
+
+def test_regularisers():
+    sites = find_sites(denoiser(tiny_flux()), ("attention", "feed_forward", "modulation"))
+    gates = Gates.start(sites, 1.0)
+    open_share = gates.distribution.prob_open(torch.ones(1)).item()
+    assert _regulariser(gates, "l0").item() == pytest.approx(3 * open_share)
+    with torch.no_grad():
+        for value in gates.log_alpha.values():
+            value.fill_(-2.0)
+    loss = _regulariser(gates, "l1")
+    assert loss.item() == pytest.approx(4.0)  # two of three kinds, as published
+    loss.backward()
+    assert all((value.grad is None) == (sites[name].kind == "modulation") for name, value in gates.log_alpha.items())
+
+
+def test_learning_rates_are_set_per_kind():
+    gates = quiet(tiny_sd(), config=replace(QUICK, lr={"attention": 0.0, "feed_forward": 0.2}, updates=2))
+    for name, site in gates.sites.items():
+        assert (gates.log_alpha[name] == 3.0).all() == (site.kind == "attention")
+
+
+def test_every_epoch_visits_every_sample_once():
+    drawn = [i for update in range(5) for i in _batch(10, 4, 0, update)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+
+
+def test_published_presets_and_the_dead_start():
+    sdxl, flux = LearnConfig.paper("sdxl"), LearnConfig.paper("flux")
+    assert (sdxl.weight, sdxl.delta, sdxl.lr["attention"], sdxl.lr["feed_forward"], sdxl.lr["modulation"]) == (
+        0.5,
+        0.5,
+        0.15,
+        0.15,
+        0,
+    )
+    assert (flux.weight, flux.delta, flux.lr["attention"], flux.lr["feed_forward"], flux.lr["modulation"]) == (
+        0.1,
+        0.1,
+        0.05,
+        1,
+        0.5,
+    )
+    assert {sdxl.updates, flux.updates} == {400} and {sdxl.batch_size, flux.batch_size} == {4}
+    quick = replace(sdxl, updates=2, num_inference_steps=2, call=SIZE)
+    with pytest.warns(UserWarning, match="above 3.089"):
+        gates = quiet(tiny_sd(), config=quick)
+    for name, value in gates.log_alpha.items():  # the L1 alone moved λ: all of a site alike
+        assert (value == value[0]).all() and value[0] < 5, name
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="λ starts")
+        quiet(tiny_sd(), config=LearnConfig.paper("sdxl", "code", updates=1, num_inference_steps=2, call=SIZE))
+    with pytest.warns(UserWarning, match="L0 regulariser has exactly zero gradient"):
+        quiet(tiny_sd(), config=replace(QUICK, updates=1, delta=0.1))
+
+
+def test_progress_says_what_it_will_cost(capsys):
+    learn(tiny_sd(), PROMPTS, replace(QUICK, updates=1))
+    shown = capsys.readouterr()
+    assert "1 updates of 2 samples, 2 steps each, on cpu: about" in shown.out
+    assert "loss=" in shown.err and "open=" in shown.err
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"updates": 0}, {"batch_size": 0}, {"micro_batch_size": 0}, {"weight": -1}, {"weight": math.nan},
+        {"lr": math.inf}, {"lr": {"attention": 0.1}}, {"optimizer": "sgd"}, {"regulariser": "l2"},
+        {"gate_draw": "step"}, {"mixed_precision": "fp16"},
+        {"keep_last": -1},
+        {"clip_grad_norm": 0}, {"log_alpha_start": math.nan}, {"temperature": 0},
+    ],
+)  # fmt: skip
+def test_bad_configurations_are_named(bad):
+    with pytest.raises(EcoDiffError, match=next(iter(bad))):
+        LearnConfig(**bad)
+
+
+@pytest.mark.parametrize("prompts", [[], "a cat", [""], ["a cat", "  "], ["a cat", {"prompt_embeds": 0}], None])
+def test_bad_prompts(prompts):
+    with pytest.raises(EcoDiffError, match="prompt"):
+        quiet(tiny_sd(), prompts)
+
+
+def test_unknown_preset_and_missing_sites():
+    with pytest.raises(EcoDiffError, match="sd3"):
+        LearnConfig.paper("sd3")
+    with pytest.raises(EcoDiffError, match="no sites of the kinds modulation"):
+        quiet(tiny_sd(), config=replace(QUICK, kinds=("modulation",)))
