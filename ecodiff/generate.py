@@ -1,0 +1,142 @@
+"""Pictures of any diffusers pipeline, each a function of its own prompt and seed.
+
+A picture's noise comes from a generator of its own, and each prompt is encoded alone, so neither the batch size nor the
+order nor the other prompts change what is drawn. What remains is float rounding: libraries sum in another order for
+another batch shape. In fp32 the tests hold that to 1/255 on tiny pipelines; half precision can give more. Pictures of
+the same set in another order are equal bit for bit, because they are drawn in one fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .cache import cached, canonical, weights_hash
+from .errors import EcoDiffError
+from .pipelines import denoiser
+from .prompts import checked_prompts, collate, encoding_once
+from .trajectory import frozen, private_copy
+
+_OURS = ("prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt")
+
+
+def generate(
+    pipe,
+    prompts: Sequence[str | Mapping],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 32,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    **call_kwargs,
+) -> Tensor:
+    """Draw one picture for each prompt and its seed; ``pipe`` is left as it was.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline; it runs on the device it is on.
+        prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one
+            picture (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
+        seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.
+        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above).
+        num_inference_steps, guidance_scale: left out, the pipeline's own defaults.
+        cache_dir: folder for finished pictures, filed under weights, configurations, versions, prompts, seeds and
+            settings. Not used (with a warning) while hooks change the denoiser, for these do not show in its weights.
+        progress: show a bar, counted in pictures; the pipeline's own bar is silent either way.
+        **call_kwargs: further arguments of the pipeline's call, the same for all pictures (``height``,
+            ``negative_prompt``).
+
+    Returns:
+        uint8 pictures, [N, 3, height, width].
+
+    Raises:
+        EcoDiffError: no prompts, an empty prompt, numbers of prompts and seeds that differ, an argument that is set
+            here, pictures with values that are not finite, or a damaged cache file.
+    """
+    prompts, seeds = _checked(prompts, seeds)
+    if batch_size < 1:
+        raise EcoDiffError(f"batch_size={batch_size}: a call of the pipeline needs at least one picture.")
+    if taken := sorted(set(_OURS) & call_kwargs.keys()):
+        raise EcoDiffError(f"generate sets {taken[0]!r} itself: leave it out of the arguments.")
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings = call_kwargs | {name: value for name, value in given.items() if value is not None}
+
+    # One fixed order, each different picture once: a permutation of the arguments cannot change a bit.
+    wanted = [(canonical(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    by_name = dict(zip(wanted, prompts, strict=True))
+    order = sorted(by_name)
+    if cache_dir is not None and _has_hooks(denoiser(pipe)):
+        warnings.warn(
+            f"The denoiser of this {type(pipe).__name__} has hooks: its pictures are not cached.", stacklevel=2
+        )
+        cache_dir = None
+    request = {} if cache_dir is None else {"pictures": order, "settings": settings, "pipeline": _describe(pipe)}
+    todo = [(by_name[name], name[1]) for name in order]
+    pictures = cached(cache_dir, "pictures", request, lambda: _draw(pipe, todo, batch_size, settings, progress))
+    position = {name: i for i, name in enumerate(order)}
+    return pictures[[position[name] for name in wanted]]
+
+
+def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> Tensor:
+    runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    parts = []
+    with frozen(*modules), tqdm(total=len(todo), desc="pictures", disable=not progress) as bar:
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            pictures = runner(
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                output_type="pt",
+                return_dict=False,
+                **collate([prompt for prompt, _ in batch]),
+                **settings,
+            )[0]
+            if not torch.isfinite(pictures).all():
+                raise EcoDiffError(
+                    f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a "
+                    "wider dtype."
+                )
+            parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+            bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def _checked(prompts, seeds) -> tuple[list, list[int]]:
+    prompts = checked_prompts(prompts, "generate")
+    try:
+        seeds = [int(seed) for seed in seeds]
+    except TypeError as error:
+        raise EcoDiffError("generate needs a list of seeds, one whole number a prompt.") from error
+    if len(seeds) != len(prompts):
+        raise EcoDiffError(f"{len(prompts)} prompts but {len(seeds)} seeds: generate needs one seed a prompt.")
+    return prompts, seeds
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def _describe(pipe) -> dict:
+    """All of a pipeline that its pictures depend on, as plain values. Names with a leading _ hold paths: left out."""
+    described = {
+        "class": type(pipe).__name__,
+        "device": pipe.device.type,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    for name, part in pipe.components.items():
+        config = getattr(part, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        config = {
+            key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"
+        }
+        weights = weights_hash(part) if isinstance(part, nn.Module) else None
+        described[name] = {"class": type(part).__name__, "config": config, "weights": weights}
+    return described

@@ -1,0 +1,194 @@
+"""How good pictures are (§3.1, App. E.1): SSIM and PSNR against a reference, FID and KID between sets, and intervals.
+
+The formulas are torchmetrics'; the network behind FID and KID is in ``ecodiff.inception``, the object probe and the
+background colour in ``ecodiff.probe`` (all reachable from here).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from .errors import EcoDiffError
+from .inception import inception_features
+from .probe import ObjectProbe, background_colour, background_correct
+
+__all__ = [
+    "Interval",
+    "ObjectProbe",
+    "background_colour",
+    "background_correct",
+    "bootstrap_interval",
+    "fid",
+    "inception_features",
+    "kid",
+    "mean_interval",
+    "psnr",
+    "ssim",
+]
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair of pictures, float [N]; ``.mean()`` is the figure the paper reports.
+
+    Pictures are uint8, or float in [0, 1], [N, C, H, W] of at least 11x11 pixels. Compared as they are, not resized:
+    Gaussian window of 11 pixels (sigma 1.5), data range 1. Raises EcoDiffError for pictures that do not match.
+    """
+    a, b = _pair(a, b)
+    if min(a.shape[-2:]) < 11:
+        raise EcoDiffError(
+            f"SSIM compares windows of 11x11 pixels: pictures of {a.shape[-2]}x{a.shape[-1]} are too small."
+        )
+    return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").reshape(len(a))
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB, float [N]; infinite for equal ones. Input as for ``ssim``."""
+    a, b = _pair(a, b)
+    return peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
+
+
+def fid(real: Tensor, fake: Tensor, **feature_settings) -> float:
+    """Fréchet Inception distance between two sets of pictures (uint8 [N, 3, H, W]) or of their features (float [N, D]).
+
+    Give features (``inception_features``) where a set is used more than once. ``feature_settings`` go to
+    ``inception_features``. Computed in float64. FID grows as sets shrink: compare only sets of the same sizes, and
+    below some thousands of pictures prefer ``kid``, which is not biased. With 2048 features it takes some ten seconds
+    on a CPU.
+    """
+    return _distance(FrechetInceptionDistance, real, fake, feature_settings).compute().item()
+
+
+def kid(
+    real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int | None = None, seed: int = 0, **feature_settings
+) -> tuple[float, float]:
+    """Kernel Inception distance: mean and standard deviation over random subsets, drawn by ``seed``.
+
+    Sets as for ``fid``. ``subset_size``: left out, half of the smaller set, at most 1000. The standard deviation is
+    that of overlapping subsets, not an interval of the mean. Raises EcoDiffError for sets smaller than a subset.
+    """
+    smaller = min(len(real), len(fake))
+    size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
+    if not 2 <= size <= smaller:
+        raise EcoDiffError(
+            f"KID with subsets of {size} needs at least two and at most as many pictures as the sets have ({smaller})."
+        )
+    metric = _distance(KernelInceptionDistance, real, fake, feature_settings, subsets=subsets, subset_size=size)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item()
+
+
+class _Given(nn.Module):
+    """torchmetrics' feature network where the features are computed already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _distance(metric, real: Tensor, fake: Tensor, feature_settings: dict, **settings):
+    sets = [
+        x if x.dim() == 2 and x.is_floating_point() else inception_features(x, **feature_settings) for x in (real, fake)
+    ]
+    if sets[0].shape[1] != sets[1].shape[1]:
+        raise EcoDiffError(
+            f"The sets have {sets[0].shape[1]} and {sets[1].shape[1]} features: take them from the same layer."
+        )
+    if min(map(len, sets)) < 2:
+        raise EcoDiffError("A distance between sets needs at least two pictures in each.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer", category=UserWarning)
+        metric = metric(feature=_Given(sets[0].shape[1]), **settings)
+    metric.update(sets[0].double(), real=True)
+    metric.update(sets[1].double(), real=False)
+    return metric
+
+
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.shape != b.shape or a.dim() != 4 or not len(a):
+        raise EcoDiffError(
+            f"Two sets of pictures of the same shape [N, C, H, W] are compared, not {list(a.shape)} and "
+            f"{list(b.shape)}."
+        )
+    if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
+        raise EcoDiffError(f"Pictures are both uint8 or both float in [0, 1], not {a.dtype} and {b.dtype}.")
+    return (a.float() / 255, b.float() / 255) if a.dtype == torch.uint8 else (a.float(), b.float())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval that covers it at ``level``."""
+
+    mean: float
+    low: float
+    high: float
+    level: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap_interval(
+    values: Sequence[float] | Tensor, level: float = 0.95, seed: int = 0, resamples: int = 10_000
+) -> Interval:
+    """Percentile bootstrap interval of the mean, for many values (pictures) of any distribution; fixed by ``seed``."""
+    values = _numbers(values, level)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 4_000_000 // len(values))  # resamples at once, to bound memory
+    means = [
+        values[rng.integers(len(values), size=(min(chunk, resamples - done), len(values)))].mean(1)
+        for done in range(0, resamples, chunk)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high), level)
+
+
+def mean_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> Interval:
+    """Student's t interval of the mean, for a few about normal values, such as one a seed. Infinite for one value."""
+    values = _numbers(values, level)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(mean, -math.inf, math.inf, level)
+    half = _t_quantile(level, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half, level)
+
+
+def _numbers(values, level: float) -> np.ndarray:
+    values = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=float).ravel()
+    if not len(values) or not np.isfinite(values).all():
+        raise EcoDiffError("An interval needs at least one value, and all of them finite.")
+    if not 0 < level < 1:
+        raise EcoDiffError(f"level={level} is not a probability between 0 and 1.")
+    return values
+
+
+def _t_quantile(level: float, freedom: int) -> float:
+    """t with P(|T| <= t) = level, by bisection; the series for whole degrees of freedom is Abramowitz & Stegun 26.7."""
+
+    def inside(angle: float) -> float:
+        odd, cosine = freedom % 2, math.cos(angle)
+        term = total = 0.0 if freedom == 1 else cosine if odd else 1.0
+        for k in range(3 if odd else 2, freedom - 1, 2):
+            term *= cosine**2 * (k - 1) / k
+            total += term
+        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
