@@ -1,0 +1,58 @@
+# Two commands: `make book` and `make test`. Works with GNU make 3.81 (macOS) and later.
+PYTHON  ?= python3
+PROFILE ?= default
+OUT     ?= $(if $(filter default,$(PROFILE)),_build,_build/$(PROFILE))
+JOBS    ?= 2
+# On Linux the default torch wheel carries CUDA (gigabytes). TORCH_INDEX=<address of an index with CPU wheels> avoids it.
+TORCH_INDEX ?=
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help book test lint pair ci clean distclean environment
+
+help:  ## show this list
+	@echo "make book [PROFILE=default|smoke] [OUT=folder]   run stale notebooks, build the HTML (warnings are errors)"
+	@echo "make test [JOBS=2] [ARGS='-k gates']             run the tests"
+	@echo "make lint                                        ruff over the package, the tests and the build"
+	@echo "make pair                                        rewrite notebooks/*.ipynb from notebooks/*.md"
+	@echo "make ci                                          what continuous integration runs"
+	@echo "make environment                                 only make .venv from environment.yml"
+	@echo "make clean | distclean                           remove _build | and .venv too"
+
+book: $(STAMP)  ## run stale notebooks, build the HTML
+	@$(PY) -m doit profile=$(PROFILE) out="$(OUT)"
+	@echo "The book: $(OUT)/html/index.html"
+
+test: $(STAMP)
+	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+pair: $(STAMP)
+	$(PY) -m ecodiff.book pair
+
+ci:
+	.ci/run
+
+environment: $(STAMP)
+
+# Installed once, and again when a pin changes. torch comes first, alone, so that its wheel can come from another index.
+$(STAMP): environment.yml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed, '$(PYTHON)' is older or missing. Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "This Python has no venv module. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@sed -n '/- pip:/,$$ s/^ *- //p' environment.yml | grep -v '^pip:' > $(VENV)/requirements.txt
+	$(PY) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(VENV)/requirements.txt)"
+	$(PY) -m pip install -r $(VENV)/requirements.txt
+	@touch $(STAMP)
+
+clean:  ## everything built; the environment stays
+	rm -rf _build data/artifacts
+
+distclean: clean
+	rm -rf $(VENV)

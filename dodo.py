@@ -1,0 +1,58 @@
+"""What `make book` does, as doit tasks: a notebook runs again when the content (not the date) of something it reads
+has changed; the HTML is built again when a page, a source or the settings have. Called by the Makefile as
+
+    doit profile=PROFILE out=OUT
+"""
+
+from pathlib import Path
+
+from doit import get_var
+from doit.exceptions import TaskFailed
+from doit.tools import config_changed
+
+from ecodiff import book
+from ecodiff.errors import EcoDiffError
+
+ROOT = Path(__file__).resolve().parent
+PROFILE = get_var("profile", "default")
+OUT = Path(get_var("out", "_build")).resolve()
+DOIT_CONFIG = {
+    "default_tasks": ["html"], "backend": "json", "dep_file": str(OUT / ".doit.json"), "continue": True, "verbosity": 2,
+}
+
+OUT.mkdir(parents=True, exist_ok=True)
+# The runner itself is no part of what a notebook computes.
+PACKAGE = sorted(p for p in (ROOT / "ecodiff").rglob("*") if p.suffix in {".py", ".js"} and p.name != "book.py")
+
+
+def attempt(function, *arguments):
+    """An expected error becomes a message; anything else keeps its traceback."""
+    try:
+        function(*arguments)
+    except EcoDiffError as error:
+        return TaskFailed(str(error))
+
+
+def task_notebook():
+    """run a chapter with papermill and write its page"""
+    for source in book.sources(ROOT):
+        reads = [source, book.profile_file(PROFILE, ROOT), ROOT / "environment.yml", *PACKAGE]
+        makes = book.declared(source, PROFILE, "makes")
+        yield {
+            "name": source.stem,
+            "actions": [(attempt, [book.run, source, PROFILE, OUT])],
+            "file_dep": [*reads, *book.declared(source, PROFILE, "data")],
+            "targets": [OUT / "notebooks" / f"{source.stem}.ipynb", *makes],
+            "uptodate": [config_changed(PROFILE)],
+        }
+
+
+def task_html():
+    """build the HTML, warnings being errors"""
+    pages = [OUT / "notebooks" / f"{source.stem}.ipynb" for source in book.sources(ROOT)]
+    written = [p for p in (ROOT / "book").rglob("*") if p.is_file()]
+    return {
+        "actions": [(attempt, [book.build_html, OUT, ROOT])],
+        "file_dep": [*pages, *sorted(written), ROOT / "_config.yml", ROOT / "environment.yml", *PACKAGE],
+        "targets": [OUT / "html" / "index.html"],
+    }

@@ -1,0 +1,106 @@
+"""The look of every figure, and the ways a chapter puts results on its page.
+
+Figures get number, caption and alternative text from the cell's metadata (`mystnb: {figure: ..., image: {alt: ...}}`);
+the functions here only draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from cycler import cycler
+
+# Okabe and Ito's colours, ordered so that neighbours also differ in lightness: they stay apart for colour-blind
+# readers and on a grey print, where line styles and markers help.
+PALETTE = ["#0072B2", "#E69F00", "#000000", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"]
+DASHES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+# One colour for one thing in the whole book.
+COLOURS = {
+    "original": "#000000", "learned": "#0072B2", "random": "#999999", "magnitude": "#E69F00", "taylor": "#009E73",
+    "attention": "#0072B2", "feed_forward": "#E69F00", "modulation": "#009E73",
+    "published": "#D55E00", "closed form": "#0072B2",
+}
+
+
+def style() -> None:
+    """Set the book's figure style; call it once, in a chapter's first cell."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, rc={
+        "figure.figsize": (7.0, 3.2), "figure.constrained_layout.use": True, "figure.facecolor": "white",
+        "axes.prop_cycle": cycler(color=PALETTE, linestyle=DASHES), "axes.edgecolor": "0.3", "axes.titlesize": "medium",
+        "grid.color": "0.9", "legend.frameon": False, "legend.fontsize": "small", "lines.linewidth": 1.8,
+        "svg.hashsalt": "ecodiff",
+    })
+    try:  # sharp on dense screens; there is nothing to set outside of a notebook
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
+    except (ImportError, AttributeError):
+        pass
+
+
+def panels(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 3.2, **options):
+    """Figure and flat list of axes: `rows` times `columns` panels lettered (a), (b), ..., `height` inches a row."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, **options)
+    axes = list(axes.flat)
+    if len(axes) > 1:
+        for letter, axis in zip("abcdefghijklmnopqrstuvwxyz", axes, strict=False):
+            axis.set_title(f"({letter})", loc="left")
+    return figure, axes
+
+
+def picture_grid(pictures, rows: Sequence[str] = (), columns: Sequence[str] = (), size: float = 0.9):
+    """Pictures in rows and columns with a name for each.
+
+    pictures: uint8, [rows, columns, 3, height, width] (as `ecodiff.generate` stacks them); returns the figure.
+    """
+    pictures = np.asarray(pictures)
+    count_rows, count_columns = pictures.shape[:2]
+    figure, axes = plt.subplots(
+        count_rows, count_columns, figsize=(size * count_columns + 1.0, size * count_rows + 0.3), squeeze=False
+    )
+    for i in range(count_rows):
+        for j in range(count_columns):
+            axis = axes[i, j]
+            axis.imshow(pictures[i, j].transpose(1, 2, 0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            sns.despine(ax=axis, left=True, bottom=True)
+            if i == 0 and columns:
+                axis.set_title(columns[j], fontsize="small")
+            if j == 0 and rows:
+                axis.set_ylabel(rows[i], rotation=0, ha="right", va="center", fontsize="small")
+    return figure
+
+
+def table(rows: Sequence[Mapping[str, object]], caption: str, name: str) -> None:
+    """Show rows as a numbered table that `{numref}` can name; numbers are shown as the strings they are given as."""
+    from IPython.display import Markdown, display
+
+    heads = list(rows[0])
+    right = [all(_is_number(row[head]) for row in rows) for head in heads]
+    lines = [heads, ["---:" if flush else "---" for flush in right], *([row[head] for head in heads] for row in rows)]
+    body = "\n".join("| " + " | ".join(str(entry).replace("|", r"\|") for entry in line) + " |" for line in lines)
+    display(Markdown(f":::{{table}} {caption}\n:name: {name}\n\n{body}\n:::"))
+
+
+def _is_number(entry: object) -> bool:
+    text = str(entry).replace("−", "-").replace("∞", "inf").rstrip(" %")
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def publish(**numbers) -> None:
+    """Make numbers usable in the text, of this page or another, as ``{glue:text}`name:.2f```."""
+    try:
+        from myst_nb import glue
+    except ImportError:  # Colab, where the page is not built
+        return
+    for name, value in numbers.items():
+        glue(name.replace("_", "-"), value.item() if hasattr(value, "item") else value, display=False)

@@ -1,0 +1,115 @@
+"""The chapters as sources: paired, typed, described, and runnable from anywhere."""
+
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+
+from ecodiff import book
+from ecodiff.errors import EcoDiffError
+from ecodiff.paths import root
+
+SOURCES = book.sources()
+chapters = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+def test_there_are_chapters():
+    assert SOURCES
+
+
+@chapters
+def test_pair_is_equal(source):
+    paired = source.with_suffix(".ipynb")
+    assert paired.exists() and paired.read_text() == book.paired_text(source), "run `make pair` and commit both"
+    assert all(not cell.get("outputs") for cell in nbformat.read(paired, as_version=4).cells)
+
+
+@chapters
+def test_parameters_are_typed_and_explained(source):
+    assert book.parameters(source)
+
+
+@chapters
+def test_front_matter(source):
+    metadata = book.read(source).metadata
+    assert metadata["kernelspec"]["name"] == "python3"
+    assert isinstance(metadata["ecodiff"]["data"], list)
+
+
+@chapters
+def test_figures_have_number_caption_and_alternative_text(source):
+    names = []
+    for cell in book.read(source).cells:
+        if cell.cell_type == "code":
+            myst = cell.metadata.get("mystnb", {})
+            if "figure" in myst:
+                names.append(myst["figure"]["name"])
+                assert myst["figure"]["caption"].strip()
+                assert myst.get("image", {}).get("alt", "").strip() or "explorer(" in cell.source
+        else:
+            for block in re.findall(r"^(?:```|:::)\{(?:figure|image)\}.*?^(?:```|:::)", cell.source, re.M | re.S):
+                assert re.search(r"^:alt: +\S", block, re.M), block
+            assert not re.search(r"!\[\s*\]\(", cell.source), "an image without alternative text"
+    assert len(names) == len(set(names))
+
+
+@chapters
+def test_template(source):
+    text = source.read_text()
+    for piece in ("What you will learn", "What it costs to run", "## What was shown", "## Limits", "## Exercises"):
+        assert piece in text, piece
+    assert text.count("{exercise}") == text.count("{solution}") > 0
+
+
+def test_labels_are_unique_across_chapters():
+    labels = re.findall(r"^:(?:label|name): (\S+)|^    name: (\S+)", "\n".join(s.read_text() for s in SOURCES), re.M)
+    labels = [a or b for a, b in labels]
+    assert len(labels) == len(set(labels)), sorted({label for label in labels if labels.count(label) > 1})
+
+
+PROFILES = sorted((root() / "notebooks" / "profiles").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_profile_names_parameters_of_the_right_type(profile):
+    values = yaml.safe_load(profile.read_text())
+    assert values["profile"] == profile.stem
+    for source in SOURCES:
+        own = book.parameters(source)
+        for name in values.keys() & own.keys():
+            assert type(values[name]) is type(own[name]), f"{profile.name}: {name} in {source.name}"
+
+
+def test_every_chapter_is_in_the_table_of_contents():
+    toc = (root() / "book" / "_toc.yml").read_text()
+    assert [s.stem for s in SOURCES if f"notebooks/{s.stem}\n" not in toc] == []
+
+
+def test_repository_address_is_the_same_everywhere():
+    address = yaml.safe_load((root() / "_config.yml").read_text())["repository"]["url"]
+    for path in (root() / "pyproject.toml", root() / "CITATION.cff", *SOURCES):
+        found = set(re.findall(r"https://github\.com/[\w-]+/[\w-]*companion", path.read_text()))
+        assert found <= {address}, path.name
+
+
+def test_papermill_runs_a_chapter_from_another_folder(tmp_path):
+    notebook = root() / "notebooks" / "01_hard_concrete.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb"]
+    command += ["-p", "draws", "500", "-p", "delta", "0.1"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    done = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert done.metadata.papermill.parameters == {"draws": 500, "delta": 0.1}
+    assert any("delta=0.1" in str(cell.get("outputs")) for cell in done.cells)
+    assert not [out for cell in done.cells for out in cell.get("outputs", []) if out.get("name") == "stderr"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+@pytest.mark.parametrize("line", ["draws = 3  # untyped", "draws: int = 3", "draws: int = 3  #no space"])
+def test_untyped_or_unexplained_parameter_is_refused(tmp_path, line):
+    source = tmp_path / "01_x.md"
+    source.write_text(f"```{{code-cell}} ipython3\n:tags: [parameters]\n\n{line}\n```\n")
+    with pytest.raises(EcoDiffError, match="must read 'name: type = value"):
+        book.parameters(source)
