@@ -23,7 +23,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -53,7 +53,7 @@ _SPRITE = 256  # sprites are drawn once at this size and reduced with an area fi
 
 @dataclass(frozen=True)
 class Scene:
-    """One captioned picture. ``image`` is uint8 [64, 64, 3]; ``boxes`` are (left, top, size) in pixels, one an object."""
+    """One captioned picture: ``image`` is uint8 [64, 64, 3], ``boxes`` are (left, top, size) in pixels, one an object."""
 
     index: int
     split: str
@@ -67,7 +67,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def object_table() -> dict[str, dict[str, str]]:
-    """The curated objects, by caption name: article, emoji name and OpenMoji code point (``data/openmoji/objects.csv``)."""
+    """The curated objects by caption name: article, emoji name, OpenMoji code (``data/openmoji/objects.csv``)."""
     with data_file("openmoji/objects.csv").open(newline="", encoding="utf-8") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
 
@@ -83,7 +83,7 @@ def is_heldout(first: str, second: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] * 10 < 256
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(name: str) -> Image.Image:
     # Imported here: reading captions alone must not need the SVG renderer.
     import resvg_py
@@ -235,8 +235,10 @@ def dataset(split: str = "train", n: int | None = None, start: int = 0):
             yield row(item)
 
     if n is None:
-        data = IterableDataset.from_generator(generate, features=features, gen_kwargs={"split": split, "n": n, "start": start})
+        arguments = {"split": split, "n": n, "start": start}
+        data = IterableDataset.from_generator(generate, features=features, gen_kwargs=arguments)
     else:
         data = Dataset.from_list([row(item) for item in scenes(split, n, start)], features=features)
-    data.info.update(DatasetInfo(description=__doc__, license=LICENSE, homepage="https://openmoji.org", features=features))
+    info = DatasetInfo(description=__doc__, license=LICENSE, homepage="https://openmoji.org", features=features)
+    data.info.update(info)
     return data

@@ -89,3 +89,13 @@ def test_served_as_a_data_set_with_its_licence():
 def test_nonsense_is_one_clear_sentence(arguments):
     with pytest.raises(EcoDiffError, match="OpenMoji|negative|cannot show"):
         data.scene(*arguments)
+
+
+def test_objects_are_named_as_unicode_names_them():
+    import emoji
+
+    codes = {}
+    for character, entry in emoji.EMOJI_DATA.items():
+        codes[entry["en"].strip(":")] = "-".join(f"{ord(c):04X}" for c in character if ord(c) != 0xFE0F)
+    for name, row in data.object_table().items():
+        assert codes[row["emoji"]] == row["code"].replace("-FE0F", ""), name

@@ -5,5 +5,6 @@
     python -m ecodiff.zoo evaluate openmoji-sdxl       # the numbers of the model card
     python -m ecodiff.zoo check                        # checksums, plain loading, one fixed picture each
 
-An embedded pipeline is an ordinary diffusers folder: ``DiffusionPipeline.from_pretrained`` loads it without this package.
+An embedded pipeline is an ordinary diffusers folder: ``DiffusionPipeline.from_pretrained`` loads it without this
+package.
 """

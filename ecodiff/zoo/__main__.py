@@ -11,7 +11,9 @@ from ..paths import data_dir, root
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ecodiff.zoo", description="Train and check the embedded pipelines.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ecodiff.zoo", description="Train and check the embedded pipelines."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="ids of the recipes, and which of them have trained weights here")
     train = commands.add_parser("train", help="train a pipeline by its recipe (hours on a CPU; goes on after a kill)")
@@ -40,7 +42,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "list":
         for name in build.recipe_ids():
             trained = (data_dir() / "models" / name / "model_index.json").exists()
-            print(f"{name:24s} {build.load_recipe(name)['stands_for']:16s} {'trained' if trained else 'not trained here'}")
+            state = "trained" if trained else "not trained here"
+            print(f"{name:24s} {build.load_recipe(name)['stands_for']:16s} {state}")
     elif options.command == "train":
         from .train import train
 

@@ -97,7 +97,7 @@ def build_pipeline(recipe: dict) -> diffusers.DiffusionPipeline:
     torch.manual_seed(recipe["seed"])
     scheduler = getattr(diffusers, recipe["scheduler"]["class"])(**recipe["scheduler"]["config"])
     if recipe["pipeline"] != "StableDiffusionXLPipeline":
-        raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['pipeline']}, which zoo.build cannot assemble yet.")
+        raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['pipeline']}, which cannot be assembled yet.")
     # SDXL's two tokenizers differ in their padding token, and so do these.
     tokenizer, tokenizer_2 = clip_tokenizer(recipe), clip_tokenizer(recipe, pad_token="!")
     pipe = diffusers.StableDiffusionXLPipeline(

@@ -13,11 +13,11 @@ from ..experiments import judge_pictures
 from ..generate import generate
 from ..paths import data_dir
 
-PROBE_PICTURES = 20  # real one-object scenes a class
+PROBE_PICTURES = 12  # real one-object scenes a class
 
 
 def fit_probe() -> float:
-    """Fit the object probe on real one-object scenes and keep it in ``data/models/openmoji-probe``; returns its ceiling."""
+    """Fit the object probe on real one-object scenes, keep it in ``data/models/openmoji-probe``, return its ceiling."""
     scenes = list(data.scenes("train", PROBE_PICTURES * len(data.object_names()), start=20_000_000, count=1))
     probe = metrics.ObjectProbe.fit(data.images(scenes), [scene.objects[0] for scene in scenes])
     folder = data_dir() / "models" / "openmoji-probe"
@@ -32,8 +32,8 @@ def fit_probe() -> float:
 
 @torch.no_grad()
 def measure_quality(pipe, sampling: dict, prompts: int = 200) -> dict:
-    """Numbers of the card: VAE PSNR in dB on 256 real scenes; share (%) of one-object prompts whose object the probe names
-    and whose background is right, with 95 % intervals over prompts; the same on real scenes, the ceiling."""
+    """Numbers of the card: VAE PSNR in dB on 256 real scenes; share (%) of one-object prompts whose object the probe
+    names and whose background is right, with 95 % intervals over prompts; the same on real scenes, the ceiling."""
     real = list(data.scenes("seen", 256, start=5_000_000))
     pixels = data.images(real)
     decoded = torch.cat(
@@ -71,15 +71,15 @@ def write_card(folder: Path, trained: dict, measured: dict) -> None:
     stages = "\n".join(
         f"- {stage}: {recipe[stage]['train']['steps']} steps of {recipe[stage]['train']['batch_size']} scenes, "
         f"{log[stage]['seconds'] / 60:.0f} minutes, final loss {log[stage]['loss']:.4f}"
-        for stage in ("vae", "denoiser")
+        for stage in ("vae", "denoiser", "decoder")
     )
     text = _template("pipeline.md").substitute(
         {key: recipe[key] for key in ("id", "pipeline", "stands_for", "seed")},
         steps=recipe["sampling"]["num_inference_steps"],
         guidance=recipe["sampling"]["guidance_scale"],
         stages=stages,
-        machine=", ".join(f"{name} {value}" for name, value in log.get("machine", records.machine()).items()),
-        commit=log.get("commit", records.commit()),
+        machine=", ".join(f"{name} {value}" for name, value in log["machine"].items()),
+        commit=log["commit"],
         rows=rows,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

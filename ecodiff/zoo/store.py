@@ -39,7 +39,7 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
         temporary.chmod(0o755)
         os.replace(temporary, folder)
     except OSError as error:
-        raise EcoDiffError(f"{folder}: the pipeline could not be saved ({error}); nothing was written there.") from error
+        raise EcoDiffError(f"{folder}: could not be saved ({error}); nothing was written there.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         pipe.to(torch.float32)
@@ -50,7 +50,7 @@ def _digest(path: Path) -> str:
 
 
 def data_files() -> list[Path]:
-    """All files of the data folder that a checksum is kept of: models, objects, the paper's tables, recorded gates."""
+    """All files of the data folder whose checksum is kept: models, objects, the paper's tables, recorded gates."""
     skipped = {MANIFEST, "README.md"}
     files = (path for path in data_dir().rglob("*") if path.is_file() and path.suffix != ".jsonl")
     hidden = lambda path: any(part.startswith(".") for part in path.relative_to(data_dir()).parts)  # noqa: E731
@@ -85,12 +85,12 @@ def recipe_of(name: str) -> dict:
     """The recipe a stored pipeline was trained by, with the log of its training."""
     path = data_dir() / "models" / name / "recipe.json"
     if not path.exists():
-        raise EcoDiffError(f"{name!r} has no recipe.json under data/models: train it with python -m ecodiff.zoo train {name}.")
+        raise EcoDiffError(f"{name!r} has no recipe.json in data/models: run python -m ecodiff.zoo train {name}.")
     return json.loads(path.read_text())
 
 
 def check(name: str) -> str:
-    """Verify a stored pipeline: checksums, loading by plain diffusers, and its fixed picture (mean error under 2/255)."""
+    """Verify a stored pipeline: checksums, loading by plain diffusers, its fixed picture (mean error under 2/255)."""
     from diffusers import DiffusionPipeline
 
     if wrong := changed_files(f"models/{name}/"):
@@ -101,7 +101,7 @@ def check(name: str) -> str:
     kept = np.asarray(Image.open(folder / "fixed.png")).astype(int)
     error = np.abs(drawn - kept).mean()
     if error > 2:
-        raise EcoDiffError(f"{name} draws another picture than data/models/{name}/fixed.png (mean error {error:.1f} of 255).")
+        raise EcoDiffError(f"{name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     return f"ok, {weights / 1e6:.1f} MB of weights, fixed picture within {error:.2f}/255"
 

@@ -1,4 +1,4 @@
-"""Training of an embedded pipeline in two stages: the VAE, then the denoiser together with its text encoders.
+"""Training of an embedded pipeline: the VAE, the denoiser together with its text encoders, the VAE's decoder again.
 
 All randomness of a step comes from generators seeded by (recipe seed, stage, step), and step ``s`` reads the scenes
 ``s * batch … (s + 1) * batch - 1``. So a run that was killed goes on from its last checkpoint to the same weights as
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .. import data
 from ..errors import EcoDiffError
+from ..records import commit, machine
 
 
 def fast_precision() -> str:
@@ -65,7 +66,9 @@ def fit(
     accelerator = Accelerator(mixed_precision=fast_precision())
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=options["warmup"], num_training_steps=options["steps"])
+    # A recipe may stop before its cosine has come down: the moving average makes up for much of the rest.
+    length = options.get("schedule_steps", options["steps"])
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=options["warmup"], num_training_steps=length)
     ema = EMAModel(parameters, decay=options["ema"], use_ema_warmup=True, inv_gamma=1.0, power=3 / 4, foreach=True)
     for module in modules:
         module.to(accelerator.device).train()
@@ -187,11 +190,31 @@ def train_denoiser(pipe, recipe: dict, folder: Path) -> dict:
     return fit("denoiser", [unet, *encoders], loss_of, options, folder, recipe["seed"])
 
 
+def train_decoder(pipe, recipe: dict, folder: Path) -> dict:
+    """Stage 3: the VAE's decoder goes on by squared error alone, its encoder fixed, so that no latent changes.
+
+    (As the published ``sd-vae-ft-mse`` went on from Stable Diffusion's VAE.)
+    """
+    vae = pipe.vae
+
+    def loss_of(step, scenes, generator):
+        x = _pixels(scenes, vae.device)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+        return torch.nn.functional.mse_loss(vae.decode(latents).sample, x)
+
+    parts = [vae.post_quant_conv, vae.decoder]
+    for part in parts:
+        part.requires_grad_(True)
+    return fit("decoder", parts, loss_of, recipe["decoder"]["train"], folder, recipe["seed"])
+
+
 def train(recipe: dict, folder: Path):
-    """Run both stages of a recipe, with checkpoints in ``folder``; returns the trained pipeline and a log."""
+    """Run the stages of a recipe, with checkpoints in ``folder``; returns the trained pipeline and a log."""
     from .build import build_pipeline
 
     pipe = build_pipeline(recipe)
-    log = {"vae": train_vae(pipe, recipe, folder), "denoiser": train_denoiser(pipe, recipe, folder)}
+    stages = {"vae": train_vae, "denoiser": train_denoiser, "decoder": train_decoder}
+    log = {name: stage(pipe, recipe, folder) for name, stage in stages.items()}
     pipe.to("cpu")
-    return pipe, log
+    return pipe, {**log, "machine": machine(), "commit": commit()}

@@ -1,0 +1,47 @@
+"""The picture at the top of README.md: the same captions and noise before and after a fifth of the units went.
+
+python benchmarks/before_after.py        # writes book/_static/before-after.png
+
+Uses the recorded masks of chapter 5 (learned, seed 0) and the same scores that its table compares.
+"""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+
+import ecodiff
+from ecodiff import data, plotting
+from ecodiff.experiments import Protocol, scores_of
+from ecodiff.generate import generate
+from ecodiff.learn import LearnConfig
+from ecodiff.mask import make_mask
+from ecodiff.paths import root
+from ecodiff.pipelines import denoiser
+from ecodiff.sites import find_sites
+
+RATIO, PICTURES = 0.2, 8
+
+
+def main() -> None:
+    plotting.style()
+    protocol = Protocol()
+    pipe = ecodiff.load(protocol.model)
+    captions = data.prompts("train", 100)
+    config = LearnConfig(guidance_scale=protocol.guidance_scale)
+    shown = data.prompts("seen", PICTURES, start=200)
+    rows = {"original": pipe}
+    for method in ("learned", "magnitude", "random"):
+        scores = scores_of(pipe, method, captions, config, seed=0)
+        rows[method] = ecodiff.prune(pipe, make_mask(scores, find_sites(denoiser(pipe)), RATIO))
+    settings = {"num_inference_steps": protocol.num_inference_steps, "guidance_scale": protocol.guidance_scale}
+    drawn = torch.stack([generate(p, shown, range(PICTURES), progress=False, **settings) for p in rows.values()])
+    figure = plotting.picture_grid(drawn, rows=list(rows), size=1.1)
+    figure.savefig(root() / "book" / "_static" / "before-after.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
