@@ -9,7 +9,6 @@ import pytest
 import torch
 from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
-from ecodiff import resume
 from ecodiff.errors import EcoDiffError
 from ecodiff.gates import Gates
 from ecodiff.learn import LearnConfig, _batch, _regulariser, _Task, learn
