@@ -33,6 +33,9 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
     try:
         pipe.to(torch.float16).save_pretrained(temporary)
+        for path in temporary.glob("text_encoder*/config.json"):
+            # transformers loads in the dtype its config names, diffusers in fp32: without this they would differ
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         (temporary / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}, indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
