@@ -20,6 +20,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest.mock import patch
 
 import jupytext
 import nbformat
@@ -36,6 +37,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "KINETO_LOG_LEVEL": "99",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
 }
 PARAMETER = re.compile(r"^(?P<name>\w+): *(?P<type>[^=]+?) *= *(?P<value>.+?)  # (?P<help>.+)$")
 
@@ -140,11 +142,11 @@ def run(source: Path, profile: str, out: Path) -> Path:
         workplace = Path(scratch, "cwd")  # a chapter must not depend on, or write into, the folder it is run from
         workplace.mkdir()
         try:
-            os.environ.update(QUIET)  # the kernel inherits it
-            papermill.execute_notebook(
-                plain, executed, parameters=injected, kernel_name="python3", cwd=workplace, progress_bar=False,
-                extra_arguments=["--log-level=40"],  # ipykernel warns about TCP at every start
-            )
+            with patch.dict(os.environ, QUIET | wanted.get("environment", {})):  # the kernel inherits it
+                papermill.execute_notebook(
+                    plain, executed, parameters=injected, kernel_name="python3", cwd=workplace, progress_bar=False,
+                    extra_arguments=["--log-level=40"],  # ipykernel warns about TCP at every start
+                )
         except papermill.PapermillExecutionError as error:
             raise EcoDiffError(_failure(source, profile, error)) from None
         notebook = nbformat.read(executed, as_version=4)

@@ -53,7 +53,7 @@ _SPRITE = 256  # sprites are drawn once at this size and reduced with an area fi
 
 @dataclass(frozen=True)
 class Scene:
-    """One captioned picture: ``image`` is uint8 [64, 64, 3], ``boxes`` are (left, top, size) in pixels, one an object."""
+    """One captioned picture: ``image`` is uint8 [64, 64, 3], ``boxes`` are (left, top, size) in pixels, one each."""
 
     index: int
     split: str

@@ -1,7 +1,7 @@
 """What chapters measure and share: learned gates kept as files, methods under one protocol, latency in turns.
 
-A cell of a comparison is a recorded row (``ecodiff.records``). Its configuration names everything that its values depend
-on, weights included, so a row is read where nothing has changed and measured again where anything has.
+A cell of a comparison is a recorded row (``ecodiff.records``). Its configuration names everything that its values
+depend on, weights included, so a row is read where nothing has changed and measured again where anything has.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def compare(
 
     ``seed`` is that of learning (or of the random scores) and of the noise pictures are drawn from. Method "original"
     prunes nothing. Returns lists with one entry a picture: ``ssim`` (to the original's picture of the same
-    caption and noise), ``colour`` (1 where the background has the named colour), ``object`` (1 where the probe names the
-    object; empty without ``protocol.objects``).
+    caption and noise), ``colour`` (1 where the background has the named colour), ``object`` (1 where the probe names
+    the object; empty without ``protocol.objects``).
     """
     described = {
         "weights": weights_hash(denoiser(pipe)),

@@ -214,9 +214,11 @@ def apply_gates(
 ) -> Iterator[None]:
     """While the context is open every forward of the denoiser is multiplied by these gates (Eq. 9, 10); hooks only.
 
-    values: {site name: tensor [units]}, float or bool, or a function of the site's name that is asked once for each
-        call of the site's module (a fresh sample a call, as the original code does; keeps no randomness of its own).
-    sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
+    Args:
+        denoiser: the network; its weights do not change.
+        values: {site name: tensor [units]}, float or bool; or a function of the site's name that is asked once for each
+            call of the site's module (a fresh sample a call, as the original code does).
+        sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
 
     A gate multiplies the input of the layers that read its units, in the activations' dtype; joint attention's image
     and text outputs read the same heads and share their gates. The hooks are removed on exit, also after an error.

@@ -36,13 +36,16 @@ def make_mask(
 ) -> dict[str, Tensor]:
     """Return `{site name: bool tensor [units]}`, True = keep, on the CPU, for the sites that have scores.
 
-    ratio: share to remove, in [0, 1), one number or one a kind.
-    scope: units compete with all others ("global"), with those of their kind ("kind", the paper's), or within
-        their site ("local"); the ratio holds within each such group.
-    count: what the ratio is a share of: "units" (the paper's), "parameters" of the units, or "flops" (sites from
-        `with_flops`). The lowest scores go first while the budget ratio * total is not exceeded.
-    round_to: kept units of a site are rounded up to a multiple of this, giving the best removed ones back; one number
-        or one a kind. A site with none left stays empty, and none gets more than it has.
+    Args:
+        scores: {site name: tensor [units]}; the lowest go first.
+        sites: what `find_sites` returns.
+        ratio: share to remove, in [0, 1), one number or one a kind.
+        scope: units compete with all others ("global"), with those of their kind ("kind", the paper's), or within
+            their site ("local"); the ratio holds within each such group.
+        count: what the ratio is a share of: "units" (the paper's), "parameters" of the units, or "flops" (sites from
+            `with_flops`). The lowest scores go first while the budget ratio * total is not exceeded.
+        round_to: kept units of a site are rounded up to a multiple of this, giving the best removed ones back; one
+            number or one a kind. A site with none left stays empty, and none gets more than it has.
 
     Equal scores: the unit that comes last goes first, in the order of site names (numbers in them by value), which is
     how the published masks were cut. Raises EcoDiffError for anything that does not fit.

@@ -23,4 +23,4 @@ def data_file(name: str) -> Path:
     for path in (data_dir() / name, Path(__file__).resolve().parent / "_data" / name):
         if path.exists():
             return path
-    raise EcoDiffError(f"Data file {name!r} is not in {data_dir()}: clone the repository, or point ECODIFF_DATA at its data folder.")
+    raise EcoDiffError(f"{name} is not in {data_dir()}: clone the repository, or set ECODIFF_DATA to its data folder.")

@@ -60,7 +60,7 @@ def final_latents(
         **call_kwargs: further arguments of the pipeline's call: ``num_inference_steps``, ``generator``, ...
 
     Returns:
-        Latents in the pipeline's own layout: [N, C, H, W] for U-Nets, packed [N, tokens, channels] for FLUX.
+        Latents as the pipeline lays them out, [N, C, H, W] for U-Nets, packed [N, tokens, channels] for FLUX.
 
     Raises:
         EcoDiffError: the pipeline cannot return latents, ``keep_last`` is negative, nothing in the denoiser requires
