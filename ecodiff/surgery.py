@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
-from .pipelines import denoiser_name
+from .pipelines import align, denoiser_name
 from .sites import KINDS, Site, find_sites, skipped_modules
 
 # How attention processors call and what they return decides what may stand in for an attention without heads.
@@ -158,7 +158,7 @@ class _Pruned:
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._apply(lambda t: t.clone() if t.device.type == "cpu" and t.data_ptr() % 64 else t)
+        align(model)
         return loaded
 
 

@@ -103,3 +103,13 @@ def test_functions_named_like_their_modules_stay_functions():
     for name in ("learn", "generate"):
         pytest.importorskip(f"ecodiff.{name}")
         assert callable(getattr(ecodiff, name)) and getattr(ecodiff, name).__name__ == name
+
+
+def test_load_leaves_no_weight_at_an_odd_address(tmp_path):
+    pipe = tiny_sdxl()
+    pipe.save_pretrained(tmp_path / "whole")
+    loaded = ecodiff.load(tmp_path / "whole")
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        before, after = getattr(pipe, name).state_dict(), getattr(loaded, name).state_dict()
+        assert all(value.data_ptr() % 64 == 0 for value in after.values() if value.numel())
+        assert all(torch.equal(before[key], after[key]) for key in before)
