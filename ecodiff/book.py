@@ -28,7 +28,7 @@ import papermill
 import yaml
 
 from .errors import EcoDiffError
-from .paths import data_dir, root
+from .paths import data_dir, root, write_whole
 
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
 # What libraries say while they load is not part of a page: a page's stderr fails the build.
@@ -71,7 +71,7 @@ def pair(base: Path | None = None) -> list[Path]:
     for source in sources(base):
         target, text = source.with_suffix(".ipynb"), paired_text(source)
         if not target.exists() or target.read_text() != text:
-            _write(target, text)
+            write_whole(target, text.encode())
             changed.append(target)
     return changed
 
@@ -166,7 +166,7 @@ def run(source: Path, profile: str, out: Path) -> Path:
     for private in (str(root()), sys.prefix, str(Path(scratch))):
         if json.dumps(private)[1:-1] in text:
             raise EcoDiffError(f"{source.name} shows a folder of this machine ({private}): print names instead.")
-    _write(page, text)
+    write_whole(page, text.encode())
     return page
 
 
@@ -255,16 +255,6 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     shutil.rmtree(html, ignore_errors=True)
     (work / "_build" / "html").rename(html)
     return html / "index.html"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .paths import write_whole
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -72,18 +73,12 @@ def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, comput
     if path.exists():
         return _read(path, name)
     result = compute().detach().cpu().contiguous()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    metadata = {"request": name, "sha256": hashlib.sha256(_bytes(result)).hexdigest()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(
-            save({"result": result}, {"request": name, "sha256": hashlib.sha256(_bytes(result)).hexdigest()})
-        )
-        os.replace(temporary, path)
+        write_whole(path, save({"result": result}, metadata))
     except OSError as error:
         raise EcoDiffError(f"{path} could not be written ({error}): choose another cache folder, or none.") from error
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
     return result
 
 

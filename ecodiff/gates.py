@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .paths import write_whole
 from .sites import KINDS, Site, find_sites
 
 
@@ -168,14 +169,10 @@ class Gates:
         }
         metadata["sha256"] = _digest(tensors, metadata)
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_bytes(save(tensors, metadata))
-            os.replace(temporary, path)
+            write_whole(path, save(tensors, metadata))
         except OSError as error:
             raise EcoDiffError(f"{path}: the gates could not be saved ({error}); nothing was written.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike, denoiser: nn.Module) -> "Gates":

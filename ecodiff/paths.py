@@ -18,6 +18,20 @@ def data_dir() -> Path:
     return Path(os.environ.get("ECODIFF_DATA") or root() / "data")
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one.
+
+    Raises OSError as the system does; nothing is left of the attempt then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
 def data_file(name: str) -> Path:
     """Path of a data file by its name inside the data folder; raises EcoDiffError where it is absent."""
     for path in (data_dir() / name, Path(__file__).resolve().parent / "_data" / name):

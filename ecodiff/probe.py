@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from .errors import EcoDiffError
 from .inception import SIZE, check_pictures, inception_features
+from .paths import write_whole
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,10 @@ class ObjectProbe:
         path = Path(path)
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         metadata = {"names": self.names, "ceiling": self.ceiling, "num_features": self.num_features, "size": self.size}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_bytes(save(tensors, {"ecodiff_probe": json.dumps(metadata)}))
-            os.replace(temporary, path)
+            write_whole(path, save(tensors, {"ecodiff_probe": json.dumps(metadata)}))
         except OSError as error:
             raise EcoDiffError(f"{path}: the probe could not be saved ({error}); nothing was written there.") from error
-        finally:
-            if path.parent.is_dir():
-                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ObjectProbe:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .cache import canonical, key
 from .errors import EcoDiffError
-from .paths import data_dir, root
+from .paths import data_dir, root, write_whole
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "ecodiff")
 _FIELDS = {"key", "config", "values", "seed", "versions", "commit", "machine", "seconds", "date"}
@@ -141,23 +141,18 @@ def _read(path: Path) -> list[dict]:
 
 def _write(path: Path, row: dict) -> None:
     """Add the row, in the place of one with the same key; the file is rewritten whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):  # another process may add rows to the same file meanwhile
             kept = [old for old in _read(path) if old["key"] != row["key"]]
             lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in [*kept, row]]
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(lines).encode())
     except OSError as error:
         failed = EcoDiffError(
             f"{path} could not be written ({error}): set ECODIFF_RECORDS=off to measure without recording."
         )
         failed.row = row
         raise failed from error
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import cache
 from .errors import EcoDiffError
+from .paths import write_whole
 from .pipelines import denoiser as find_denoiser
 
 # These change how far or how a run is computed, not its result: checkpointing is exact.
@@ -92,17 +93,13 @@ class Folder:
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict) -> None:
         path = self.path / name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         contents = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         try:
-            temporary.write_bytes(save(contents, {"ecodiff": json.dumps({"run": self.run, **metadata})}))
-            os.replace(temporary, path)
+            write_whole(path, save(contents, {"ecodiff": json.dumps({"run": self.run, **metadata})}))
         except OSError as error:
             raise EcoDiffError(
                 f"{path} could not be written ({error}): what was saved before is still there."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict]:
         """Tensors and metadata of a file, ({}, {}) where it does not exist."""
