@@ -8,10 +8,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +209,7 @@ def apply_gates(
     denoiser: nn.Module,
     values: Mapping[str, Tensor] | Callable[[str], Tensor],
     sites: Mapping[str, Site] | None = None,
+    learned: Iterable[Tensor] = (),
 ) -> Iterator[None]:
     """While the context is open every forward of the denoiser is multiplied by these gates (Eq. 9, 10); hooks only.
 
@@ -216,54 +218,95 @@ def apply_gates(
         values: {site name: tensor [units]}, float or bool; or a function of the site's name that is asked once for each
             call of the site's module (a fresh sample a call, as the original code does).
         sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
+        learned: when `values` is a function: the tensors it makes gates from (λ). Time-step checkpointing returns
+            gradients to these, and refuses to run on to a wrong gradient where they are left out.
 
     A gate multiplies the input of the layers that read its units, in the activations' dtype; joint attention's image
     and text outputs read the same heads and share their gates. The hooks are removed on exit, also after an error.
     """
     if callable(values):
         sites = find_sites(denoiser) if sites is None else sites
-        chosen = dict(sites)
+        chosen, current, learned = dict(sites), {}, tuple(learned)
     else:
         sites = find_sites(denoiser, KINDS) if sites is None else sites
         _check_units(values, sites, "apply_gates")
-        chosen = {name: sites[name] for name in values}
+        chosen, current, learned = {name: sites[name] for name in values}, dict(values), None
 
     handles = []
+    opened = (current, learned)
+    _OPEN.setdefault(denoiser, []).append(opened)
     try:
         for name, site in chosen.items():
-            drawn: dict[str, Tensor] = {} if callable(values) else {name: values[name]}
             if callable(values):
                 module = denoiser.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(_draw_hook(values, name, drawn)))
+                handles.append(module.register_forward_pre_hook(_draw_hook(values, name, current)))
             for span in site.gated:
                 layer = denoiser.get_submodule(span.layer)
                 if site.readers:
-                    handles.append(layer.register_forward_pre_hook(_input_hook(drawn, name, span)))
+                    handles.append(layer.register_forward_pre_hook(_input_hook(current, name, span)))
                 else:
-                    handles.append(layer.register_forward_hook(_output_hook(drawn, name, span)))
+                    handles.append(layer.register_forward_hook(_output_hook(current, name, span)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        _OPEN[denoiser] = [entry for entry in _OPEN[denoiser] if entry is not opened]
 
 
-def _draw_hook(draw, name, drawn):
+# For each denoiser the gates that are open on it: what its hooks multiply by, and what drawn gates are made from (None
+# where gates are not drawn but given).
+_OPEN: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class OpenGates:
+    """The gates open on a denoiser as inputs of one of its calls, so that a call can be run again with others.
+
+    ``values`` are the gates given to `apply_gates` that require gradients, ``learned`` what drawn gates are made from.
+    """
+
+    def __init__(self, denoiser: nn.Module):
+        self.denoiser, self.checked = denoiser, False
+        entries = _OPEN.get(denoiser, ())
+        self._places = [
+            (current, name)
+            for current, learned in entries
+            if learned is None
+            for name, value in current.items()
+            if value.requires_grad
+        ]
+        self.values: list[Tensor] = [current[name] for current, name in self._places]
+        self.learned: list[Tensor] = [tensor for _, learned in entries for tensor in learned or () if tensor.requires_grad]
+
+    @contextmanager
+    def replaced(self, values: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, hooks multiply by these in the place of ``values``, one each."""
+        before = [current[name] for current, name in self._places]
+        for (current, name), value in zip(self._places, values, strict=True):
+            current[name] = value
+        try:
+            yield
+        finally:
+            for (current, name), value in zip(self._places, before, strict=True):
+                current[name] = value
+
+
+def _draw_hook(draw, name, current):
     def hook(module, args):
-        drawn[name] = draw(name)
+        current[name] = draw(name)
 
     return hook
 
 
-def _input_hook(drawn, name, span):
+def _input_hook(current, name, span):
     def hook(module, args):
-        return (_multiply(args[0], drawn[name], span), *args[1:])
+        return (_multiply(args[0], current[name], span), *args[1:])
 
     return hook
 
 
-def _output_hook(drawn, name, span):
+def _output_hook(current, name, span):
     def hook(module, args, output):
-        return _multiply(output, drawn[name], span)
+        return _multiply(output, current[name], span)
 
     return hook
 

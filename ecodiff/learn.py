@@ -184,7 +184,7 @@ class _Task:
             torch.manual_seed(_mix(config.seed, update))
             for part in parts:
                 values = gates.sample(generator) if config.gate_draw == "trajectory" else _fresh_gates(gates)
-                with apply_gates(self.denoiser, values, gates.sites):
+                with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
                     loss = (
                         self.reconstruction(self.latents(part, gradients=True), self.teacher[part])
                         * len(part)

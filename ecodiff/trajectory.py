@@ -5,10 +5,9 @@ its ``__call__`` under ``torch.no_grad``. Here the undecorated loop runs, so no 
 its own.
 
 Backpropagation through it would keep the activations of all ``T`` denoiser calls. Alg. 2 keeps the latents between
-the steps and recomputes one step at a time on the way back: that is ``torch.utils.checkpoint`` around the denoiser's
-``forward``, three units of work (forward, recomputation, backward with frozen weights) in place of two, and the
-memory of one call in place of ``T``. Only the denoiser is recomputed, so multi-step and stochastic schedulers need no
-replay.
+the steps and recomputes one step at a time on the way back (`recompute`, around the denoiser's ``forward``): three
+units of work (forward, recomputation, backward with frozen weights) in place of two, and the memory of one call in
+place of ``T``. Only the denoiser is recomputed, so multi-step and stochastic schedulers need no replay.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from .errors import EcoDiffError
+from .gates import OpenGates
 from .pipelines import denoiser as find_denoiser
+from .recompute import frozen, kept, recomputed
 
 
 def final_latents(
@@ -38,8 +38,8 @@ def final_latents(
 ) -> Tensor:
     """Final latents ``z_0`` of the pipeline's own sampling loop (Eq. 1), with gradients.
 
-    Gradients flow to whatever requires them inside the denoiser (gates, set with ``apply_gates``) and to tensors
-    among the arguments (``latents``, ``prompt_embeds``); the weights are frozen. ``pipe`` is left as it was:
+    Gradients flow to the gates set with ``apply_gates`` and to tensors among the arguments (``latents``,
+    ``prompt_embeds``); the weights are frozen. ``pipe`` is left as it was:
     scheduler, progress bar, train/eval modes, ``requires_grad`` and the denoiser's ``forward``, also after an
     exception.
 
@@ -64,7 +64,8 @@ def final_latents(
 
     Raises:
         EcoDiffError: the pipeline cannot return latents, ``keep_last`` is negative, nothing in the denoiser requires
-            gradients, or the loop of this pipeline and scheduler does not pass gradients on.
+            gradients, or the loop of this pipeline and scheduler does not pass gradients on. In backward: a tensor
+            inside the denoiser requires gradients and is none of the gates.
     """
     if keep_last < 0:
         raise EcoDiffError(
@@ -86,23 +87,22 @@ def final_latents(
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     watch = _count_steps(scheduler)
 
+    gates = OpenGates(denoiser)
+
     def wrap(forward):
-        def frozen_forward(
-            *args, **kwargs
-        ):  # frozen here too, because recomputation happens after final_latents returned
+        def frozen_forward(*args, **kwargs):  # here too, because recomputation happens after final_latents returned
             with frozen(denoiser):
                 return forward(*args, **kwargs)
 
         @wraps(forward)
         def step(*args, **kwargs):
             watch["without_grad"] |= gradients and not torch.is_grad_enabled()
-            kept = watch["steps"] >= len(scheduler.timesteps) - keep_last
-            if not (gradients and checkpoint) or kept:
+            if not gradients:
                 result = frozen_forward(*args, **kwargs)
+            elif checkpoint and watch["steps"] < len(scheduler.timesteps) - keep_last:
+                result = recomputed(frozen_forward, gates, *args, preserve_rng_state=preserve_rng_state, **kwargs)
             else:
-                result = recompute_in_backward(
-                    frozen_forward, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
-                )
+                result = kept(frozen_forward, gates, *args, **kwargs)
             first = result if isinstance(result, Tensor) else result[0]
             watch["gradients"] |= first.requires_grad
             return result
@@ -128,25 +128,6 @@ def final_latents(
             "Nothing in the denoiser requires gradients: apply gates made from λ first, or set gradients=False."
         )
     return latents
-
-
-@contextmanager
-def frozen(*modules: nn.Module):
-    """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards all is as
-    before."""
-    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-    training = [m for module in modules for m in module.modules() if m.training]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 def private_copy(pipe):

@@ -52,7 +52,7 @@ def run(pipe, draw="trajectory", **options):
 
     torch.manual_seed(5)
     values = gates.sample(torch.Generator().manual_seed(1)) if draw == "trajectory" else fresh
-    with apply_gates(net, values, gates.sites):
+    with apply_gates(net, values, gates.sites, gates.log_alpha.values()):
         result = final_latents(pipe, **arguments(pipe), **options)
         result.square().mean().backward()
     return result.detach(), torch.cat([value.grad for value in gates.log_alpha.values()])
@@ -145,6 +145,47 @@ def test_gates_drawn_in_each_call_are_exact_when_random_states_are_restored_and_
     redrawn = run(pipe, "call", preserve_rng_state=False, keep_last=0)
     assert torch.equal(plain[0], redrawn[0])
     assert torch.cosine_similarity(plain[1], redrawn[1], dim=0) < 0.99
+
+
+def test_a_tensor_that_checkpointing_does_not_know_is_refused_not_forgotten():
+    pipe, scale = tiny_sd(), torch.ones((), requires_grad=True)
+    handle = denoiser(pipe).mid_block.register_forward_hook(lambda module, args, output: output * scale)
+    with pytest.raises(EcoDiffError, match="checkpointing does not know it"):
+        run(pipe)
+    run(pipe, checkpoint=False)
+    assert scale.grad.abs() > 0
+    handle.remove()
+
+    gates = Gates.start(find_sites(denoiser(pipe)), 1.0)
+    with apply_gates(denoiser(pipe), lambda name: gates.distribution.deterministic(gates.log_alpha[name]), gates.sites):
+        with pytest.raises(EcoDiffError, match="learned="):
+            final_latents(pipe, **arguments(pipe)).square().mean().backward()
+
+
+def test_gradients_reach_gates_and_arguments_through_autograd_grad_and_autocast():
+    pipe = tiny_sdxl()
+    net = denoiser(pipe)
+    embeds = pipe.encode_prompt(arguments(pipe)["prompt"], device="cpu", do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    texts = {name: value.detach().requires_grad_() for name, value in zip(names, embeds, strict=True)}
+    gates, flat = Gates.start(find_sites(net), 1.0), []
+    for option in ({"checkpoint": False}, {}, {"keep_last": 0}):
+        values = gates.sample(torch.Generator().manual_seed(1))
+        with apply_gates(net, values, gates.sites), torch.autocast("cpu", torch.bfloat16):
+            result = final_latents(pipe, **{**arguments(pipe), "prompt": None, **texts}, **option).float().square().mean()
+            found = torch.autograd.grad(result, [*gates.log_alpha.values(), *texts.values()])
+        assert all(value.abs().max() > 0 for value in found[-4:])
+        flat.append(torch.cat([value.flatten() for value in found]))
+    assert torch.equal(flat[0], flat[1]) and torch.equal(flat[0], flat[2])
+
+
+def test_checkpoints_inside_the_denoiser_go_with_checkpoints_around_it():
+    pipe = tiny_sd()
+    plain = run(pipe, checkpoint=False)
+    denoiser(pipe).requires_grad_(True).enable_gradient_checkpointing()
+    denoiser(pipe).train()
+    inner = run(pipe, keep_last=0)
+    assert torch.equal(plain[0], inner[0]) and torch.equal(plain[1], inner[1])
 
 
 def state(pipe):
