@@ -275,7 +275,8 @@ class OpenGates:
             if value.requires_grad
         ]
         self.values: list[Tensor] = [current[name] for current, name in self._places]
-        self.learned: list[Tensor] = [tensor for _, learned in entries for tensor in learned or () if tensor.requires_grad]
+        drawn_from = [tensor for _, learned in entries for tensor in learned or ()]
+        self.learned: list[Tensor] = [tensor for tensor in drawn_from if tensor.requires_grad]
 
     @contextmanager
     def replaced(self, values: Iterable[Tensor]) -> Iterator[None]:

@@ -172,8 +172,8 @@ def test_gradients_reach_gates_and_arguments_through_autograd_grad_and_autocast(
     for option in ({"checkpoint": False}, {}, {"keep_last": 0}):
         values = gates.sample(torch.Generator().manual_seed(1))
         with apply_gates(net, values, gates.sites), torch.autocast("cpu", torch.bfloat16):
-            result = final_latents(pipe, **{**arguments(pipe), "prompt": None, **texts}, **option).float().square().mean()
-            found = torch.autograd.grad(result, [*gates.log_alpha.values(), *texts.values()])
+            result = final_latents(pipe, **{**arguments(pipe), "prompt": None, **texts}, **option)
+            found = torch.autograd.grad(result.float().square().mean(), [*gates.log_alpha.values(), *texts.values()])
         assert all(value.abs().max() > 0 for value in found[-4:])
         flat.append(torch.cat([value.flatten() for value in found]))
     assert torch.equal(flat[0], flat[1]) and torch.equal(flat[0], flat[2])
