@@ -204,7 +204,8 @@ def cost(
     if mask is None:
         return original
     pruned = prune_denoiser(_skeleton(network), _as_bool(mask, network))
-    return replace(original, pruned=replace(_count(subject, pruned, batch, kinds, autocast, inner), pruning=how))
+    smaller = _count(subject, pruned, batch, kinds, autocast, inner, (original.vae, original.decode))
+    return replace(original, pruned=replace(smaller, pruning=how))
 
 
 def keep_last_for(pipe, config, budget: int | str) -> int:
@@ -359,7 +360,7 @@ def _override(subject: _Subject, *, size, frames, steps, guidance, dtype, text_t
     return replace(subject, **changes)
 
 
-def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, inner) -> Cost:
+def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, inner, decoding=None) -> Cost:
     s = subject
     guided = s.guidance > 1 and s.guided != "embedded"
     if guided and getattr(network.config, "time_cond_proj_dim", None) is not None:  # distilled: guidance is an input
@@ -384,7 +385,7 @@ def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, i
     total = parameters(network)
     width = s.dtype.itemsize
     encoders = [size if s.loaded else size * width for size in s.text_encoders.values()]
-    vae_bytes, decode = _decoding(s, batch, geometry, factor)
+    vae_bytes, decode = decoding or _decoding(s, batch, geometry)
     return Cost(
         model=s.title,
         denoiser=type(network).__name__,
@@ -409,7 +410,7 @@ def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, i
     )
 
 
-def _decoding(s: _Subject, batch: int, g: fullsize.Geometry, factor: int) -> tuple[int, int]:
+def _decoding(s: _Subject, batch: int, g: fullsize.Geometry) -> tuple[int, int]:
     """Bytes of the VAE's weights, and of decoding beside them."""
     if s.vae is None:
         return 0, 0

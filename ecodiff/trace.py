@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,6 @@ _FUSED = {
     aten._scaled_dot_product_cudnn_attention,
 }
 _BATCHED = {aten.bmm, aten.baddbmm}
-_PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
-# Elementwise operations, whose result looks like the larger operand: most of what a denoiser does, and slow to ask.
-_ELEMENTWISE = {
-    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.silu, aten.gelu, aten.sigmoid, aten.tanh, aten.rsqrt,
-    aten.silu_backward, aten.gelu_backward, aten.sigmoid_backward, aten.tanh_backward,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,6 +140,7 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
         made = {name: _tensor(value, dtype, device) for name, value in inputs.items()}
     weights = {_key(t) for t in (*model.parameters(), *model.buffers())}
     known = weights | {_key(t) for t in tree_leaves(made) if isinstance(t, Tensor)}
+    layouts: dict = {}
 
     @contextmanager
     def functions():
@@ -183,7 +179,7 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
     def with_gradients(first: bool, backward: bool) -> Backward:
         with mode:
             gates = {name: torch.ones(site.units, device=device, requires_grad=True) for name, site in sites.items()}
-        watch, saved = _Watch(known | {_key(t) for t in gates.values()}), {}
+        watch, saved = _Watch(known | {_key(t) for t in gates.values()}, layouts=layouts), {}
 
         def remember(tensor):
             if (key := _key(tensor)) not in weights:
@@ -200,7 +196,7 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
                 output.backward(torch.ones_like(output))
         return Backward(held, sum(saved.values()), watch.peak)
 
-    watch = _Watch(known, weights)
+    watch = _Watch(known, weights, layouts)
     with running(watch, False):
         call()
     update = first = nested = None
@@ -235,26 +231,23 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Watch(TorchDispatchMode):
-    """Counts operations, and the bytes of storages that are alive, now and at most; ``known`` ones do not count."""
+    """Counts operations, and the bytes of storages that are alive, now and at most; ``known`` ones do not count.
 
-    def __init__(self, known: set[int], weights: set[int] = frozenset()):
+    ``layouts`` is a memory that several watches may share: what an operation makes of meta tensors follows from their
+    layouts alone, and a network of equal blocks asks the same question hundreds of times.
+    """
+
+    def __init__(self, known: set[int], weights: set[int] = frozenset(), layouts: dict | None = None):
         super().__init__()
         self._weights = weights
+        self._layouts = {} if layouts is None else layouts
         self.alive = self.peak = 0
         self.flops = dict.fromkeys(("linear", "convolution", "attention"), 0)
         self._seen = dict.fromkeys(known)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func._overloadpacket
-        if packet in _ELEMENTWISE and (like := _larger(args)) is not None:
-            out = torch.empty_like(like)
-            self._count(out)
-            return out
-        if packet in _PRODUCTS and args[-1].is_meta:
-            left, right = args[-2:]
-            out = left.new_empty((*left.shape[:-1], right.shape[-1]))
-        else:
-            out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(value, Tensor):
                 self._count(value)
@@ -273,6 +266,17 @@ class _Watch(TorchDispatchMode):
             self.flops[kind] += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
+    def _run(self, func, args, kwargs):
+        """The operation's result; from memory where the operation makes new tensors out of meta tensors."""
+        if not _makes_new(func) or (asked := _layout((args, kwargs))) is None:
+            return func(*args, **kwargs)
+        question = (func, asked)
+        if (known := self._layouts.get(question, _UNKNOWN)) is _UNKNOWN:
+            out = func(*args, **kwargs)
+            self._layouts[question] = _recipe(out)
+            return out
+        return func(*args, **kwargs) if known is None else _made(known)
+
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -289,20 +293,51 @@ class _Watch(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
 
-def _larger(operands) -> Tensor | None:
-    """The operand that the result of an elementwise operation looks like; None where that is not plain to see."""
-    tensors = [part for part in operands if isinstance(part, Tensor)]
-    first = max(tensors, key=Tensor.numel)
-    plain = first.is_meta and first.is_floating_point()
-    for other in tensors if plain else ():
-        if other.shape != first.shape:
-            if other.ndim > first.ndim or any(
-                a not in (1, b) for a, b in zip(other.shape[::-1], first.shape[::-1], strict=False)
-            ):
-                return None
-        if other.dtype != first.dtype and other.ndim:
+_UNKNOWN = object()
+
+
+@cache
+def _makes_new(func) -> bool:
+    """Whether all that an operation returns is new: no view of an argument, nothing written in place."""
+    schema = func._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+
+
+def _layout(value):
+    """What of an argument decides the result, as something hashable; None where a tensor is not a plain meta tensor."""
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) or not value.is_meta:
             return None
-    return first if plain else None
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_layout(part) for part in value)
+        return None if None in parts else parts
+    if isinstance(value, dict):
+        return _layout(tuple(value.items()))
+    return (type(value), value)
+
+
+def _recipe(out):
+    """What `_made` needs to make such a result again; None where it holds more than plain tensors of their own."""
+    if isinstance(out, Tensor):
+        shape, stride = tuple(out.shape), out.stride()
+        again = torch.empty_strided(shape, stride, dtype=out.dtype, device="meta")
+        plain = out.is_meta and out.storage_offset() == 0
+        same = plain and again.untyped_storage().nbytes() == out.untyped_storage().nbytes()
+        return (Tensor, shape, stride, out.dtype) if same else None
+    if out is None:
+        return (None,)
+    if isinstance(out, (tuple, list)):
+        parts = [_recipe(part) for part in out]
+        return None if None in parts else (type(out), *parts)
+    return None
+
+
+def _made(recipe):
+    kind, *parts = recipe
+    if kind is Tensor:
+        return torch.empty_strided(parts[0], parts[1], dtype=parts[2], device="meta")
+    return None if kind is None else kind([_made(part) for part in parts])
 
 
 def _key(tensor: Tensor) -> int:
