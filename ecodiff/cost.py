@@ -208,11 +208,12 @@ def cost(
     return replace(original, pruned=replace(smaller, pruning=how))
 
 
-def keep_last_for(pipe, config, budget: int | str) -> int:
-    """``keep_last`` for `learn` under a memory budget: the most last steps that can keep their activations.
+def keep_last_for(pipe, config, budget: int | str) -> tuple[int, int]:
+    """``keep_last`` for `learn` under a memory budget, and the peak bytes counted with it (§2.3).
 
-    config: a `LearnConfig`. Counts all components on the device, unless the pipeline is offloaded. Raises EcoDiffError
-    where not even one step fits, saying what would.
+    The most last steps that can keep their activations. config: a `LearnConfig`; budget: bytes, or text such as
+    "24GB". Counts all components on the device, unless the pipeline is offloaded. Raises EcoDiffError where not even
+    one step fits, saying what would.
     """
     call = dict(config.call)
     size = (call["height"], call["width"]) if {"height", "width"} <= call.keys() else None
@@ -236,7 +237,7 @@ def keep_last_for(pipe, config, budget: int | str) -> int:
             f"leaves {gb(usable(budget))}: lower micro_batch_size, call enable_gradient_checkpointing() on the "
             "denoiser, or offload."
         )
-    return best
+    return best, counted.update_peak(keep_last=best, offload=offload)
 
 
 def parse_bytes(text: int | str) -> int:

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def learn(
     *,
     resume_dir: str | Path | None = None,
     progress: bool = True,
+    memory_budget: int | str | None = None,
 ) -> Gates:
     """Learn one λ a unit of the pipeline's denoiser (Alg. 1); ``pipe`` itself is not changed.
 
@@ -52,6 +54,8 @@ def learn(
         resume_dir: folder for teacher latents, λ, optimiser and history; a run already there is continued.
             ``updates``, ``save_every``, ``checkpoint`` and ``keep_last`` may change in between.
         progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
+        memory_budget: bytes of the device, such as "24GB": choose, in the place of the config's ``checkpoint`` and
+            ``keep_last``, the most last steps whose activations fit (counted by `ecodiff.cost` before anything runs).
 
     Returns:
         Gates with λ (fp32, on the CPU), one ``history`` row an update (update, loss, reconstruction, regulariser,
@@ -59,13 +63,16 @@ def learn(
 
     Raises:
         EcoDiffError: no prompts, no sites, a sampling loop that is not differentiable, another run in ``resume_dir``,
-            or a loss that is not finite; the error's ``gates`` then holds the last λ that was good.
+            a memory budget that even one step exceeds, or a loss that is not finite; the error's ``gates`` then holds
+            the last λ that was good.
     """
     prompts = checked_prompts(prompts, "learn")
     sites = find_sites(find_denoiser(pipe), config.kinds)
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
     _warn_where_gradient_is_zero(config)
+    if memory_budget is not None:
+        config = _within(memory_budget, pipe, config, progress)
     with _on_device(pipe) as device:
         task = _Task(encoding_once(pipe), prompts, config, device)
         folder = None if resume_dir is None else resume.Folder(resume_dir, resume.describe(pipe, prompts, config))
@@ -210,6 +217,19 @@ class _Task:
             return (student - teacher).square().mean() / self.scale
         size = teacher[0].numel() if self.config.normalize else 1
         return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
+
+
+def _within(memory_budget: int | str, pipe, config: LearnConfig, progress: bool) -> LearnConfig:
+    """The configuration with the ``keep_last`` that the budget allows; says which."""
+    from .cost import gb, keep_last_for, parse_bytes
+
+    keep_last, peak = keep_last_for(pipe, config, memory_budget)
+    if progress:
+        tqdm.write(
+            f"memory_budget {gb(parse_bytes(memory_budget))}: keep_last={keep_last} of {config.num_inference_steps} "
+            f"steps, counted peak {gb(peak)}"
+        )
+    return replace(config, checkpoint=True, keep_last=keep_last)
 
 
 def _regulariser(gates: Gates, form: str) -> Tensor:

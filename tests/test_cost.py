@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from pipelines import TINY, call_kwargs
 from torch import nn
 
-from ecodiff import EcoDiffError, LearnConfig, fullsize, paper, prune
+from ecodiff import EcoDiffError, LearnConfig, fullsize, learn, paper, prune
 from ecodiff.__main__ import main
 from ecodiff.cost import cost, keep_last_for, parse_bytes, usable
 from ecodiff.gates import Gates, apply_gates
@@ -181,9 +182,31 @@ def test_budget_decides_keep_last():
 
 def test_keep_last_for_a_learning_run():
     config = LearnConfig(batch_size=2, num_inference_steps=6, call={"height": 16, "width": 16})
-    assert keep_last_for(tiny("sdxl"), config, "8GB") == 6
+    keep_last, peak = keep_last_for(tiny("sdxl"), config, "8GB")
+    assert keep_last == 6 and 0 < peak < usable("8GB")
     with pytest.raises(EcoDiffError, match="micro_batch_size"):
         keep_last_for(tiny("sdxl"), config, "510MB")
+
+
+def test_learning_within_a_memory_budget(tmp_path, capsys):
+    pipe, prompts = tiny("sd"), ["a cat", "a dog"]
+    pipe.set_progress_bar_config(disable=True)
+    config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call={"height": 16, "width": 16}, keep_last=0)
+    _, least = keep_last_for(pipe, config, "8GB")
+    need = [cost(pipe, size=16, batch=2, steps=4, inner=False).update_peak(keep_last=k) for k in range(5)]
+    assert least == need[4] and need[1] < need[2] < need[4]
+    budget = round((need[2] + 500_000_000) / 0.97) + 2  # the third step does not fit any more
+    free = learn(pipe, prompts, config, progress=False)
+    first = learn(pipe, prompts, replace(config, updates=1), resume_dir=tmp_path, memory_budget=budget)
+    assert "keep_last=2 of 4 steps" in capsys.readouterr().out
+    assert len(first.history) == 1
+    bound = learn(pipe, prompts, config, resume_dir=tmp_path, memory_budget="8GB")  # another keep_last, the same run
+    assert "keep_last=4 of 4 steps" in capsys.readouterr().out
+    assert all(torch.equal(bound.log_alpha[name], value) for name, value in free.log_alpha.items())
+    with pytest.raises(EcoDiffError, match="even with one step at a time"):
+        learn(pipe, prompts, config, progress=False, memory_budget="510MB")
+    with pytest.raises(EcoDiffError, match="amount of memory"):
+        learn(pipe, prompts, config, progress=False, memory_budget="much")
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -242,12 +265,10 @@ def test_predicted_bytes_against_a_real_run(name):
     ):
         assert prediction - loaded == pytest.approx(_peak(lambda options=options: update(**options)), rel=0.1), options
     network.enable_gradient_checkpointing()
-    network.requires_grad_(False)  # its recomputation runs after final_latents has returned, where nothing is frozen
     try:
         assert predicted.update_peak(inner=True) - loaded == pytest.approx(_peak(lambda: update(keep_last=1)), rel=0.1)
     finally:
         network.disable_gradient_checkpointing()
-        network.requires_grad_(True)
 
 
 def _peak(run):
