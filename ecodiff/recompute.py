@@ -155,3 +155,32 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen_inside(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the denoiser's own activation checkpointing (``enable_gradient_checkpointing()``) runs its blocks frozen.
+
+    A block that is recomputed runs in backward, when `frozen` may be over: trainable weights would then be recorded,
+    and torch would find other tensors than in the first run.
+    """
+    modules = [m for m in denoiser.modules() if callable(getattr(m, "_gradient_checkpointing_func", None))]
+    before = [module._gradient_checkpointing_func for module in modules]
+
+    def wrap(checkpoint):
+        def frozen_checkpoint(block, *args, **kwargs):
+            def run(*args, **kwargs):
+                with frozen(block if isinstance(block, nn.Module) else denoiser):
+                    return block(*args, **kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        return frozen_checkpoint
+
+    for module, checkpoint in zip(modules, before, strict=True):
+        module._gradient_checkpointing_func = wrap(checkpoint)
+    try:
+        yield
+    finally:
+        for module, checkpoint in zip(modules, before, strict=True):
+            module._gradient_checkpointing_func = checkpoint

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import EcoDiffError
 from .gates import OpenGates
 from .pipelines import denoiser as find_denoiser
-from .recompute import frozen, kept, recomputed
+from .recompute import frozen, frozen_inside, kept, recomputed
 
 
 def final_latents(
@@ -110,7 +110,8 @@ def final_latents(
         return step
 
     where = f"{type(pipe).__name__} with {type(scheduler).__name__}"
-    with torch.set_grad_enabled(gradients), frozen(*modules), _replaced_forward(denoiser, wrap):
+    unchanging = frozen(*modules), frozen_inside(denoiser)
+    with torch.set_grad_enabled(gradients), unchanging[0], unchanging[1], _replaced_forward(denoiser, wrap):
         try:
             latents = call(runner, **taken, **call_kwargs)[0]
         except RuntimeError as error:

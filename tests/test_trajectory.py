@@ -184,8 +184,12 @@ def test_checkpoints_inside_the_denoiser_go_with_checkpoints_around_it():
     plain = run(pipe, checkpoint=False)
     denoiser(pipe).requires_grad_(True).enable_gradient_checkpointing()
     denoiser(pipe).train()
-    inner = run(pipe, keep_last=0)
-    assert torch.equal(plain[0], inner[0]) and torch.equal(plain[1], inner[1])
+    before = [getattr(module, "_gradient_checkpointing_func", None) for module in denoiser(pipe).modules()]
+    for options in ({"keep_last": 0}, {"keep_last": 1}, {"keep_last": 2}, {"checkpoint": False}):
+        inner = run(pipe, **options)
+        assert torch.equal(plain[0], inner[0]) and torch.equal(plain[1], inner[1]), options
+    assert before == [getattr(module, "_gradient_checkpointing_func", None) for module in denoiser(pipe).modules()]
+    assert all(parameter.grad is None for parameter in denoiser(pipe).parameters())
 
 
 def state(pipe):
