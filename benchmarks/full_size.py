@@ -6,16 +6,17 @@
 
 Three parts, rows of ``data/results/full_size.jsonl`` (read with ``ecodiff.records.table("full_size")``):
 
-    update      seconds and peak bytes of one mask update against T: plain where the prediction fits, checkpointed
-                (``keep_last=1``), and with the ``keep_last`` that half of what is left would allow
-    inference   seconds and peak bytes of one denoiser call of the original, masked and pruned network at 10-50 % of
-                the units
+    update      one mask update against T: plain where the prediction fits, checkpointed (``keep_last=1``), and with
+                half of the steps kept, or as many as fit
+    inference   one denoiser call of the original, masked and pruned network at 10-50 % of the units
     round       the same at 30 %, kept units rounded up to a multiple of 8, 16, 64
 
-On CUDA in bf16, peaks from its allocator; else in fp32 on the CPU, where the allocator's own events are read. Each row
-also has what `ecodiff.trace` predicted. Variants take turns, and ratios are medians over turns, so that a busy machine
-slows all alike. A part that has no time left (``--minutes``) stops; the next run goes on from the recorded rows. A
-network that does not fit the machine's memory is skipped, and the output says so.
+Each part measures bytes (``--measure peak``) and seconds (``--measure time``) in rows of their own, because bytes are
+the same on a busy machine and seconds are not. On CUDA in bf16, peaks from its allocator; else in fp32 on the CPU,
+where the allocator's own events are read. Rows of bytes also have what `ecodiff.trace` predicted. Variants take turns,
+and ratios are medians over turns, so that a busy machine slows all alike. A part that has no time left (``--minutes``)
+stops; the next run goes on from the recorded rows. A network that does not fit the machine's memory is skipped, and the
+output says so.
 """
 
 from __future__ import annotations
@@ -104,8 +105,28 @@ class Bench:
                 )
             latents.float().square().mean().backward()
 
+    def saved_bytes(self) -> int:
+        """Bytes that autograd saves in one call whose input needs a gradient: each storage once, weights left out."""
+        weights = {t.untyped_storage().data_ptr() for t in (*self.network.parameters(), *self.network.buffers())}
+        gates = {
+            name: torch.ones(site.units, device=self.device, requires_grad=True) for name, site in self.sites.items()
+        }
+        kept = {}
 
-def update_rows(bench: Bench, steps: tuple[int, ...], turns: int, record) -> None:
+        def remember(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        latents = self.arguments[self.latents].clone().requires_grad_()
+        with apply_gates(self.network, gates, self.sites):
+            with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+                self.call(self.network, latents)
+        return sum(kept.values())
+
+
+def update_rows(bench: Bench, steps: tuple[int, ...], turns: int, measure, record) -> None:
     c = bench.counted
     for count in steps:
         fitting = max(0, int((bench.room - c.update.peak) // max(c.update.held, 1)) + 1)
@@ -121,47 +142,41 @@ def update_rows(bench: Bench, steps: tuple[int, ...], turns: int, record) -> Non
             for name, kept in variants.items()
             if kept <= fitting and (name != "keep_last" or 1 < kept < count)
         }
+        if count == 1:  # nothing is left to recompute
+            variants = {"plain": 1}
 
-        def measured(count=count, variants=variants):
-            seconds = {name: [] for name in variants}
-            for turn in range(turns + (bench.device.type == "cuda")):  # the first warms up
-                for name, kept in variants.items():
-                    took = _seconds(lambda kept=kept: bench.update(count, kept), bench.device)
-                    if turn or bench.device.type != "cuda":
-                        seconds[name].append(took)
+        def peaks(count=count, variants=variants):
             found = {}
             for name, kept in variants.items():
                 saving = max(c.update.held - c.first_held, 0) if kept == count else 0
-                base = seconds.get("plain", seconds["checkpointed"])
                 found[name] = {
                     "keep_last": kept,
-                    "seconds": statistics.median(seconds[name]),
-                    "ratio": statistics.median(a / b for a, b in zip(seconds[name], base, strict=True)),
                     "peak_bytes": peak_bytes(lambda kept=kept: bench.update(count, kept), bench.device),
                     "predicted_bytes": count * c.inputs + (kept - 1) * c.update.held + c.update.peak - saving,
                 }
-            return {
-                "variants": found,
-                "relative_to": "plain" if "plain" in variants else "checkpointed",
-                "weight_bytes": bench.bytes,
-            }
+            saved = {"measured": bench.saved_bytes(), "predicted": c.update.saved}
+            return {"variants": found, "saved_a_call": saved, "weight_bytes": bench.bytes}
 
-        record(bench.config("update", T=count, turns=turns, variants=variants), measured)
+        def times(count=count, variants=variants):
+            runs = {name: lambda kept=kept: bench.update(count, kept) for name, kept in variants.items()}
+            base = "plain" if "plain" in variants else "checkpointed"
+            found = _in_turns(runs, base, turns, bench.device)
+            return {"variants": {n: {"keep_last": variants[n], **v} for n, v in found.items()}, "relative_to": base}
+
+        if "peak" in measure:
+            record(bench.config("update_peak", T=count, variants=variants), peaks)
+        if "time" in measure:
+            record(bench.config("update_time", T=count, variants=variants, turns=turns), times)
 
 
-def inference_rows(bench: Bench, ratios, multiples, turns: int, record) -> None:
+def inference_rows(bench: Bench, ratios, multiples, turns: int, measure, record) -> None:
     scores = _scores(bench)
     for ratio in ratios:
         for multiple in multiples:
-            settings = {
-                "ratio": ratio,
-                "round_to": multiple,
-                "turns": turns,
-                "mask": "random scores, seed 0, scope kind",
-            }
+            settings = {"ratio": ratio, "round_to": multiple, "mask": "random scores, seed 0, scope kind"}
+            mask = make_mask(scores, bench.sites, ratio, round_to=multiple)
 
-            def measured(ratio=ratio, multiple=multiple):
-                mask = make_mask(scores, bench.sites, ratio, round_to=multiple)
+            def runs(mask=mask):
                 if bench.bytes > _memory(bench.device):
                     raise MemoryError(f"{bench.name}: the pruned copy does not fit beside the original")
                 pruned = prune_denoiser(bench.network, mask)
@@ -176,31 +191,52 @@ def inference_rows(bench: Bench, ratios, multiples, turns: int, record) -> None:
                     "masked": masked,
                     "pruned": lambda: bench.call(pruned),
                 }
-                seconds = {name: [] for name in variants}
-                with torch.no_grad():
-                    for turn in range(turns + 1):
-                        for name, run in variants.items():
-                            took = _seconds(run, bench.device)
-                            if turn:
-                                seconds[name].append(took)
-                    found = {
-                        name: {
-                            "seconds": statistics.median(times),
-                            "ratio": statistics.median(a / b for a, b in zip(times, seconds["original"], strict=True)),
-                            "peak_bytes": peak_bytes(variants[name], bench.device),
-                        }
-                        for name, times in seconds.items()
-                    }
+                return variants, pruned
+
+            @torch.no_grad()
+            def peaks(runs=runs):
+                variants, pruned = runs()
+                found = {name: {"peak_bytes": peak_bytes(run, bench.device)} for name, run in variants.items()}
                 counted = trace(pruned, bench.shapes, dtype=bench.dtype)
-                found["original"]["predicted_bytes"] = bench.counted.inputs + bench.counted.forward_peak
-                found["pruned"]["predicted_bytes"] = counted.inputs + counted.forward_peak
+                found["original"]["predicted_bytes"] = bench.counted.forward_peak
+                found["pruned"]["predicted_bytes"] = counted.forward_peak
                 return {
                     "variants": found,
                     "parameters": {"original": parameters(bench.network), "pruned": parameters(pruned)},
-                    "flops": {"original": bench.counted.flops.paper, "pruned": counted.flops.paper},
+                    "flops": {
+                        name: {"paper": one.flops.paper, "total": one.flops.total}
+                        for name, one in (("original", bench.counted), ("pruned", counted))
+                    },
                 }
 
-            record(bench.config("inference", **settings), measured)
+            @torch.no_grad()
+            def times(runs=runs):
+                variants, _ = runs()
+                return {"variants": _in_turns(variants, "original", turns, bench.device), "relative_to": "original"}
+
+            if "peak" in measure:
+                record(bench.config("inference_peak", **settings), peaks)
+            if "time" in measure:
+                record(bench.config("inference_time", **settings, turns=turns), times)
+
+
+def _in_turns(runs: dict, base: str, turns: int, device: torch.device) -> dict:
+    """Median seconds of each run, and median over turns of its ratio to the base's; on CUDA one more turn warms up."""
+    seconds = {name: [] for name in runs}
+    warming = int(device.type == "cuda")
+    for turn in range(turns + warming):
+        for name, run in runs.items():
+            took = _seconds(run, device)
+            if turn >= warming:
+                seconds[name].append(took)
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(a / b for a, b in zip(times, seconds[base], strict=True)),
+            "all_seconds": times,
+        }
+        for name, times in seconds.items()
+    }
 
 
 def main() -> None:
@@ -214,7 +250,9 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="values of T")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of --parts inference")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--measure", nargs="+", default=["peak", "time"], choices=["peak", "time"])
     parser.add_argument("--minutes", type=float, default=1e9, help="start no measurement after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 elsewhere")
@@ -237,11 +275,12 @@ def main() -> None:
             told = {k: config[k] for k in ("T", "ratio", "round_to") if k in config}
             for variant, v in row["values"]["variants"].items():
                 predicted = f", predicted {v['predicted_bytes'] / 2**20:,.0f}" if "predicted_bytes" in v else ""
-                print(
-                    f"{name} {told} {variant:13} {v['seconds']:9.4f} s  x{v['ratio']:.3f}  "
-                    f"{v['peak_bytes'] / 2**20:,.0f} MiB{predicted}",
-                    flush=True,
+                found = (
+                    f"{v['seconds']:9.4f} s  x{v['ratio']:.3f}"
+                    if "seconds" in v
+                    else f"{v['peak_bytes'] / 2**20:,.0f} MiB{predicted}"
                 )
+                print(f"{name} {told} {variant:13} {found}", flush=True)
 
         try:
             bench = Bench(name, options.samples, device, dtype, options.size)
@@ -249,11 +288,11 @@ def main() -> None:
             print(f"skipped: {error}")
             continue
         if "update" in options.parts:
-            update_rows(bench, tuple(options.steps), options.turns, record)
+            update_rows(bench, tuple(options.steps), options.turns, options.measure, record)
         if "inference" in options.parts:
-            inference_rows(bench, RATIOS if name != "tiny" else RATIOS[:1], (1,), options.turns, record)
+            inference_rows(bench, options.ratios, (1,), options.turns, options.measure, record)
         if "round" in options.parts:
-            inference_rows(bench, (0.3,), MULTIPLES[1:], options.turns, record)
+            inference_rows(bench, (0.3,), MULTIPLES[1:], options.turns, options.measure, record)
         del bench
         gc.collect()
         if device.type == "cuda":
