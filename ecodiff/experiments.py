@@ -23,7 +23,7 @@ from .gates import Gates
 from .generate import generate
 from .learn import LearnConfig, learn
 from .mask import make_mask
-from .methods import METHODS
+from .methods import METHODS, prune_compensated, second_moments
 from .paths import data_dir, data_file
 from .pipelines import denoiser
 from .resume import describe
@@ -76,12 +76,48 @@ _learned_here: dict[str, Gates] = {}  # so that a process that recomputes learns
 
 
 def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, recompute: bool = False):
-    """Scores {site: [units]} of a method by name: "learned" (with this seed), or one of ``ecodiff.methods``."""
+    """Scores {site: [units]} of a method by name: "learned" (with this seed), or one of ``ecodiff.methods``.
+
+    Methods that watch the model draw see the first captions (``calibration``), with the steps, guidance, kinds and call
+    arguments of ``config``.
+    """
+    method = method.removesuffix(COMPENSATED)
     if method == "learned":
         return learned_gates(pipe, captions, replace(config, seed=seed), recompute=recompute).scores()
     if method not in METHODS:
         raise EcoDiffError(f"Unknown method {method!r}: take learned, {', '.join(METHODS)}.")
-    return METHODS[method](pipe, captions, **({"seed": seed} if method == "random" else {}))
+    return METHODS[method](
+        pipe, calibration(method, captions), kinds=config.kinds, progress=False, **_sampling(config, seed)
+    )
+
+
+COMPENSATED = "+compensation"  # after a method's name: the weights that stay are adapted by second moments
+
+
+def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[str], config: LearnConfig, seed: int):
+    """The smaller pipeline for a mask: cut and, for a method "...+compensation", adapted to what has gone."""
+    if not method.endswith(COMPENSATED):
+        return prune(pipe, mask)
+    kinds = tuple(kind for kind in config.kinds if kind != "modulation")
+    seen = calibration("obs", captions)
+    return prune_compensated(
+        pipe, mask, second_moments(pipe, seen, kinds=kinds, progress=False, **_sampling(config, seed))
+    )
+
+
+def calibration(method: str, captions: Sequence[str]) -> list[str]:
+    """The captions a method of ``ecodiff.methods`` watches: the first 32; 8 for occlusion, which draws them anew for
+    every part."""
+    return list(captions[: 8 if method == "occlusion" else 32])
+
+
+def _sampling(config: LearnConfig, seed: int) -> dict:
+    return {
+        "seed": seed,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "call": config.call,
+    }
 
 
 def compare(
@@ -97,10 +133,12 @@ def compare(
 ) -> dict[str, list[float]]:
     """One cell: prune by a method's scores, draw, and judge each picture.
 
-    ``seed`` is that of learning (or of the random scores) and of the noise pictures are drawn from. Method "original"
-    prunes nothing. Returns lists with one entry a picture: ``ssim`` (to the original's picture of the same
-    caption and noise), ``colour`` (1 where the background has the named colour), ``object`` (1 where the probe names
-    the object; empty without ``protocol.objects``).
+    ``seed`` is that of learning (or of the method's scores) and of the noise pictures are drawn from. Method "original"
+    prunes nothing; "obs+compensation", or any method so, also adapts the weights that stay.
+
+    Returns lists with one entry a picture: ``ssim`` (to the original's picture of the same caption and noise),
+    ``colour`` (1 where the background has the named colour), ``object`` (1 where the probe names the object; empty
+    without ``protocol.objects``).
     """
     described = {
         "weights": weights_hash(denoiser(pipe)),
@@ -112,9 +150,16 @@ def compare(
         "seed": seed,
         "protocol": asdict(protocol),
         "learned": {**describe(pipe, list(captions), replace(config, seed=seed)), "updates": config.updates}
-        if method == "learned"
+        if method.removesuffix(COMPENSATED) == "learned"
         else None,
     }
+    if method.endswith(COMPENSATED) or method not in ("original", "learned", "random", "magnitude"):
+        described["calibration"] = {
+            **_sampling(config, seed),
+            "captions": key({name: calibration(name, captions) for name in (method.removesuffix(COMPENSATED), "obs")}),
+            "kinds": config.kinds,
+            "version": 1,
+        }
 
     def judge() -> dict:
         scenes = protocol.scenes()
@@ -124,7 +169,7 @@ def compare(
         else:
             scores = scores_of(pipe, method, captions, config, seed, recompute)
             mask = make_mask(scores, find_sites(denoiser(pipe)), ratio)
-            drawn = _draw(prune(pipe, mask), scenes, seed, protocol)
+            drawn = _draw(pruned_by(pipe, method, mask, captions, config, seed), scenes, seed, protocol)
         return {
             "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],
             **judge_pictures(drawn, scenes, objects=protocol.objects),

@@ -1,9 +1,26 @@
-"""Ways to score units. A method is a function `scores(pipe, prompts, ...) -> {site name: float tensor [units]}`.
+"""Ways to score units. A method is a function `scores(pipe, prompts, *, kinds, **sampling) -> {site: fp32 [units]}`.
 
-The higher the score, the later the unit goes (`ecodiff.mask.make_mask`). A new method is one file and one line here.
+The higher the score, the later the unit goes (`ecodiff.mask.make_mask`). All take the fields of `Sampling` (seed,
+num_inference_steps, guidance_scale, batch_size, call, progress), whether they draw anything or not, so that one loop
+calls them all. A new method is one file and one line here.
 """
 
 from .magnitude import scores as magnitude
+from .obs import prune_compensated, second_moments
+from .obs import scores as obs
+from .occlusion import scores as occlusion
 from .random import scores as random
+from .sampling import Sampling
+from .taylor import scores as taylor
+from .wanda import scores as wanda
 
-METHODS = {"random": random, "magnitude": magnitude}
+METHODS = {
+    "random": random,
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "taylor": taylor,
+    "occlusion": occlusion,
+    "obs": obs,
+}
+
+__all__ = [*METHODS, "METHODS", "Sampling", "prune_compensated", "second_moments"]

@@ -10,10 +10,11 @@ from ..sites import find_sites
 
 
 @torch.no_grad()
-def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward")) -> dict[str, Tensor]:
+def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), **sampling) -> dict[str, Tensor]:
     """Mean absolute weight over the rows that write a unit and the columns that read it, {site name: fp32 [units]}.
 
-    A mean, not a norm, so that heads of different widths compare. Biases are left out; `prompts` is not used.
+    A mean, not a norm, so that heads of different widths compare. Biases are left out, prompts and
+    sampling not used.
     """
     model = denoiser(pipe)
     result = {}

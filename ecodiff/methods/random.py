@@ -9,8 +9,11 @@ from ..pipelines import denoiser
 from ..sites import find_sites
 
 
-def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int = 0) -> dict[str, Tensor]:
-    """Uniform numbers in [0, 1), {site name: fp32 [units]}; the same for the same seed. `prompts` is not used."""
+def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int = 0, **sampling) -> dict[str, Tensor]:
+    """Uniform numbers in [0, 1), {site name: fp32 [units]}; the same for the same seed.
+
+    Prompts and other settings are not used.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(site.units, generator=generator) for name, site in find_sites(denoiser(pipe), kinds).items()

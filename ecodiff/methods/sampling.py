@@ -1,0 +1,166 @@
+"""What the methods that look at a running model share: drawing prompts with it while something watches each call.
+
+Nothing but final latents is kept. A method hooks the layers it wants to see, and adds up what it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import EcoDiffError
+from ..pipelines import denoiser
+from ..prompts import checked_prompts, collate, encoding_once
+from ..sites import Site, Span, find_sites
+from ..trajectory import frozen, private_copy
+
+KINDS = ("attention", "feed_forward")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the calibration prompts are drawn. Prompt i has a noise of its own, made from ``seed`` and i, on the CPU."""
+
+    seed: int = 0
+    num_inference_steps: int = 8
+    guidance_scale: float | None = None
+    """None: the pipeline's own default. With guidance both halves of a call count as samples."""
+    batch_size: int = 8
+    call: Mapping = field(default_factory=dict)
+    """Further arguments of the pipeline's call (height, width, ...)."""
+    progress: bool = True
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise EcoDiffError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass
+class Clock:
+    """Where a running trajectory is: in scheduler step ``step`` of ``steps``, 0 the noisiest."""
+
+    step: int = 0
+    scheduler: object = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser in a trajectory, made in scheduler step ``step``."""
+
+    step: int
+    args: tuple
+    kwargs: dict
+    output: object
+
+
+def draw(
+    pipe,
+    prompts: Sequence,
+    sampling: Sampling,
+    *,
+    label: str = "trajectories",
+    each_call: Callable[[Call], None] | None = None,
+    each_batch: Callable[[Tensor, object], None] | None = None,
+    clock: Clock | None = None,
+) -> Tensor:
+    """Final latents of all prompts, fp32 [N, ...] as the pipeline lays them out; ``pipe`` is left as it was.
+
+    ``each_call`` sees every call of the denoiser after it ran; ``each_batch`` the final latents of a batch and the
+    scheduler as the loop left it; ``clock`` is kept right for hooks that read it. Raises EcoDiffError for no or empty
+    prompts, or a loop that returns no latents.
+    """
+    prompts = checked_prompts(prompts, label)
+    runner = encoding_once(private_copy(pipe))
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    guidance = {} if sampling.guidance_scale is None else {"guidance_scale": sampling.guidance_scale}
+    clock = clock or Clock()
+    clock.scheduler, original_step = runner.scheduler, runner.scheduler.step
+
+    @wraps(original_step)  # pipelines look at its signature
+    def counted(*args, **kwargs):
+        clock.step += 1
+        return original_step(*args, **kwargs)
+
+    def hook(module, args, kwargs, output):
+        each_call(Call(clock.step, args, kwargs, output))
+
+    runner.scheduler.step = counted
+    handle = denoiser(pipe).register_forward_hook(hook, with_kwargs=True) if each_call else None
+    parts = []
+    bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
+    try:
+        with torch.no_grad(), frozen(*modules), bar:
+            for first in range(0, len(prompts), sampling.batch_size):
+                batch = prompts[first : first + sampling.batch_size]
+                clock.step = 0
+                numbers = range(first, first + len(batch))
+                latents = runner(
+                    num_inference_steps=sampling.num_inference_steps,
+                    generator=[torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers],
+                    output_type="latent",
+                    return_dict=False,
+                    **collate(batch),
+                    **guidance,
+                    **sampling.call,
+                )[0]
+                if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
+                    raise EcoDiffError(
+                        f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
+                    )
+                parts.append(latents.float())
+                if each_batch:
+                    each_batch(latents, runner.scheduler)
+                bar.update(len(batch))
+    finally:
+        if handle:
+            handle.remove()
+    return torch.cat(parts)
+
+
+def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False) -> dict[str, Site]:
+    """The sites of these kinds; raises EcoDiffError where there is none or, with ``readers``, no layer reads one."""
+    sites = find_sites(denoiser(pipe), kinds)
+    if not sites:
+        raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(kinds)}.")
+    for site in sites.values():
+        if readers and not site.readers:
+            raise EcoDiffError(f"{site.name}: no layer reads the units of kind {site.kind!r}, so leave this kind out.")
+    return sites
+
+
+@contextmanager
+def reading(model: nn.Module, sites: Mapping[str, Site], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, ``see(layer name, input [rows, channels])`` is called whenever a layer runs that reads units."""
+    layers = dict.fromkeys(span.layer for site in sites.values() for span in site.readers)
+
+    def hook(layer):
+        return lambda module, args: see(layer, args[0].detach().flatten(0, -2))
+
+    handles = [model.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def columns(span: Span, units: int) -> slice:
+    """The columns (or rows) of a layer that belong to all units of a span, in their order."""
+    return slice(span.offset, span.offset + units * span.size)
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
