@@ -60,6 +60,24 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert fullsize.preset(p.id) is not None
 
 
+SOURCED = {
+    path.stem: entry["source"]
+    for path in fullsize.FOLDER.glob("*.json")
+    if "source" in (entry := json.loads(path.read_text()))
+}
+
+
+@pytest.mark.parametrize("name", SOURCED)
+def test_presets_fill_the_published_weights_file(name):
+    source, network = SOURCED[name], fullsize.preset(name).build()
+    width = getattr(torch, source["weights_dtype"]).itemsize
+    size = width * sum(tensor.numel() for tensor in network.state_dict().values())
+    if "weights_bytes" in source:  # what the file has beside its tensors is a header of names and shapes
+        assert 0 < source["weights_bytes"] - size < 150 * len(network.state_dict())
+    else:  # printed to hundredths, each file on its own
+        assert abs(sum(source["weights_gb"]) - size / 1e9) <= 0.005 * len(source["weights_gb"]) + 1e-9
+
+
 def test_presets_are_all_tested():
     assert set(fullsize.names()) == set(PARAMETERS)
 

@@ -112,13 +112,18 @@ class Geometry:
     text_tokens: int
 
 
+def known(denoiser: nn.Module) -> bool:
+    """Whether `inputs` knows the arguments of a denoiser of this class."""
+    return type(denoiser).__name__.removeprefix("Pruned") in INPUTS
+
+
 def inputs(denoiser: nn.Module, geometry: Geometry) -> tuple[dict, str]:
     """Shapes of the arguments of one denoiser call as `trace.trace` takes them, and the name of the latents among them.
 
     Raises EcoDiffError for a class whose arguments are not known here.
     """
     name = type(denoiser).__name__.removeprefix("Pruned")
-    if name not in INPUTS:
+    if not known(denoiser):
         raise EcoDiffError(
             f"The arguments of {name} are not known here: pass a loaded pipeline, whose call shows them."
         )
