@@ -1,6 +1,17 @@
 """Numbers as the paper prints them, kept apart from everything computed: ``data/paper/*.csv``.
 
 Nothing here is measured or corrected. A chapter that shows one of these numbers says *published*.
+
+    table1                  main comparison: FID, CLIP and SSIM on two sets, GFLOP, parameters (* ratios are speed-ups)
+    table2, table3          training configurations of FLUX and SDXL, as parameter and value
+    table4, table9          the weight β of the regulariser, SDXL and FLUX
+    table5, table10         the number of training prompts, SDXL and FLUX
+    table6, table7          SD2; FLUX-dev and the step-distilled FLUX-schnell
+    table8                  light retraining
+    table11                 global and local thresholds
+    table12                 hours, memory and carbon
+    claims                  numbers of the text and the captions, by name
+    sdxl_lambda             not printed: the authors' published λ of SDXL, one row a module
 """
 
 from __future__ import annotations
@@ -10,18 +21,38 @@ import csv
 from .errors import EcoDiffError
 from .paths import data_file
 
-TABLES = ("table1", "table12", "claims", "sdxl_lambda")
+TABLES = (*(f"table{i}" for i in range(1, 13)), "claims", "sdxl_lambda")
 
 
 def table(name: str) -> list[dict]:
-    """Rows of a table: "table1", "table12", "claims", or "sdxl_lambda" (the authors' published λ, one row a module).
+    """Rows of a table, one of ``TABLES``: a dict a row, {column: number, text or None}.
 
-    Entries that are numbers are numbers; an empty entry is None. Raises EcoDiffError for another name.
+    A column of numbers is all int or all float; an empty entry is None: not printed, or not applicable. Column names
+    end in their unit; ratios are shares (10 % is 0.1). ``bold`` names the columns that the paper prints in bold. Raises
+    EcoDiffError for another name.
     """
     if name not in TABLES:
         raise EcoDiffError(f"There is no published table {name!r} here: {', '.join(TABLES)}.")
     with open(data_file(f"paper/{name}.csv"), encoding="utf-8", newline="") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file, strict=True))
+    columns = {column: _typed([row[column] for row in rows]) for column in rows[0]}
+    return [{column: values[i] for column, values in columns.items()} for i in range(len(rows))]
+
+
+def row(name: str, **columns) -> dict:
+    """The one row of a table whose columns have these values: ``row("table1", model="SDXL", ratio=0.2, ...)``.
+
+    Raises EcoDiffError where none or several fit.
+    """
+    found = [row for row in table(name) if all(row.get(column) == value for column, value in columns.items())]
+    if len(found) != 1:
+        raise EcoDiffError(f"{name}.csv has {len(found)} rows with {columns}, not one.")
+    return found[0]
+
+
+def setting(name: str, parameter: str):
+    """A value of the training configurations "table2" (FLUX) and "table3" (SDXL)."""
+    return row(name, parameter=parameter)["value"]
 
 
 def claim(name: str) -> float:
@@ -30,6 +61,13 @@ def claim(name: str) -> float:
     if not found:
         raise EcoDiffError(f"There is no published claim {name!r} in claims.csv.")
     return found[0]
+
+
+def _typed(texts: list[str]) -> list:
+    values = [_value(text) for text in texts]
+    if float in map(type, values) and str not in map(type, values):
+        return [None if value is None else float(value) for value in values]
+    return values
 
 
 def _value(text: str):

@@ -1,0 +1,79 @@
+"""Published numbers: all tables load with the types they should have, and known arithmetic holds between them."""
+
+import pytest
+
+from ecodiff import paper
+from ecodiff.errors import EcoDiffError
+
+TEXT = {"model", "method", "parameter", "scope", "retrained", "bold", "name", "unit", "where", "site", "kind"}
+
+
+@pytest.mark.parametrize("name", paper.TABLES)
+def test_entries_have_the_type_of_their_column(name):
+    rows = paper.table(name)
+    assert rows
+    for row in rows:
+        assert None not in row  # no row is longer than the head
+        for column, value in row.items():
+            if column in TEXT:
+                assert value is None or isinstance(value, str), (name, column, value)
+            elif name not in ("table2", "table3"):
+                assert value is None or isinstance(value, (int, float)), (name, column, value)
+        for column in row.keys() & {"coco_clip", "flickr_clip", "coco_ssim", "flickr_ssim", "ratio"}:
+            assert row[column] is None or 0 <= row[column] <= 1
+        assert row.get("coco_fid") is None or row["coco_fid"] > 25
+
+
+@pytest.mark.parametrize("name", [name for name in paper.TABLES if name not in ("table2", "table3")])
+def test_columns_have_one_type(name):
+    rows = paper.table(name)
+    for column in rows[0]:
+        assert len({type(row[column]) for row in rows if row[column] is not None}) <= 1, column
+    for column in rows[0].keys() & {"gflop", "size", "units"}:
+        assert all(row[column] is None or isinstance(row[column], int) for row in rows)
+    assert all(isinstance(row["ratio"], float) for row in rows if "ratio" in row)
+
+
+def test_configurations_are_typed():
+    assert paper.setting("table2", "lr_feed_forward") == 1 and paper.setting("table3", "weight_decay") == 0.01
+    assert paper.setting("table2", "optimizer") == "Adam"
+    names = [[row["parameter"] for row in paper.table(name)] for name in ("table2", "table3")]
+    assert names[0] == names[1]
+
+
+def test_names_of_claims_are_unique():
+    names = [row["name"] for row in paper.table("claims")]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("model", ["SDXL", "FLUX"])
+def test_pruned_gflop_is_nominal(model):
+    rows = [row for row in paper.table("table1") if row["model"] == model and row["gflop"] is not None]
+    assert len(rows) == 5
+    for row in rows:
+        assert abs(row["gflop"] - (1 - row["ratio"]) * rows[0]["gflop"]) <= 500  # printed to thousands
+
+
+def test_carbon_is_one_factor_times_gpu_hours():
+    for row in paper.table("table12"):
+        assert row["carbon_g"] == pytest.approx(75 * row["gpu_hours"])
+
+
+def test_originals_agree_between_tables():
+    for column in ("coco_fid", "coco_clip", "flickr_fid", "flickr_clip"):
+        sdxl = [paper.row(name, model="SDXL", method="Original")[column] for name in ("table1", "table8", "table11")]
+        assert len(set(sdxl)) == 1
+        flux = paper.row("table1", model="FLUX", method="Original")[column]
+        assert flux == paper.row("table7", model="FLUX Schnell", ratio=0)[column]
+        for ratio in (0.1, 0.15):
+            pruned = paper.row("table1", model="FLUX", method="EcoDiff", ratio=ratio)[column]
+            assert pruned == paper.row("table7", model="FLUX Schnell", ratio=ratio)[column]
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(EcoDiffError, match="no published table 'table13'"):
+        paper.table("table13")
+    with pytest.raises(EcoDiffError, match="no published claim 'price'"):
+        paper.claim("price")
+    with pytest.raises(EcoDiffError, match="has 2 rows with"):
+        paper.row("table6", method="EcoDiff")
