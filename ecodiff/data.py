@@ -112,7 +112,15 @@ def _noun(name: str) -> str:
     return f"{object_table()[name]['article']} {name}"
 
 
-def _caption(rng: np.random.Generator, objects: tuple[str, ...], colour: str, relation: str) -> str:
+def caption(objects: tuple[str, ...], colour: str, relation: str = "", wording: int = 0) -> str:
+    """The caption that states these facts; ``wording`` 0, 1 or 2 chooses how it names the background.
+
+    Raises EcoDiffError for an unknown object, colour or relation.
+    """
+    words = [(name, object_table()) for name in objects] + [(colour, COLOURS), (relation, ("", *RELATIONS))]
+    for value, known in words:
+        if value not in known:
+            raise EcoDiffError(f"{value!r} is no word of the OpenMoji scenes: take one of {', '.join(known)}.")
     nouns = [_noun(name) for name in objects]
     if len(nouns) == 1:
         subject = nouns[0]
@@ -122,7 +130,7 @@ def _caption(rng: np.random.Generator, objects: tuple[str, ...], colour: str, re
         subject = f"{', '.join(nouns[:-1])} and {nouns[-1]}"
     article = "an" if colour[0] in "aeiou" else "a"
     ending = (f"on {article} {colour} background", f"on {colour}", f"in front of {article} {colour} background")
-    return f"{subject} {ending[rng.integers(3)]}"
+    return f"{subject} {ending[wording]}"
 
 
 def _layout(rng: np.random.Generator, count: int, relation: str) -> tuple[tuple[int, int, int], ...]:
@@ -176,8 +184,8 @@ def scene(index: int, split: str = "train", count: int | None = None) -> Scene:
     # Two objects: half of the captions name the relation, the others leave the order (left, right) to the listing.
     relation = RELATIONS[rng.integers(4)] if count == 2 and rng.integers(2) else ""
     boxes = _layout(rng, count, relation)
-    caption = _caption(rng, objects, colour, relation)
-    return Scene(index, split, render(objects, colour, boxes), caption, objects, colour, relation, boxes)
+    text = caption(objects, colour, relation, int(rng.integers(3)))
+    return Scene(index, split, render(objects, colour, boxes), text, objects, colour, relation, boxes)
 
 
 def scenes(split: str = "train", n: int | None = None, start: int = 0, count: int | None = None) -> Iterator[Scene]:

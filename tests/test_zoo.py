@@ -1,94 +1,223 @@
-"""Recipes: the smoke size of a recipe trains, goes on after a kill to the same weights, and saves a plain pipeline."""
+"""Recipes: every one trains in its smoke size, goes on after a kill to the same weights, and saves a plain folder."""
 
 import json
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+import ecodiff
 from ecodiff import data
 from ecodiff.errors import EcoDiffError
+from ecodiff.judge import Judge
 from ecodiff.paths import data_dir
-from ecodiff.zoo import build, store
+from ecodiff.zoo import build, fit, recipes, store
 from ecodiff.zoo.__main__ import main
-from ecodiff.zoo.train import train
+from ecodiff.zoo.train import plan, train
+
+PIPELINES = {
+    "openmoji-sd2": "StableDiffusionPipeline",
+    "openmoji-sdxl": "StableDiffusionXLPipeline",
+    "openmoji-flux-dev": "FluxPipeline",
+    "openmoji-flux-schnell": "FluxPipeline",
+}
 
 
-@pytest.fixture(scope="module")
-def recipe():
+def tiny(name, steps=2):
     """The smoke recipe, smaller still: the same code in seconds."""
-    smoke = build.load_recipe("openmoji-sdxl", smoke=True)
-    for stage in ("vae", "denoiser", "decoder"):
-        smoke[stage]["train"] |= {"steps": 2, "batch_size": 2, "warmup": 1}
-    smoke["tokenizer"]["captions"] = 50
-    return smoke
+    recipe = recipes.load_recipe(name, smoke=True)
+    for stage in recipe["stages"]:
+        recipe[stage]["train"] |= {"steps": steps, "batch_size": 2, "warmup": 1}
+    if "tokenizer" in recipe:
+        recipe["tokenizer"]["captions"] = 50
+    return recipe
 
 
 @pytest.fixture(scope="module")
-def trained(recipe, tmp_path_factory):
-    return train(recipe, tmp_path_factory.mktemp("run"))
+def family(tmp_path_factory):
+    """Every model, trained for two steps and saved: (models in memory, their folder, their weights in full)."""
+    folder, models, exact = tmp_path_factory.mktemp("models"), {}, {}
+    for name in recipes.training_order():
+        recipe = tiny(name)
+        models[name], log = train(recipe, folder / "runs" / name, folder)
+        exact[name] = {key: value.clone() for key, value in weights(models[name]).items()}
+        store.save(models[name], recipe, log, folder / name)  # rounds to fp16
+    return models, folder, exact
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(recipe, trained, tmp_path, monkeypatch):
-    from ecodiff.zoo import train as module
-
-    whole = module.fit
-
-    def killed_in_the_denoiser(name, modules, loss_of, options, folder, seed, save_every=250):
-        if name != "denoiser":
-            return whole(name, modules, loss_of, options, folder, seed, save_every)
-
-        def loss_then_kill(step, scenes, generator):
-            if step == 1:
-                raise KeyboardInterrupt
-            return loss_of(step, scenes, generator)
-
-        return whole(name, modules, loss_then_kill, options, folder, seed, save_every=1)
-
-    monkeypatch.setattr(module, "fit", killed_in_the_denoiser)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path)
-    monkeypatch.setattr(module, "fit", whole)
-    pipe, _ = train(recipe, tmp_path)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        first, second = getattr(trained[0], name).state_dict(), getattr(pipe, name).state_dict()
-        assert all(torch.equal(first[key], second[key]) for key in first), name
+def weights(model):
+    parts = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
-def test_saved_pipeline_is_plain_diffusers_and_reads_its_captions(recipe, trained, tmp_path):
-    pipe, log = trained
-    store.save(pipe, recipe, log, tmp_path / "model")
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "model")
-    assert type(loaded).__name__ == "StableDiffusionXLPipeline" and loaded.unet.dtype == torch.float32
-    assert loaded.text_encoder.dtype == loaded.text_encoder_2.dtype == torch.float32
+def test_each_recipe_comes_after_what_it_starts_from():
+    order = recipes.training_order()
+    assert sorted(order) == recipes.recipe_ids() == sorted([*PIPELINES, "openmoji-clip"])
+    for name in order:
+        assert all(order.index(other) < order.index(name) for other in recipes.needs(recipes.load_recipe(name)))
+
+
+@pytest.mark.parametrize("name", recipes.recipe_ids())
+def test_plan_says_steps_and_minutes_before_the_start(name):
+    recipe = recipes.load_recipe(name)
+    text = plan(recipe)
+    assert set(recipe["minutes"]) == set(recipe["stages"]) and f"{sum(recipe['minutes'].values())} minutes" in text
+    assert all(f"{stage} {recipe[stage]['train']['steps']} steps" in text for stage in recipe["stages"])
+
+
+def test_the_family_fits_its_budget(family):
+    models = family[0]
+    megabytes = {name: 2 * build.parameters(model) / 1e6 for name, model in models.items()}
+    assert sum(megabytes.values()) < 79, megabytes  # the probe takes 1 MB more
+    assert megabytes["openmoji-clip"] < 3.5
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_saved_pipeline_is_plain_diffusers_and_draws(family, name):
+    folder = family[1] / name
+    loaded = DiffusionPipeline.from_pretrained(folder)
+    assert type(loaded).__name__ == PIPELINES[name]
+    parts = [part for part in loaded.components.values() if isinstance(part, torch.nn.Module)]
+    assert {part.dtype for part in parts} == {torch.float32}
     loaded.set_progress_bar_config(disable=True)
-    picture = loaded("a cat on green", num_inference_steps=1, output_type="np").images
-    assert picture.shape == (1, 64, 64, 3)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    sampling = {**recipes.load_recipe(name)["sampling"], "num_inference_steps": 1}
+    assert loaded("a cat on green", output_type="np", **sampling).images.shape == (1, 64, 64, 3)
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_every_caption_fits_the_tokenizer(trained):
-    tokenizer = trained[0].tokenizer
+def test_the_saved_judge_is_plain_transformers(family):
+    judge = Judge.load(family[1] / "openmoji-clip")
+    assert type(judge.model).__name__ == "CLIPModel" and judge.model.dtype == torch.float32
+    assert judge.text_features(["a cat on red"]).shape == (1, 96)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_sites_of_the_family(family, name):
+    pipe = family[0][name]
+    sites = ecodiff.find_sites(ecodiff.denoiser(pipe)).values()
+    kinds = [site.kind for site in sites]
+    if name.startswith("openmoji-flux"):  # a double block has a feed-forward for the picture and one for the text
+        double, single = pipe.transformer.config.num_layers, pipe.transformer.config.num_single_layers
+        assert (kinds.count("attention"), kinds.count("feed_forward")) == (double + single, 2 * double + single)
+    else:
+        blocks = sum(type(m).__name__ == "BasicTransformerBlock" for m in pipe.unet.modules())
+        assert (kinds.count("attention"), kinds.count("feed_forward")) == (2 * blocks, blocks)
+    if name == "openmoji-sd2":  # heads of one width, as in SD2
+        assert {m.inner_dim // m.heads for m in pipe.unet.modules() if type(m).__name__ == "Attention"} == {16}
+
+
+@pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-schnell"])
+def test_gates_are_learned_and_a_pruned_one_draws(family, name):
+    pipe = family[0][name]
+    sampling = dict(recipes.load_recipe(name)["sampling"])
+    steps, guidance = 1, sampling.pop("guidance_scale")
+    sampling.pop("num_inference_steps")
+    config = ecodiff.LearnConfig(
+        updates=2, batch_size=1, num_inference_steps=steps, guidance_scale=guidance, call=sampling
+    )
+    gates = ecodiff.learn(pipe, ["a cat on red", "a dog on blue"], config)
+    small = ecodiff.prune(pipe, gates.mask(ratio=0.2))
+    assert build.parameters(small) < build.parameters(pipe)
+    pictures = ecodiff.generate(
+        small, ["a cat on red"], [0], num_inference_steps=1, guidance_scale=guidance, progress=False, **sampling
+    )
+    assert pictures.shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", recipes.recipe_ids())
+def test_a_killed_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch, name):
+    _, folder, exact = family
+    replace, last = fit.os.replace, recipes.load_recipe(name)["stages"][-1]
+
+    def killed_after_the_first_checkpoint(source, target):
+        replace(source, target)
+        if Path(target).name == f"{last}.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "SAVE_EVERY", 1)
+    monkeypatch.setattr(fit.os, "replace", killed_after_the_first_checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(name), tmp_path, folder)
+    monkeypatch.setattr(fit.os, "replace", replace)
+    saved = torch.load(tmp_path / f"{last}.pt", weights_only=True)
+    assert saved["state"]["step"] == 1
+    resumed = weights(train(tiny(name), tmp_path, folder)[0])
+    assert resumed.keys() == exact[name].keys()
+    assert all(torch.equal(value, exact[name][key]) for key, value in resumed.items())
+
+
+def test_dev_follows_its_guidance_number_and_schnell_starts_as_dev_at_three(family):
+    dev = deepcopy(family[0]["openmoji-flux-dev"].transformer)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(dev.proj_out.weight, std=0.1, generator=generator)
+    call = {
+        "hidden_states": torch.randn(2, 64, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 24, 128, generator=generator),
+        "pooled_projections": torch.randn(2, 96, generator=generator),
+        "timestep": torch.tensor([0.3, 0.9]),
+        "img_ids": torch.zeros(64, 3),
+        "txt_ids": torch.zeros(24, 3),
+    }
+    folded = build.fold_guidance(dev, 3.0)
+    assert not folded.config.guidance_embeds
+    with torch.no_grad():
+        at_three, at_one = (dev(**call, guidance=torch.full((2,), scale)).sample for scale in (3.0, 1.0))
+        assert torch.allclose(folded(**call).sample, at_three, atol=1e-4)
+    assert not torch.allclose(at_one, at_three, atol=1e-4)
+
+
+def test_flux_latents_are_packed_and_centred(family):
+    from ecodiff.zoo.stages import encode
+
+    pipe, scenes = family[0]["openmoji-flux-dev"], list(data.scenes("train", 64))
+    latents = encode(pipe, scenes)
+    assert latents.shape == (64, 64, 16) and abs(latents.mean().item()) < 0.02
+
+
+def test_every_caption_fits_the_tokenizers(family):
+    pipe = family[0]["openmoji-flux-dev"]
     for caption in data.prompts("train", 300) + data.prompts("heldout", 100):
-        assert len(tokenizer(caption).input_ids) <= tokenizer.model_max_length
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+            assert len(tokenizer(caption).input_ids) <= tokenizer.model_max_length
+        assert pipe.tokenizer_2.unk_token_id not in pipe.tokenizer_2(caption).input_ids
 
 
-def test_the_tokenizer_is_the_same_each_time(recipe):
-    first, second = (build.clip_tokenizer(recipe).get_vocab() for _ in range(2))
-    assert first == second
+def test_the_tokenizers_are_the_same_each_time():
+    for make in (build.clip_tokenizer, build.t5_tokenizer):
+        assert make(tiny("openmoji-flux-dev")).get_vocab() == make(tiny("openmoji-flux-dev")).get_vocab()
 
 
-def test_other_options_do_not_continue_a_run(recipe, trained, tmp_path):
-    changed = {**recipe, "vae": {**recipe["vae"], "train": {**recipe["vae"]["train"], "lr": 1e-4}}}
-    train_vae = __import__("ecodiff.zoo.train", fromlist=["train_vae"]).train_vae
-    train_vae(build.build_pipeline(recipe), recipe, tmp_path)
+def test_other_options_do_not_continue_a_run(tmp_path):
+    recipe = tiny("openmoji-clip")
+    train(recipe, tmp_path)
+    recipe["contrast"]["train"]["lr"] = 1e-4
     with pytest.raises(EcoDiffError, match="other training options"):
-        train_vae(build.build_pipeline(changed), changed, tmp_path)
+        train(recipe, tmp_path)
+
+
+def test_another_vae_does_not_continue_a_run(family, tmp_path):
+    recipe, folder = tiny("openmoji-sd2"), family[1]
+    train(recipe, tmp_path / "run", folder)
+    other = DiffusionPipeline.from_pretrained(folder / "openmoji-sdxl")
+    torch.nn.init.ones_(other.vae.decoder.conv_out.bias)
+    store.save(other, tiny("openmoji-sdxl"), {}, tmp_path / "models" / "openmoji-sdxl")
+    with pytest.raises(EcoDiffError, match="another VAE or teacher"):
+        train(recipe, tmp_path / "run", tmp_path / "models")
 
 
 def test_unknown_recipe_is_one_sentence(capsys):
     assert main(["train", "openmoji-sd9"]) == 2
     assert "there is no recipe 'openmoji-sd9'" in capsys.readouterr().err.lower()
+
+
+def test_a_missing_teacher_is_one_sentence(capsys, tmp_path):
+    arguments = ["--smoke", "--runs", str(tmp_path), "--models", str(tmp_path / "none")]
+    assert main(["distill", *arguments]) == 2
+    assert "openmoji-flux-schnell starts from openmoji-flux-dev" in capsys.readouterr().err
+    assert main(["train", "openmoji-sd2", *arguments]) == 2
+    assert "openmoji-sd2 starts from openmoji-sdxl" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (data_dir() / store.MANIFEST).exists(), reason="no data files are stored yet")
@@ -98,8 +227,8 @@ def test_stored_files_are_those_of_the_manifest():
     assert {path.relative_to(data_dir()).as_posix() for path in store.data_files()} == listed
 
 
-@pytest.mark.skipif(not store.stored_ids(), reason="no trained pipeline is stored yet")
-def test_stored_pipelines_load_and_draw_their_fixed_picture():
+@pytest.mark.skipif(not store.stored_ids(), reason="no trained model is stored yet")
+def test_stored_models_load_and_draw_their_fixed_picture():
     for name in store.stored_ids():
         assert store.check(name).startswith("ok")
         card = (data_dir() / "models" / name / "README.md").read_text()

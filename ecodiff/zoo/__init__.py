@@ -1,10 +1,11 @@
-"""The embedded family: recipes, training, checking and model cards of the small pipelines under ``data/models``.
+"""The embedded family: recipes, training, checking and model cards of the small models under ``data/models``.
 
     python -m ecodiff.zoo list
     python -m ecodiff.zoo train openmoji-sdxl          # resumable; checkpoints under .runs/
+    python -m ecodiff.zoo train all --smoke            # a few steps of each, into .runs/smoke
     python -m ecodiff.zoo evaluate openmoji-sdxl       # the numbers of the model card
     python -m ecodiff.zoo check                        # checksums, plain loading, one fixed picture each
 
 An embedded pipeline is an ordinary diffusers folder: ``DiffusionPipeline.from_pretrained`` loads it without this
-package.
+package. The judge is an ordinary folder of transformers.
 """

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 from ..errors import EcoDiffError
 from ..paths import data_dir, root
 
+SHORT = {"distill": "openmoji-flux-schnell", "judge": "openmoji-clip"}  # commands that train one model
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ecodiff.zoo", description="Train and check the embedded pipelines."
+        prog="python -m ecodiff.zoo", description="Train and check the embedded models."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="ids of the recipes, and which of them have trained weights here")
-    train = commands.add_parser("train", help="train a pipeline by its recipe (hours on a CPU; goes on after a kill)")
-    train.add_argument("id", help="id of a recipe, such as openmoji-sdxl")
-    train.add_argument("--smoke", action="store_true", help="a few steps of everything: shows that the recipe runs")
-    train.add_argument("--runs", type=Path, default=root() / ".runs", help="folder of checkpoints (default: .runs)")
-    train.add_argument("--out", type=Path, help="folder of the pipeline (default: data/models/ID)")
+    train = commands.add_parser("train", help="train a model by its recipe (goes on after a kill)")
+    train.add_argument("id", help="id of a recipe, such as openmoji-sdxl; or all, each after those it starts from")
+    distil = commands.add_parser("distill", help=f"train {SHORT['distill']}, from its teacher")
+    judge = commands.add_parser("judge", help=f"train {SHORT['judge']}, then fit the object probe, on real scenes")
+    for command in (train, distil, judge):
+        command.add_argument("--smoke", action="store_true", help="a few steps of everything: shows that it runs")
+        command.add_argument("--runs", type=Path, default=root() / ".runs", help="checkpoints (default: .runs)")
+        command.add_argument("--models", type=Path, help="trained models to start from (default: data/models)")
+        command.add_argument("--out", type=Path, help="folder of the result (default: ID in the folder of the models)")
     evaluate = commands.add_parser("evaluate", help="measure what the model card states, and write the card")
     evaluate.add_argument("id")
-    evaluate.add_argument("--prompts", type=int, default=200, help="number of one-object prompts (default: 200)")
-    commands.add_parser("judge", help="fit the object probe on real scenes")
-    check = commands.add_parser("check", help="verify checksums, load with plain diffusers, redraw one fixed picture")
-    check.add_argument("id", nargs="?", help="only this pipeline")
+    evaluate.add_argument("--prompts", type=int, default=500, help="captions an evaluation set (default: 500)")
+    evaluate.add_argument("--seeds", type=int, default=3, help="noises a caption (default: 3)")
+    check = commands.add_parser("check", help="verify checksums, load plainly, redraw one fixed picture each")
+    check.add_argument("id", nargs="?", help="only this model")
     options = parser.parse_args(arguments)
     try:
         return _run(options)
@@ -37,34 +44,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # Imported here so that --help answers at once.
-    from . import build, store
+    from . import recipes, store
 
     if options.command == "list":
-        for name in build.recipe_ids():
-            trained = (data_dir() / "models" / name / "model_index.json").exists()
-            state = "trained" if trained else "not trained here"
-            print(f"{name:24s} {build.load_recipe(name)['stands_for']:16s} {state}")
-    elif options.command == "train":
-        from .train import train
+        for name in recipes.recipe_ids():
+            state = "trained" if name in store.stored_ids() else "not trained here"
+            print(f"{name:24s} {recipes.load_recipe(name)['stands_for']:20s} {state}")
+    elif options.command in ("train", *SHORT):
+        name = SHORT.get(options.command) or options.id
+        if name == "all" and options.out:
+            raise EcoDiffError("--out names one folder, but several models are trained: give --models.")
+        for one in recipes.training_order() if name == "all" else [name]:
+            _train(one, options)
+        if options.command == "judge" and not options.smoke:
+            from .card import fit_probe
 
-        recipe = build.load_recipe(options.id, options.smoke)
-        pipe, log = train(recipe, options.runs / (options.id + ("-smoke" if options.smoke else "")))
-        folder = options.out or (data_dir() / "models" / options.id)
-        store.save(pipe, recipe, log, folder)
-        print(f"saved to {folder}; next: python -m ecodiff.zoo evaluate {options.id}")
-    elif options.command == "judge":
-        from .card import fit_probe
-
-        print(f"the probe names {100 * fit_probe():.1f} % of held-out real scenes")
-        store.write_checksums()
+            print(f"the probe names {100 * fit_probe():.1f} % of held-out real scenes")
+            store.write_checksums()
     elif options.command == "evaluate":
-        for name, value in store.evaluate(options.id, options.prompts).items():
-            print(f"{name:32s} {value}")
+        for name, value in store.evaluate(options.id, options.prompts, options.seeds).items():
+            print(f"{name:56s} {value}")
     else:
-        names = [options.id] if options.id else store.stored_ids()
-        for name in names:
+        for name in [options.id] if options.id else store.stored_ids():
             print(f"{name}: {store.check(name)}")
     return 0
+
+
+def _train(name: str, options: argparse.Namespace) -> None:
+    from . import recipes, store
+    from .train import plan, train
+
+    recipe = recipes.load_recipe(name, options.smoke)
+    checkpoints = options.runs / (name + ("-smoke" if options.smoke else ""))
+    # A smoke run starts afresh, from smoke models, and never writes where trained models are kept.
+    models = options.models or (options.runs / "smoke" if options.smoke else data_dir() / "models")
+    if options.smoke:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    print(plan(recipe), flush=True)
+    model, log = train(recipe, checkpoints, models)
+    folder = options.out or models / name
+    store.save(model, recipe, log, folder)
+    print(f"saved to {folder}{'' if options.smoke else f'; next: python -m ecodiff.zoo evaluate {name}'}", flush=True)
 
 
 if __name__ == "__main__":

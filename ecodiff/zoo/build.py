@@ -1,86 +1,73 @@
-"""Empty (untrained) embedded pipelines from a recipe: tokenizers, text encoders, VAE, denoiser, scheduler.
+"""Models as a recipe starts them: tokenizers, text encoders, VAE, denoiser, scheduler; or the judge.
 
 Everything is a class of diffusers or transformers; nothing here is needed to load the result.
 """
 
 from __future__ import annotations
 
-import json
-from importlib import resources
+from pathlib import Path
 
 import diffusers
 import torch
-import yaml
 
 from .. import data
 from ..errors import EcoDiffError
+from ..pipelines import align
+from .recipes import load_recipe, recipe_ids, trained_folder
+from .tokens import clip_tokenizer, t5_tokenizer
 
-FIRST_CAPTION = 10_000_000  # tokenizers read captions of scenes that no model is trained on
-
-
-def recipe_ids() -> list[str]:
-    """Ids of the embedded pipelines: one YAML file each under ``ecodiff/zoo/configs``."""
-    folder = resources.files(__package__) / "configs"
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+__all__ = ["build", "clip_tokenizer", "fold_guidance", "load_recipe", "parameters", "recipe_ids", "t5_tokenizer"]
 
 
-def load_recipe(name: str, smoke: bool = False) -> dict:
-    """Read a recipe; with ``smoke`` its own ``smoke`` section is laid over it (a few steps of everything)."""
-    if name not in recipe_ids():
-        raise EcoDiffError(f"There is no recipe {name!r} to train: take one of {', '.join(recipe_ids())}.")
-    recipe = yaml.safe_load((resources.files(__package__) / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    override = recipe.pop("smoke", {})
-    return _merge(recipe, override) if smoke else recipe
+def build(recipe: dict, models: Path | None = None):
+    """The model of a recipe before training, seeded by it: a pipeline, or an ``ecodiff.judge.Judge``.
+
+    ``models`` is the folder with the trained models it starts from (left out: ``data/models``). Raises EcoDiffError
+    where one of those is missing, or for a class that no recipe here knows how to assemble.
+    """
+    if recipe["pipeline"] not in _ASSEMBLE:
+        raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['class']}: take one of {', '.join(_ASSEMBLE)}.")
+    torch.manual_seed(recipe["seed"])
+    return _ASSEMBLE[recipe["pipeline"]](recipe, models)
 
 
-def _merge(base: dict, override: dict) -> dict:
-    merged = dict(base)
-    for key, value in override.items():
-        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-    return merged
+def parameters(model) -> int:
+    """Number of parameters of all parts of a pipeline or judge; each takes two bytes on disk."""
+    parts = [part for part in model.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
-def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
-    """A byte-pair tokenizer of CLIP's class, learned on the captions' own words: one token a word, nearly always."""
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import CLIPTokenizer
-
-    options = recipe["tokenizer"]
-    blank = CLIPTokenizer()
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    learner.normalizer = blank.backend_tokenizer.normalizer
-    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    letters = "!,.'-abcdefghijklmnopqrstuvwxyz0123456789"
-    # All letters are named beforehand: left to itself the trainer numbers them in another order at each run.
-    first = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=options["vocab_size"], special_tokens=first, end_of_word_suffix="</w>", show_progress=False
-    )
-    # Every object and colour by name, then running captions for the small words and their frequencies.
-    texts = [f"{row['article']} {name}" for name, row in data.object_table().items()] * 20 + list(data.COLOURS) * 20
-    texts += data.prompts("train", options["captions"], start=FIRST_CAPTION)
-    learner.train_from_iterator(texts, trainer)
-    model = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=options["max_length"])
-
-
-def _text_encoder(recipe: dict, key: str, tokenizer):
+def _clip_text(recipe: dict, key: str, tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **recipe[key],
-    )
+    config = CLIPTextConfig(**_clip_words(tokenizer), **recipe[key])
     return (CLIPTextModelWithProjection if "projection_dim" in recipe[key] else CLIPTextModel)(config)
 
 
-def _vae(recipe: dict) -> diffusers.AutoencoderKL:
+def _clip_words(tokenizer) -> dict:
+    return {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _t5_encoder(recipe: dict, key: str, tokenizer):
+    from transformers import T5Config, T5EncoderModel
+
+    # Dropout would draw from the global random state, which a resumed run does not restore.
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **recipe[key]))
+
+
+def _vae(recipe: dict, models: Path | None) -> diffusers.AutoencoderKL:
+    """A new VAE, or the trained one of another model of the family, whose latents all its pipelines share."""
+    if lender := recipe["vae"].get("from"):
+        folder = trained_folder(lender, recipe["id"], models)
+        vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+        align(vae)
+        return vae
     config = recipe["vae"]["config"]
     levels = len(config["block_out_channels"])
     return diffusers.AutoencoderKL(
@@ -92,24 +79,116 @@ def _vae(recipe: dict) -> diffusers.AutoencoderKL:
     )
 
 
-def build_pipeline(recipe: dict) -> diffusers.DiffusionPipeline:
-    """The whole untrained pipeline of a recipe, seeded by it."""
-    torch.manual_seed(recipe["seed"])
-    scheduler = getattr(diffusers, recipe["scheduler"]["class"])(**recipe["scheduler"]["config"])
-    if recipe["pipeline"] != "StableDiffusionXLPipeline":
-        raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['pipeline']}, which cannot be assembled yet.")
+def _scheduler(recipe: dict):
+    return getattr(diffusers, recipe["scheduler"]["class"])(**recipe["scheduler"]["config"])
+
+
+def _silent(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _sdxl(recipe: dict, models: Path | None):
     # SDXL's two tokenizers differ in their padding token, and so do these.
     tokenizer, tokenizer_2 = clip_tokenizer(recipe), clip_tokenizer(recipe, pad_token="!")
     pipe = diffusers.StableDiffusionXLPipeline(
-        vae=_vae(recipe),
-        text_encoder=_text_encoder(recipe, "text_encoder", tokenizer),
-        text_encoder_2=_text_encoder(recipe, "text_encoder_2", tokenizer_2),
+        vae=_vae(recipe, models),
+        text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
+        text_encoder_2=_clip_text(recipe, "text_encoder_2", tokenizer_2),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=diffusers.UNet2DConditionModel(**recipe["denoiser"]["config"]),
-        scheduler=scheduler,
+        scheduler=_scheduler(recipe),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return _silent(pipe)
+
+
+def _sd(recipe: dict, models: Path | None):
+    tokenizer = clip_tokenizer(recipe)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=_vae(recipe, models),
+        text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(**recipe["denoiser"]["config"]),
+        scheduler=_scheduler(recipe),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _silent(pipe)
+
+
+def _flux(recipe: dict, models: Path | None):
+    if "teacher" in recipe:
+        return _flux_student(recipe, trained_folder(recipe["teacher"], recipe["id"], models))
+    tokenizer, tokenizer_2, vae = clip_tokenizer(recipe), t5_tokenizer(recipe), _vae(recipe, models)
+    if vae.config.shift_factor is None:  # FLUX subtracts the latents' mean, the other pipelines do not
+        with torch.no_grad():
+            pixels = data.images(list(data.scenes("train", 64))).float() / 127.5 - 1
+            mean = vae.encode(pixels).latent_dist.mean.mean().item()
+        vae.register_to_config(shift_factor=round(mean, 4))
+    pipe = diffusers.FluxPipeline(
+        scheduler=_scheduler(recipe),
+        vae=vae,
+        text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5_encoder(recipe, "text_encoder_2", tokenizer_2),
+        tokenizer_2=tokenizer_2,
+        transformer=diffusers.FluxTransformer2DModel(**recipe["denoiser"]["config"]),
+    )
+    return _silent(pipe)
+
+
+def _flux_student(recipe: dict, folder: Path):
+    """All parts of the teacher; its transformer without the guidance embedding, which became part of a bias."""
+    pipe = diffusers.FluxPipeline.from_pretrained(folder)
+    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        align(part)
+    transformer = fold_guidance(pipe.transformer, recipe["denoiser"]["guidance"])
+    pipe.register_modules(transformer=transformer, scheduler=_scheduler(recipe))
+    return _silent(pipe)
+
+
+@torch.no_grad()
+def fold_guidance(transformer, scale: float):
+    """A transformer without guidance embedding that predicts what this one predicts at guidance ``scale``.
+
+    The embedding of a fixed scale is a constant that is added to the embedding of the time: so it can be added once to
+    that embedding's last bias. Exact, up to rounding.
+    """
+    folded = diffusers.FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
+    embed = transformer.time_text_embed
+    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000.0 * scale])))[0]
+    state = {k: v.clone() for k, v in transformer.state_dict().items() if ".guidance_embedder." not in k}
+    state["time_text_embed.timestep_embedder.linear_2.bias"] += constant
+    folded.load_state_dict(state)
+    return folded.eval()
+
+
+def _judge(recipe: dict, models: Path | None):
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from ..judge import Judge
+
+    tokenizer = clip_tokenizer(recipe)
+    text = {**_clip_words(tokenizer), **recipe["text"]}
+    vision = {"image_size": data.SIZE, **recipe["vision"]}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=recipe["projection_dim"]))
+    pixels = CLIPImageProcessorPil(
+        size={"shortest_edge": data.SIZE},
+        crop_size={"height": data.SIZE, "width": data.SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return Judge(model, CLIPProcessor(image_processor=pixels, tokenizer=tokenizer))
+
+
+_ASSEMBLE = {
+    "StableDiffusionPipeline": _sd,
+    "StableDiffusionXLPipeline": _sdxl,
+    "FluxPipeline": _flux,
+    "CLIPModel": _judge,
+}

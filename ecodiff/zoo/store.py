@@ -1,4 +1,4 @@
-"""Where trained pipelines are kept: fp16 safetensors, checksums, a model card, one fixed picture to compare with."""
+"""Where trained models are kept: fp16 safetensors, checksums, a model card, one fixed picture to compare with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import pipelines
+from .. import data, pipelines
 from ..errors import EcoDiffError
+from ..judge import Judge
 from ..paths import data_dir
 
 MANIFEST = "checksums.sha256"
@@ -22,20 +23,26 @@ FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
 
 
 def stored_ids() -> list[str]:
-    """Ids of the pipelines under ``data/models``."""
-    return sorted(path.parent.name for path in (data_dir() / "models").glob("*/model_index.json"))
+    """Ids of the trained models (pipelines and judge) under ``data/models``."""
+    return sorted(path.parent.name for path in (data_dir() / "models").glob("*/recipe.json"))
+
+
+def is_judge(recipe: dict) -> bool:
+    """Whether a recipe makes the judge and no pipeline."""
+    return recipe["pipeline"] == "CLIPModel"
 
 
 def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
-    """Write a trained pipeline in diffusers' folder format, weights in fp16; the folder appears whole or not at all."""
+    """Write a trained pipeline (or judge) in its library's folder format, weights in fp16; the folder appears whole or
+    not at all."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
     try:
         pipe.to(torch.float16).save_pretrained(temporary)
-        for path in temporary.glob("text_encoder*/config.json"):
+        for path in (*temporary.glob("text_encoder*/config.json"), *temporary.glob("config.json")):
             # transformers loads in the dtype its config names, diffusers in fp32: without this they would differ
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+            path.write_text(json.dumps(_loaded_in_fp32(json.loads(path.read_text())), indent=2) + "\n")
         (temporary / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}, indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -46,6 +53,11 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         pipe.to(torch.float32)
+
+
+def _loaded_in_fp32(config: dict) -> dict:
+    inner = {name: _loaded_in_fp32(value) for name, value in config.items() if isinstance(value, dict)}
+    return {**config, **inner, **({"dtype": "float32"} if "dtype" in config else {})}
 
 
 def _digest(path: Path) -> str:
@@ -85,7 +97,7 @@ def fixed_picture(pipe, sampling: dict) -> np.ndarray:
 
 
 def recipe_of(name: str) -> dict:
-    """The recipe a stored pipeline was trained by, with the log of its training."""
+    """The recipe a stored model was trained by, with the log of its training."""
     path = data_dir() / "models" / name / "recipe.json"
     if not path.exists():
         raise EcoDiffError(f"{name!r} has no recipe.json in data/models: run python -m ecodiff.zoo train {name}.")
@@ -93,33 +105,54 @@ def recipe_of(name: str) -> dict:
 
 
 def check(name: str) -> str:
-    """Verify a stored pipeline: checksums, loading by plain diffusers, its fixed picture (mean error under 2/255)."""
-    from diffusers import DiffusionPipeline
-
+    """Verify a stored model: checksums, loading by plain diffusers (or transformers), and its fixed picture (mean error
+    under 2/255); for the judge its fixed scores (within 0.01)."""
     if wrong := changed_files(f"models/{name}/"):
         raise EcoDiffError(f"data/{wrong[0]} is missing or was changed: restore it with git checkout data.")
-    folder = data_dir() / "models" / name
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    drawn = fixed_picture(pipe, recipe_of(name)["recipe"]["sampling"]).astype(int)
-    kept = np.asarray(Image.open(folder / "fixed.png")).astype(int)
-    error = np.abs(drawn - kept).mean()
-    if error > 2:
-        raise EcoDiffError(f"{name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
+    recipe, folder = recipe_of(name)["recipe"], data_dir() / "models" / name
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return f"ok, {weights / 1e6:.1f} MB of weights, fixed picture within {error:.2f}/255"
+    same = _check_judge(folder) if is_judge(recipe) else _check_pipeline(folder, recipe["sampling"])
+    return f"ok, {weights / 1e6:.1f} MB of weights, {same}"
 
 
-def evaluate(name: str, prompts: int = 200) -> dict:
-    """Measure a stored pipeline and write its card and fixed picture; see ``measure_quality`` for the numbers."""
-    from .card import measure_quality, write_card
+def _check_pipeline(folder: Path, sampling: dict) -> str:
+    from diffusers import DiffusionPipeline
 
-    folder = data_dir() / "models" / name
-    pipe = pipelines.load(name)
-    sampling = recipe_of(name)["recipe"]["sampling"]
-    Image.fromarray(fixed_picture(pipe, sampling)).save(folder / "fixed.png")
-    measured = measure_quality(pipe, sampling, prompts)
-    write_card(folder, recipe_of(name), measured)
+    drawn = fixed_picture(DiffusionPipeline.from_pretrained(folder), sampling).astype(int)
+    error = np.abs(drawn - np.asarray(Image.open(folder / "fixed.png")).astype(int)).mean()
+    if error > 2:
+        raise EcoDiffError(f"{folder.name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
+    return f"fixed picture within {error:.2f}/255"
+
+
+def _check_judge(folder: Path) -> str:
+    kept = torch.tensor(json.loads((folder / "fixed.json").read_text()))
+    error = (fixed_scores(Judge.load(folder)) - kept).abs().max().item()
+    if error > 0.01:
+        raise EcoDiffError(f"{folder.name} gives other scores than its fixed.json (largest difference {error:.3f}).")
+    return f"fixed scores within {error:.4f}"
+
+
+def fixed_scores(judge: Judge) -> torch.Tensor:
+    """The scores that tell whether a stored judge still judges as it did: cosines of 8 real scenes and captions."""
+    scenes = list(data.scenes("seen", 8, start=9_000_000))
+    return judge.image_features(data.images(scenes)) @ judge.text_features([s.caption for s in scenes]).T
+
+
+def evaluate(name: str, prompts: int = 500, seeds: int = 3) -> dict:
+    """Measure a stored model, write its card and what ``check`` compares with; see ``zoo.measure`` for the numbers."""
+    from .card import write_card
+    from .measure import measure_judge, measure_pipeline
+
+    trained, folder = recipe_of(name), data_dir() / "models" / name
+    if is_judge(trained["recipe"]):
+        judge = Judge.load(name)
+        (folder / "fixed.json").write_text(json.dumps(fixed_scores(judge).tolist()) + "\n")
+        measured = measure_judge(judge, prompts)
+    else:
+        pipe, sampling = pipelines.load(name), trained["recipe"]["sampling"]
+        Image.fromarray(fixed_picture(pipe, sampling)).save(folder / "fixed.png")
+        measured = measure_pipeline(pipe, sampling, prompts, seeds)
+    write_card(folder, trained, measured)
     write_checksums()
     return measured
-
-

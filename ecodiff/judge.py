@@ -1,0 +1,224 @@
+"""The judge: a contrastive model (CLIP) that says how well pictures show what their captions state.
+
+Three measures, all on the same two encoders: the CLIP score (Hessel et al. 2021), by torchmetrics' own class; the rank
+of the right caption among others; and, fact by fact, whether a picture's right caption beats those that say only that
+fact differently. The last asks what GenEval (Ghosh et al. 2023) asks of a detector: is each object there, are there as
+many, do they stand in the right relation, is the colour right. Here the closed vocabulary of the scenes lets
+captions ask it.
+
+``openmoji-clip`` was trained on real scenes only, with another seed and shape than any text encoder of the pipelines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from . import data
+from .errors import EcoDiffError
+from .inception import check_pictures
+from .paths import data_dir
+
+DEFAULT = "openmoji-clip"
+_BATCH = 256
+
+
+@dataclass
+class Judge:
+    """A ``CLIPModel`` of transformers and its ``CLIPProcessor``."""
+
+    model: nn.Module
+    processor: object
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    @classmethod
+    def load(cls, id_or_path: str | os.PathLike = DEFAULT) -> Judge:
+        """A judge by its embedded name, a folder in transformers' format, or a Hub id (owner/name).
+
+        Raises EcoDiffError where nothing can be loaded.
+        """
+        from transformers import CLIPModel, CLIPProcessor
+
+        name = os.fspath(id_or_path)
+        folders = (data_dir() / "models" / name, Path(name))
+        source = next((folder for folder in folders if (folder / "config.json").is_file()), name)
+        if source == name and name.count("/") != 1:
+            raise EcoDiffError(
+                f"{name!r} is no judge here, no folder and no Hub id: run python -m ecodiff.zoo train {DEFAULT}."
+            )
+        try:
+            return cls(CLIPModel.from_pretrained(source).eval(), CLIPProcessor.from_pretrained(source))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EcoDiffError(f"{name}: the judge could not be loaded: {error}") from error
+
+    def to(self, *arguments) -> Judge:
+        self.model.to(*arguments)
+        return self
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write model and processor, so that ``CLIPModel`` and ``CLIPProcessor`` load them."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors float [N, D] of pictures uint8 [N, 3, H, W]."""
+        check_pictures(images)
+        parts = []
+        for batch in images.split(_BATCH):
+            pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
+            parts.append(self.model.get_image_features(pixels.to(self.model.device)).pooler_output)
+        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+
+    @torch.no_grad()
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors float [N, D] of captions; longer ones than the model reads are cut."""
+        parts = []
+        for first in range(0, len(captions), 4 * _BATCH):
+            words = self.processor(
+                text=list(captions[first : first + 4 * _BATCH]), return_tensors="pt", padding=True, truncation=True
+            )
+            words = {k: words[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
+            parts.append(self.model.get_text_features(**words).pooler_output)
+        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+
+
+class _Features(nn.Module):
+    """A CLIPModel as torchmetrics 1.9 calls it: features are plain tensors (in transformers 5, part of an output)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values).pooler_output
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
+
+
+def clip_score_metric(model: str | os.PathLike | Judge = DEFAULT):
+    """torchmetrics' ``CLIPScore`` with this judge: an embedded name, a folder, or a Hub id.
+
+    ``clip_score_metric("openai/clip-vit-base-patch16")`` is the paper's figure, where the Hub can be reached.
+    """
+    from torchmetrics.multimodal import CLIPScore
+
+    judge = model if isinstance(model, Judge) else Judge.load(model)
+    return CLIPScore(model_name_or_path=lambda: (_Features(judge.model), judge.processor))
+
+
+def clip_score(images: Tensor, captions: Sequence[str], model: str | os.PathLike | Judge = DEFAULT) -> float:
+    """Mean CLIP score, 100 max(cos(picture, caption), 0), of pictures uint8 [N, 3, H, W] with one caption each.
+
+    Scores of different judges cannot be compared. Raises EcoDiffError for numbers that do not match.
+    """
+    _same_number(images, captions, "captions")
+    metric = clip_score_metric(model)
+    for first in range(0, len(images), _BATCH):
+        metric.update(images[first : first + _BATCH], list(captions[first : first + _BATCH]))
+    return metric.compute().item()
+
+
+def caption_ranks(judge: Judge, images: Tensor, scenes: Sequence[data.Scene], candidates: int = 100, seed: int = 0):
+    """Rank (1 is best) of each picture's right caption among ``candidates``, the others drawn from the other scenes.
+
+    images: uint8 [N, 3, H, W]; returns int64 [N]. Captions that are true of the scene as well are never drawn. Ties
+    count against the picture. Raises EcoDiffError where there are fewer scenes than candidates.
+    """
+    _same_number(images, scenes, "scenes")
+    if not 2 <= candidates <= len(scenes):
+        raise EcoDiffError(f"{candidates} captions to choose from need at least 2 and at most {len(scenes)} scenes.")
+    similar = judge.image_features(images) @ judge.text_features([scene.caption for scene in scenes]).T
+    keys = [Facts.of(scene).key for scene in scenes]
+    generator = torch.Generator().manual_seed(seed)
+    ranks = []
+    for i, row in enumerate(similar):
+        order = torch.randperm(len(scenes), generator=generator).tolist()
+        others = [j for j in order if keys[j] != keys[i]][: candidates - 1]
+        ranks.append(1 + int((row[others] >= row[i]).sum()))
+    return torch.tensor(ranks)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a caption states. Two captions with the same ``key`` are true of the same pictures."""
+
+    objects: tuple[str, ...]
+    colour: str
+    relation: str = ""
+
+    @classmethod
+    def of(cls, scene: data.Scene) -> Facts:
+        return cls(scene.objects, scene.colour, scene.relation)
+
+    @property
+    def key(self) -> tuple:
+        """Objects in the order of their places, the axis they lie on, and the colour. "a and b" puts a on the left."""
+        backwards = self.relation in ("right of", "below")
+        axis = "" if len(self.objects) != 2 else "down" if self.relation in ("above", "below") else "across"
+        return (self.objects[::-1] if backwards else self.objects, axis, self.colour)
+
+    def caption(self, wording: int = 0) -> str:
+        return data.caption(self.objects, self.colour, self.relation, wording)
+
+
+def questions(scene: data.Scene) -> dict[str, list[str]]:
+    """For each fact of a scene the captions to choose among, the right one first.
+
+    ``object 1`` … : any other object in its place; ``number``: one of its objects left out, or one more; ``relation``
+    (two objects): the other three; ``colour``: the other nine. All in one wording.
+    """
+    facts = Facts.of(scene)
+    objects, colour, relation = facts.objects, facts.colour, facts.relation
+    others = [name for name in data.object_names() if name not in objects]
+    right = facts.caption()
+    found = {}
+    for k in range(len(objects)):
+        swaps = ((*objects[:k], name, *objects[k + 1 :]) for name in others)
+        found[f"object {k + 1}"] = [right, *(Facts(names, colour, relation).caption() for names in swaps)]
+    fewer = [Facts(objects[:k] + objects[k + 1 :], colour).caption() for k in range(len(objects)) if len(objects) > 1]
+    more = [Facts((*objects, name), colour).caption() for name in others] if len(objects) < 3 else []
+    found["number"] = [right, *fewer, *more]
+    if len(objects) == 2:
+        named = relation or "left of"
+        asked = [named, *(other for other in data.RELATIONS if other != named)]
+        found["relation"] = [Facts(objects, colour, other).caption() for other in asked]
+    found["colour"] = [right, *(Facts(objects, other, relation).caption() for other in data.COLOURS if other != colour)]
+    return found
+
+
+def verdicts(judge: Judge, images: Tensor, scenes: Sequence[data.Scene]) -> dict[str, Tensor]:
+    """Which facts of its scene each picture shows, by ``questions``: bool tensors [N].
+
+    ``objects``: every object is there; ``number``, ``relation``, ``colour``; ``all``: all of these. A fact that a scene
+    does not have (the relation of one object) counts as shown. Ties count against the picture.
+    """
+    _same_number(images, scenes, "scenes")
+    asked = [questions(scene) for scene in scenes]
+    captions = sorted({caption for answers in asked for options in answers.values() for caption in options})
+    place = {caption: i for i, caption in enumerate(captions)}
+    texts, pictures = judge.text_features(captions), judge.image_features(images)
+    shown = {name: torch.ones(len(scenes), dtype=torch.bool) for name in ("objects", "number", "relation", "colour")}
+    for i, answers in enumerate(asked):
+        for name, options in answers.items():
+            scores = texts[[place[caption] for caption in options]] @ pictures[i]
+            right = bool((scores[0] > scores[1:]).all())
+            fact = "objects" if name.startswith("object") else name
+            shown[fact][i] &= right
+    return {**shown, "all": torch.stack(list(shown.values())).all(0)}
+
+
+def _same_number(images: Tensor, others: Sequence, what: str) -> None:
+    check_pictures(images)
+    if len(images) != len(others):
+        raise EcoDiffError(f"{len(images)} pictures but {len(others)} {what}: give one a picture.")

@@ -1,0 +1,128 @@
+"""What a model card states about quality, measured on real scenes and on pictures drawn with fresh noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import data, metrics
+from ..errors import EcoDiffError
+from ..experiments import judge_pictures
+from ..generate import generate
+from ..judge import Judge, caption_ranks, clip_score, verdicts
+from .contrast import cut, shift
+
+# Wordings that no caption of the training data has; {} is the object with its article, then the colour.
+FREE = ("a picture that shows {0} with {1} behind it", "{1} backdrop, {0} in the middle", "{0}, the wall is {1}")
+
+
+def scene_sets(n: int) -> dict[str, list[data.Scene]]:
+    """The evaluation sets, n scenes each, none of which any training used."""
+    return {
+        "one object": list(data.scenes("seen", n, start=6_000_000, count=1)),
+        "two objects, seen pairs": list(data.scenes("seen", n, start=6_000_000, count=2)),
+        "two objects, held-out pairs": list(data.scenes("heldout", n, start=6_000_000)),
+    }
+
+
+def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -> dict[str, str]:
+    """Numbers of a pipeline's card, in words: each a mean over ``seeds`` with Student's 95 % interval.
+
+    VAE PSNR (dB) on 256 real scenes; share (%) of one-object pictures named rightly by the object probe, and of right
+    backgrounds; and where the judge is trained, for each evaluation set of ``prompts`` captions the share of pictures
+    with all objects, with all facts (``ecodiff.judge.verdicts``), and whose caption ranks first among 100 (or all, if
+    fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling.
+    """
+    judge, sets = _judge_if_trained(), scene_sets(prompts)
+    ceiling = {name: _shares(judge, data.images(scenes), scenes) for name, scenes in sets.items()}
+    drawn: dict[str, list[dict]] = {name: [] for name in (*sets, "free wording")}
+    one = sets["one object"]
+    for seed in range(seeds):
+        noise = range(7_000_000 + seed * 1_000_000, 7_000_000 + seed * 1_000_000 + prompts)
+        for name, scenes in sets.items():
+            pictures = generate(pipe, [scene.caption for scene in scenes], noise, **sampling)
+            drawn[name].append(_shares(judge, pictures, scenes))
+        drawn["free wording"].append(_shares(judge, generate(pipe, free_wordings(one), noise, **sampling), one))
+    rows = {"VAE PSNR (dB)": f"{vae_psnr(pipe.vae):.2f}"}
+    for name, found in drawn.items():
+        for share in found[0]:
+            real = ceiling.get(name, ceiling["one object"])[share]
+            rows[f"{name}: {share} (%)"] = f"{_interval([f[share] for f in found])}; real scenes {real:.1f}"
+    rows |= {"prompts a set": str(prompts), "seeds": str(seeds)}
+    return rows | {"sampling": ", ".join(f"{name} {value}" for name, value in sampling.items())}
+
+
+@torch.no_grad()
+def vae_psnr(vae) -> float:
+    """PSNR in dB of 256 real scenes after encoding and decoding, mean over pictures."""
+    pixels = data.images(list(data.scenes("seen", 256, start=5_000_000)))
+    decoded = [vae.decode(vae.encode(x.float() / 127.5 - 1).latent_dist.mean).sample for x in pixels.split(32)]
+    rebuilt = ((torch.cat(decoded) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return metrics.psnr(rebuilt, pixels).mean().item()
+
+
+def free_wordings(scenes: list[data.Scene]) -> list[str]:
+    """What one-object scenes show, in words that no caption of the data has."""
+    nouns = [f"{data.object_table()[scene.objects[0]]['article']} {scene.objects[0]}" for scene in scenes]
+    return [FREE[i % len(FREE)].format(noun, s.colour) for i, (noun, s) in enumerate(zip(nouns, scenes, strict=True))]
+
+
+def measure_judge(judge: Judge, prompts: int = 500) -> dict[str, str]:
+    """Numbers of the judge's card, in words, with intervals over pictures.
+
+    Shares (%) of real scenes as they are, moved by up to 4 pixels, cut to their middle 56x56; the CLIP score of right
+    captions and of those of other scenes.
+    """
+    rows = {}
+    for name, scenes in scene_sets(prompts).items():
+        pictures = data.images(scenes)
+        offsets = torch.randint(-4, 5, (len(scenes), 2), generator=torch.Generator().manual_seed(0)).tolist()
+        changed = {
+            "as they are": pictures,
+            "moved": torch.stack([shift(x.float(), *o) for x, o in zip(pictures, offsets, strict=True)]).byte(),
+            "cut": torch.stack([cut(x.float(), (4, 4, 56), 0) for x in pictures]).round().clamp(0, 255).byte(),
+        }
+        for change, images in changed.items():
+            for share, hits in _judged(judge, images, scenes).items():
+                interval = metrics.bootstrap_interval([100.0 * hit for hit in hits.tolist()])
+                rows[f"{name}, {change}: {share} (%)"] = _words(interval)
+        right = [scene.caption for scene in scenes]
+        for whose, captions in (("right", right), ("others'", right[1:] + right[:1])):
+            rows[f"{name}: CLIP score of {whose} captions"] = f"{clip_score(pictures, captions, judge):.1f}"
+    return rows | {"scenes a set": str(prompts)}
+
+
+def _judge_if_trained() -> Judge | None:
+    try:
+        return Judge.load()
+    except EcoDiffError:
+        return None
+
+
+def _judged(judge: Judge, images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
+    """Judge's findings a picture: bool [N] each."""
+    shown = verdicts(judge, images, scenes)
+    first = caption_ranks(judge, images, scenes, candidates=min(100, len(scenes))) == 1
+    return {"objects found": shown["objects"], "all facts right": shown["all"], "caption ranked first": first}
+
+
+def _shares(judge: Judge | None, images: Tensor, scenes: list[data.Scene]) -> dict[str, float]:
+    """Shares in percent of what probe and judge find in pictures of scenes."""
+    single = len(scenes[0].objects) == 1
+    found = judge_pictures(images, scenes, objects=single)
+    hits = {"object named by the probe": torch.tensor(found["object"])} if single else {}
+    hits["background right"] = torch.tensor(found["colour"])
+    if judge is not None:
+        hits |= _judged(judge, images, scenes)
+    return {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
+
+
+def _interval(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f} (one seed)"
+    return _words(metrics.mean_interval(values))
+
+
+def _words(interval: metrics.Interval) -> str:
+    low, high = max(0.0, interval.low), min(100.0, interval.high)
+    return f"{interval.mean:.1f} (95 % interval {low:.1f} to {high:.1f})"

@@ -1,0 +1,145 @@
+"""Training stages of the pipelines: the VAE, the denoiser with its text encoders, the VAE's decoder again.
+
+A stage is a function ``(pipe, recipe, folder) -> log`` that trains parts of ``pipe`` in place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from .. import data
+from ..pipelines import denoiser
+from .fit import fit
+
+
+def pixels(scenes: list[data.Scene], device) -> Tensor:
+    """Pictures of scenes as a VAE reads them: float [N, 3, 64, 64] in -1 … 1."""
+    return data.images(scenes).to(device).float() / 127.5 - 1
+
+
+def train_vae(pipe, recipe: dict, folder: Path) -> dict:
+    """The VAE, by absolute plus squared error and a slight KL term; then sets its scaling factor to 1/std."""
+    vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe["vae"]["train"]
+
+    def loss_of(step, scenes, generator):
+        x = pixels(scenes, vae.device)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - x
+        return error.abs().mean() + error.square().mean() + options["kl"] * posterior.kl().mean()
+
+    result = fit("vae", [vae], loss_of, options, folder, recipe["seed"])
+    with torch.no_grad():
+        latents = vae.encode(pixels(list(data.scenes("train", 256)), vae.device)).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return result
+
+
+def train_decoder(pipe, recipe: dict, folder: Path) -> dict:
+    """The VAE's decoder goes on by squared error alone, its encoder fixed, so that no latent changes.
+
+    (As the published ``sd-vae-ft-mse`` went on from Stable Diffusion's VAE.)
+    """
+    vae = pipe.vae
+
+    def loss_of(step, scenes, generator):
+        x = pixels(scenes, vae.device)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+        return torch.nn.functional.mse_loss(vae.decode(latents).sample, x)
+
+    parts = [vae.post_quant_conv, vae.decoder]
+    for part in parts:
+        part.requires_grad_(True)
+    return fit("decoder", parts, loss_of, recipe["decoder"]["train"], folder, recipe["seed"])
+
+
+def train_denoiser(pipe, recipe: dict, folder: Path) -> dict:
+    """Denoiser and text encoders together, on the objective of the pipeline's scheduler, with dropped captions.
+
+    The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ.
+    """
+    options, model = recipe["denoiser"]["train"], denoiser(pipe)
+    pipe.vae.requires_grad_(False).eval()
+    pipe.to(pipe.vae.device)
+    if hasattr(pipe, "unet"):
+        model.to(memory_format=torch.channels_last)  # convolutions are about a tenth faster so
+    forward = torch.compile(model) if options.get("compile") else model
+    objective = flow_loss if hasattr(pipe, "transformer") else velocity_loss
+
+    def loss_of(step, scenes, generator):
+        latents = encode(pipe, scenes)
+        keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
+        return objective(pipe, forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
+
+    encoders = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
+    return fit("denoiser", [model, *encoders], loss_of, options, folder, recipe["seed"])
+
+
+@torch.no_grad()
+def encode(pipe, scenes: list[data.Scene]) -> Tensor:
+    """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]."""
+    latents = pipe.vae.encode(pixels(scenes, pipe.vae.device)).latent_dist.mean
+    if not hasattr(pipe, "transformer"):
+        return latents * pipe.vae.config.scaling_factor
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+def velocity_loss(pipe, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
+    """Squared error of the velocity √ᾱ ε - √(1-ᾱ) x at a uniform time step (Salimans & Ho 2022)."""
+    noising = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    t = torch.randint(noising.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
+    predicted = forward(noising.add_noise(latents, noise, t), t, **condition).sample
+    return torch.nn.functional.mse_loss(predicted.float(), noising.get_velocity(latents, noise, t))
+
+
+def flow_loss(pipe, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
+    """Squared error of the velocity ε - x on the straight path from x to ε (rectified flow), at guidance 1.
+
+    The share σ of noise is logit-normal, as in Stable Diffusion 3 (Esser et al. 2024).
+    """
+    noisy, noise, sigma = mix(latents, generator)
+    guidance = torch.ones_like(sigma) if pipe.transformer.config.guidance_embeds else None
+    predicted = forward(noisy, timestep=sigma, guidance=guidance, **condition).sample
+    return torch.nn.functional.mse_loss(predicted.float(), noise - latents)
+
+
+def mix(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - σ) x + σ ε, ε, and σ [N] for packed latents x [N, tokens, channels]."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+    share = sigma[:, None, None]
+    return (1 - share) * latents + share * noise, noise, sigma
+
+
+def conditioning(pipe, captions: list[str], keep: Tensor) -> dict:
+    """Keyword arguments of the denoiser for captions; where ``keep`` (bool [N]) is false the caption is dropped.
+
+    A dropped caption is what the pipeline itself takes for none: zeros for SDXL, the empty caption otherwise.
+    """
+    device, n = pipe.vae.device, len(captions)
+    if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
+        embeds, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        keep = keep.float().to(device)
+        time_ids = torch.tensor([[data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE]], device=device).float()
+        added = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids.repeat(n, 1)}
+        return {"encoder_hidden_states": embeds * keep[:, None, None], "added_cond_kwargs": added}
+    captions = [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+    if not hasattr(pipe, "transformer"):
+        embeds, _ = pipe.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+    embeds, pooled, text_ids = pipe.encode_prompt(captions, max_sequence_length=pipe.tokenizer_2.model_max_length)
+    side = data.SIZE // pipe.vae_scale_factor // 2
+    image_ids = pipe._prepare_latent_image_ids(n, side, side, device, embeds.dtype)
+    return {
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
+        "txt_ids": text_ids,
+        "img_ids": image_ids,
+    }
