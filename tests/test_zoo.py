@@ -176,6 +176,30 @@ def test_flux_latents_are_packed_and_centred(family):
     assert latents.shape == (64, 64, 16) and abs(latents.mean().item()) < 0.02
 
 
+@pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-clip"])
+def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
+    from ecodiff.zoo import card, measure
+
+    def all_right(images, scenes, objects=True):  # stands for the probe, whose network is large
+        return {"colour": [1] * len(scenes), "object": [1] * len(scenes) if objects else []}
+
+    monkeypatch.setattr(measure, "judge_pictures", all_right)
+    monkeypatch.setattr(measure, "_judge_if_trained", lambda: family[0]["openmoji-clip"])
+    trained = json.loads((family[1] / name / "recipe.json").read_text())
+    if name == "openmoji-clip":
+        measured = measure.measure_judge(family[0][name], prompts=3)
+        assert {key.split(":")[0].split(", ")[-1] for key in measured} >= {"as they are", "moved", "cut"}
+    else:
+        sampling = {**trained["recipe"]["sampling"], "num_inference_steps": 1}
+        measured = measure.measure_pipeline(family[0][name], sampling, prompts=2, seeds=2)
+        assert measured["one object: background right (%)"].startswith("100.0 (95 % interval 100.0 to 100.0); real")
+        assert "two objects, held-out pairs: caption ranked first (%)" in measured
+    card.write_card(tmp_path, trained, measured)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nlicense: cc-by-sa-4.0") and "$" not in text
+    assert all(f"| {key} | {value} |" in text for key, value in measured.items())
+
+
 def test_every_caption_fits_the_tokenizers(family):
     pipe = family[0]["openmoji-flux-dev"]
     for caption in data.prompts("train", 300) + data.prompts("heldout", 100):

@@ -34,20 +34,20 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
     fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling.
     """
     judge, sets = _judge_if_trained(), scene_sets(prompts)
-    ceiling = {name: _shares(judge, data.images(scenes), scenes) for name, scenes in sets.items()}
-    drawn: dict[str, list[dict]] = {name: [] for name in (*sets, "free wording")}
+    asked = {name: (scenes, [scene.caption for scene in scenes]) for name, scenes in sets.items()}
     one = sets["one object"]
-    for seed in range(seeds):
-        noise = range(7_000_000 + seed * 1_000_000, 7_000_000 + seed * 1_000_000 + prompts)
-        for name, scenes in sets.items():
-            pictures = generate(pipe, [scene.caption for scene in scenes], noise, **sampling)
-            drawn[name].append(_shares(judge, pictures, scenes))
-        drawn["free wording"].append(_shares(judge, generate(pipe, free_wordings(one), noise, **sampling), one))
+    asked["free wording"] = (one, free_wordings(one))
+    found = {}
+    for name, (scenes, captions) in asked.items():
+        drawn = [
+            generate(pipe, captions, range(first, first + prompts), **sampling)
+            for first in range(7_000_000, 7_000_000 + seeds * 1_000_000, 1_000_000)
+        ]
+        found[name] = _shares(judge, [data.images(scenes), *drawn], scenes)
     rows = {"VAE PSNR (dB)": f"{vae_psnr(pipe.vae):.2f}"}
-    for name, found in drawn.items():
-        for share in found[0]:
-            real = ceiling.get(name, ceiling["one object"])[share]
-            rows[f"{name}: {share} (%)"] = f"{_interval([f[share] for f in found])}; real scenes {real:.1f}"
+    for name, (real, *drawn) in found.items():
+        for share, ceiling in real.items():
+            rows[f"{name}: {share} (%)"] = f"{_interval([f[share] for f in drawn])}; real scenes {ceiling:.1f}"
     rows |= {"prompts a set": str(prompts), "seeds": str(seeds)}
     return rows | {"sampling": ", ".join(f"{name} {value}" for name, value in sampling.items())}
 
@@ -82,8 +82,8 @@ def measure_judge(judge: Judge, prompts: int = 500) -> dict[str, str]:
             "moved": torch.stack([shift(x.float(), *o) for x, o in zip(pictures, offsets, strict=True)]).byte(),
             "cut": torch.stack([cut(x.float(), (4, 4, 56), 0) for x in pictures]).round().clamp(0, 255).byte(),
         }
-        for change, images in changed.items():
-            for share, hits in _judged(judge, images, scenes).items():
+        for change, shares in zip(changed, _judged(judge, list(changed.values()), scenes), strict=True):
+            for share, hits in shares.items():
                 interval = metrics.bootstrap_interval([100.0 * hit for hit in hits.tolist()])
                 rows[f"{name}, {change}: {share} (%)"] = _words(interval)
         right = [scene.caption for scene in scenes]
@@ -99,22 +99,32 @@ def _judge_if_trained() -> Judge | None:
         return None
 
 
-def _judged(judge: Judge, images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
-    """Judge's findings a picture: bool [N] each."""
-    shown = verdicts(judge, images, scenes)
-    first = caption_ranks(judge, images, scenes, candidates=min(100, len(scenes))) == 1
-    return {"objects found": shown["objects"], "all facts right": shown["all"], "caption ranked first": first}
+def _judged(judge: Judge, sets: list[Tensor], scenes: list[data.Scene]) -> list[dict[str, Tensor]]:
+    """What the judge finds in each of several sets of pictures of the same scenes: bool [N] each."""
+    shown = verdicts(judge, torch.cat(sets), scenes * len(sets))  # together, for the captions are the same
+    parts = {name: hits.chunk(len(sets)) for name, hits in shown.items()}
+    many = min(100, len(scenes))
+    return [
+        {
+            "objects found": parts["objects"][i],
+            "all facts right": parts["all"][i],
+            "caption ranked first": caption_ranks(judge, images, scenes, many) == 1,
+        }
+        for i, images in enumerate(sets)
+    ]
 
 
-def _shares(judge: Judge | None, images: Tensor, scenes: list[data.Scene]) -> dict[str, float]:
-    """Shares in percent of what probe and judge find in pictures of scenes."""
+def _shares(judge: Judge | None, sets: list[Tensor], scenes: list[data.Scene]) -> list[dict[str, float]]:
+    """Shares in percent of what probe and judge find in each of several sets of pictures of the same scenes."""
     single = len(scenes[0].objects) == 1
-    found = judge_pictures(images, scenes, objects=single)
-    hits = {"object named by the probe": torch.tensor(found["object"])} if single else {}
-    hits["background right"] = torch.tensor(found["colour"])
-    if judge is not None:
-        hits |= _judged(judge, images, scenes)
-    return {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
+    judged = _judged(judge, sets, scenes) if judge is not None else [{} for _ in sets]
+    shares = []
+    for images, hits in zip(sets, judged, strict=True):
+        found = judge_pictures(images, scenes, objects=single)
+        probed = {"object named by the probe": torch.tensor(found["object"])} if single else {}
+        every = {**probed, "background right": torch.tensor(found["colour"]), **hits}
+        shares.append({name: 100 * hit.double().mean().item() for name, hit in every.items()})
+    return shares
 
 
 def _interval(values: list[float]) -> str:
