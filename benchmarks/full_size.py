@@ -11,12 +11,12 @@ Three parts, rows of ``data/results/full_size.jsonl`` (read with ``ecodiff.recor
     inference   one denoiser call of the original, masked and pruned network at 10-50 % of the units
     round       the same at 30 %, kept units rounded up to a multiple of 8, 16, 64
 
-Each part measures bytes (``--measure peak``) and seconds (``--measure time``) in rows of their own, because bytes are
-the same on a busy machine and seconds are not. On CUDA in bf16, peaks from its allocator; else in fp32 on the CPU,
-where the allocator's own events are read. Rows of bytes also have what `ecodiff.trace` predicted. Variants take turns,
-and ratios are medians over turns, so that a busy machine slows all alike. A part that has no time left (``--minutes``)
-stops; the next run goes on from the recorded rows. A network that does not fit the machine's memory is skipped, and the
-output says so.
+``--measure both`` (the default) reads seconds and bytes from the same runs; ``time`` leaves the bytes out; ``peak`` runs
+all once and leaves the seconds out, which a busy machine would spoil. On CUDA in bf16, peaks from its allocator; else in
+fp32 on the CPU, where the allocator's own events are read. Each row also has what `ecodiff.trace` predicted. Variants
+take turns, and ratios are medians over turns, so that a busy machine slows all alike. A part that has no time left
+(``--minutes``) stops; the next run goes on from the recorded rows. A network that does not fit the machine's memory is
+skipped, and the output says so.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import time
 
 import torch
 from mask_step import peak_bytes
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ecodiff import fullsize, records
-from ecodiff.gates import apply_gates
+from ecodiff.gates import OpenGates, apply_gates
 from ecodiff.mask import make_mask
+from ecodiff.recompute import kept, recomputed
 from ecodiff.sites import find_sites
 from ecodiff.surgery import prune_denoiser
 from ecodiff.trace import parameters, trace
@@ -69,12 +69,14 @@ class Bench:
             raise MemoryError(
                 f"{name} needs {(self.bytes + self.counted.forward_peak) / 1e9:.1f} GB, more than this machine has free"
             )
-        torch.manual_seed(0)
         self.network = skeleton.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        block = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))  # repeated: billions take long
+        block = block.to(device, dtype)
         with torch.no_grad():
             for tensor in (*self.network.parameters(), *self.network.buffers()):
                 if tensor.is_floating_point():
-                    tensor.normal_(std=0.02)
+                    for part in tensor.view(-1).split(len(block)):
+                        part.copy_(block[: len(part)])
         self.arguments = _made(self.shapes, device, dtype)
 
     def config(self, part: str, **more) -> dict:
@@ -95,11 +97,10 @@ class Bench:
         }
         latents = self.arguments[self.latents]
         with apply_gates(self.network, gates, self.sites):
+            opened = OpenGates(self.network)
             for step in range(steps):
-                if step >= steps - keep_last:
-                    output = self.call(self.network, latents)
-                else:
-                    output = recompute_in_backward(self.call, self.network, latents, use_reentrant=False)
+                run = kept if step >= steps - keep_last else recomputed
+                output = run(self.call, opened, self.network, latents)
                 latents = 0.9 * latents + 0.1 * (
                     output if output.shape == latents.shape else output[:, : latents.shape[1]]
                 )
@@ -111,19 +112,19 @@ class Bench:
         gates = {
             name: torch.ones(site.units, device=self.device, requires_grad=True) for name, site in self.sites.items()
         }
-        kept = {}
+        saved = {}
 
         def remember(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         latents = self.arguments[self.latents].clone().requires_grad_()
         with apply_gates(self.network, gates, self.sites):
             with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
                 self.call(self.network, latents)
-        return sum(kept.values())
+        return sum(saved.values())
 
 
 def update_rows(bench: Bench, steps: tuple[int, ...], turns: int, measure, record) -> None:
@@ -138,35 +139,34 @@ def update_rows(bench: Bench, steps: tuple[int, ...], turns: int, measure, recor
         half = max(1, min(count, fitting) // 2)
         variants = {"checkpointed": 1, "keep_last": half, "plain": count}
         variants = {
-            name: kept
-            for name, kept in variants.items()
-            if kept <= fitting and (name != "keep_last" or 1 < kept < count)
+            name: steps_kept
+            for name, steps_kept in variants.items()
+            if steps_kept <= fitting and (name != "keep_last" or 1 < steps_kept < count)
         }
         if count == 1:  # nothing is left to recompute
             variants = {"plain": 1}
 
-        def peaks(count=count, variants=variants):
-            found = {}
-            for name, kept in variants.items():
-                saving = max(c.update.held - c.first_held, 0) if kept == count else 0
-                found[name] = {
-                    "keep_last": kept,
-                    "peak_bytes": peak_bytes(lambda kept=kept: bench.update(count, kept), bench.device),
-                    "predicted_bytes": count * c.inputs + (kept - 1) * c.update.held + c.update.peak - saving,
-                }
-            saved = {"measured": bench.saved_bytes(), "predicted": c.update.saved}
-            return {"variants": found, "saved_a_call": saved, "weight_bytes": bench.bytes}
-
-        def times(count=count, variants=variants):
-            runs = {name: lambda kept=kept: bench.update(count, kept) for name, kept in variants.items()}
+        def measured(count=count, variants=variants):
+            runs = {name: lambda keep=keep: bench.update(count, keep) for name, keep in variants.items()}
             base = "plain" if "plain" in variants else "checkpointed"
-            found = _in_turns(runs, base, turns, bench.device)
-            return {"variants": {n: {"keep_last": variants[n], **v} for n, v in found.items()}, "relative_to": base}
+            found = _in_turns(runs, base, turns, bench.device, measure)
+            for name, keep in variants.items():
+                saving = max(c.update.held - c.first_held, 0) if keep == count else 0
+                predicted = count * c.inputs + (keep - 1) * c.update.held + c.update.peak - saving
+                found[name] |= {"keep_last": keep, "predicted_bytes": predicted}
+            return {"variants": found, "relative_to": base, "weight_bytes": bench.bytes}
 
-        if "peak" in measure:
-            record(bench.config("update_peak", T=count, variants=variants), peaks)
-        if "time" in measure:
-            record(bench.config("update_time", T=count, variants=variants, turns=turns), times)
+        record(bench.config("update", T=count, variants=variants, turns=turns, measured=measure), measured)
+
+
+def saved_row(bench: Bench, record) -> None:
+    """Bytes that autograd saves in one call, as measured and as predicted."""
+
+    def measured():
+        predicted = bench.counted.update.saved
+        return {"variants": {"a call": {"saved_bytes": bench.saved_bytes(), "predicted_bytes": predicted}}}
+
+    record(bench.config("saved"), measured)
 
 
 def inference_rows(bench: Bench, ratios, multiples, turns: int, measure, record) -> None:
@@ -176,7 +176,8 @@ def inference_rows(bench: Bench, ratios, multiples, turns: int, measure, record)
             settings = {"ratio": ratio, "round_to": multiple, "mask": "random scores, seed 0, scope kind"}
             mask = make_mask(scores, bench.sites, ratio, round_to=multiple)
 
-            def runs(mask=mask):
+            @torch.no_grad()
+            def measured(mask=mask):
                 if bench.bytes > _memory(bench.device):
                     raise MemoryError(f"{bench.name}: the pruned copy does not fit beside the original")
                 pruned = prune_denoiser(bench.network, mask)
@@ -186,57 +187,50 @@ def inference_rows(bench: Bench, ratios, multiples, turns: int, measure, record)
                     with apply_gates(bench.network, gates, bench.sites):
                         bench.call(bench.network)
 
-                variants = {
+                runs = {
                     "original": lambda: bench.call(bench.network),
                     "masked": masked,
                     "pruned": lambda: bench.call(pruned),
                 }
-                return variants, pruned
-
-            @torch.no_grad()
-            def peaks(runs=runs):
-                variants, pruned = runs()
-                found = {name: {"peak_bytes": peak_bytes(run, bench.device)} for name, run in variants.items()}
-                counted = trace(pruned, bench.shapes, dtype=bench.dtype)
-                found["original"]["predicted_bytes"] = bench.counted.forward_peak
-                found["pruned"]["predicted_bytes"] = counted.forward_peak
+                found = _in_turns(runs, "original", turns, bench.device, measure)
+                counted = {"original": bench.counted, "pruned": trace(pruned, bench.shapes, dtype=bench.dtype)}
+                for name, one in counted.items():
+                    found[name]["predicted_bytes"] = one.forward_peak
                 return {
                     "variants": found,
                     "parameters": {"original": parameters(bench.network), "pruned": parameters(pruned)},
-                    "flops": {
-                        name: {"paper": one.flops.paper, "total": one.flops.total}
-                        for name, one in (("original", bench.counted), ("pruned", counted))
-                    },
+                    "flops": {n: {"paper": o.flops.paper, "total": o.flops.total} for n, o in counted.items()},
                 }
 
-            @torch.no_grad()
-            def times(runs=runs):
-                variants, _ = runs()
-                return {"variants": _in_turns(variants, "original", turns, bench.device), "relative_to": "original"}
-
-            if "peak" in measure:
-                record(bench.config("inference_peak", **settings), peaks)
-            if "time" in measure:
-                record(bench.config("inference_time", **settings, turns=turns), times)
+            record(bench.config("inference", **settings, turns=turns, measured=measure), measured)
 
 
-def _in_turns(runs: dict, base: str, turns: int, device: torch.device) -> dict:
-    """Median seconds of each run, and median over turns of its ratio to the base's; on CUDA one more turn warms up."""
-    seconds = {name: [] for name in runs}
-    warming = int(device.type == "cuda")
-    for turn in range(turns + warming):
+def _in_turns(runs: dict, base: str, turns: int, device: torch.device, measure: str) -> dict:
+    """Median seconds of each run, and median over turns of its ratio to the base's; on CUDA one more turn warms up.
+    Peaks too, those of the last turn (they are the same in each)."""
+    seconds, peaks = {name: [] for name in runs}, {}
+    warming = int(device.type == "cuda" and measure != "peak")
+    for turn in range(1 if measure == "peak" else turns + warming):
         for name, run in runs.items():
-            took = _seconds(run, device)
-            if turn >= warming:
-                seconds[name].append(took)
-    return {
-        name: {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median(a / b for a, b in zip(times, seconds[base], strict=True)),
-            "all_seconds": times,
-        }
-        for name, times in seconds.items()
-    }
+            timed = {}
+
+            def run_timed(run=run, timed=timed):
+                timed["seconds"] = _seconds(run, device)
+
+            if measure == "time":
+                run_timed()
+            else:
+                peaks[name] = peak_bytes(run_timed, device)
+            if turn >= warming and measure != "peak":
+                seconds[name].append(timed["seconds"])
+    found = {name: {} for name in runs}
+    for name, times in seconds.items():
+        if times:
+            found[name] |= {"seconds": statistics.median(times), "all_seconds": times}
+            found[name]["ratio"] = statistics.median(a / b for a, b in zip(times, seconds[base], strict=True))
+        if name in peaks:
+            found[name]["peak_bytes"] = peaks[name]
+    return found
 
 
 def main() -> None:
@@ -252,7 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="values of T")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of --parts inference")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--measure", nargs="+", default=["peak", "time"], choices=["peak", "time"])
+    parser.add_argument("--measure", default="both", choices=["both", "peak", "time"])
     parser.add_argument("--minutes", type=float, default=1e9, help="start no measurement after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 elsewhere")
@@ -274,13 +268,10 @@ def main() -> None:
             row = records.measure(config, measured, name="full_size", recompute=options.recompute)
             told = {k: config[k] for k in ("T", "ratio", "round_to") if k in config}
             for variant, v in row["values"]["variants"].items():
-                predicted = f", predicted {v['predicted_bytes'] / 2**20:,.0f}" if "predicted_bytes" in v else ""
-                found = (
-                    f"{v['seconds']:9.4f} s  x{v['ratio']:.3f}"
-                    if "seconds" in v
-                    else f"{v['peak_bytes'] / 2**20:,.0f} MiB{predicted}"
-                )
-                print(f"{name} {told} {variant:13} {found}", flush=True)
+                parts = [f"{v['seconds']:9.4f} s  x{v['ratio']:.3f}"] if "seconds" in v else []
+                for key, word in (("peak_bytes", "peak"), ("saved_bytes", "saved"), ("predicted_bytes", "predicted")):
+                    parts += [f"{word} {v[key] / 2**20:,.0f} MiB"] if key in v else []
+                print(f"{name} {told} {variant:13} {'  '.join(parts)}", flush=True)
 
         try:
             bench = Bench(name, options.samples, device, dtype, options.size)
@@ -288,6 +279,7 @@ def main() -> None:
             print(f"skipped: {error}")
             continue
         if "update" in options.parts:
+            saved_row(bench, record)
             update_rows(bench, tuple(options.steps), options.turns, options.measure, record)
         if "inference" in options.parts:
             inference_rows(bench, options.ratios, (1,), options.turns, options.measure, record)
