@@ -1,0 +1,181 @@
+"""Removing whole blocks by LAPTOP-Diff's criterion (Zhang et al., 2024), the automatic successor of BK-SDM's choice.
+
+A residual or transformer block that returns what it was given can be left out. Its score is what that does to the
+prediction at the states the whole model visits,
+
+    error(S) = E_t ‖ε̂(z_t) - ε̂_S(z_t)‖² / size,
+
+and the criterion rests on *additivity*: that error(S) is close to the sum of its blocks' errors. Then the best set for
+a share of parameters is a knapsack. `errors` measures any sets, so additivity can be tested and not assumed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import EcoDiffError
+from ..pipelines import denoiser, denoiser_name
+from .sampling import Call, Sampling, draw
+
+_HIDDEN = ("hidden_states", "input_tensor")
+_BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock",
+           "FluxSingleTransformerBlock")  # fmt: skip
+_RESOLUTION = 5_000  # the knapsack counts parameters in shares of this
+
+
+def candidates(model: nn.Module) -> dict[str, int]:
+    """Blocks that can be left out with their numbers of parameters, in the order of the network.
+
+    They add to what they are given: residual blocks that keep the number of channels and transformer blocks, except a
+    last joint block that drops its text stream.
+    """
+    return {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if type(module).__name__ in _BLOCKS
+        and getattr(module, "conv_shortcut", None) is None
+        and not getattr(module, "context_pre_only", False)
+        and getattr(module, "in_channels", None) == getattr(module, "out_channels", None)
+        and not (getattr(module, "up", False) or getattr(module, "down", False))
+    }
+
+
+@contextmanager
+def left_out(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Inside, these blocks return what they are given. Raises EcoDiffError for a name that is no candidate."""
+    _check(model, names)
+    chosen = [model.get_submodule(name) for name in names]
+    own = [module.__dict__.get("forward") for module in chosen]
+    for module in chosen:
+        module.forward = _passing(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(chosen, own, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling) -> list[float]:
+    """error(S) of each set of blocks: the prediction's mean squared change over calls, at the whole model's states.
+
+    Costs one call of the denoiser a set, beside each of the trajectory. ``sampling``: fields of ``Sampling``.
+    """
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    for names in sets:
+        _check(model, names)
+    totals, calls = torch.zeros(len(sets), dtype=torch.float64), 0
+    if settings.progress:
+        tqdm.write(f"blocks: {len(prompts)} prompts, {1 + len(sets)} times the work of drawing them")
+
+    def see(call: Call) -> None:
+        nonlocal calls
+        whole, batch = call.output[0].float(), len(call.output[0])
+        for i, names in enumerate(sets):
+            with left_out(model, names):
+                other = model.forward(*call.args, **call.kwargs)[0].float()
+            totals[i] += batch * (other - whole).square().mean().item()
+        calls += batch
+
+    draw(pipe, prompts, settings, label="blocks", each_call=see)
+    return (totals / calls).tolist()
+
+
+def scores(pipe, prompts: Sequence, **sampling) -> dict[str, float]:
+    """error({b}) of every candidate b, {block name: error}; the lower, the earlier it goes."""
+    names = list(_some(denoiser(pipe)))
+    return dict(zip(names, errors(pipe, prompts, [(name,) for name in names], **sampling), strict=True))
+
+
+def choose(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: float) -> list[str]:
+    """The blocks with the least sum of scores among all sets with at least ``ratio`` of the candidates' parameters.
+
+    A 0-1 knapsack, exact up to rounding parameters up to 1/5,000 of their sum. Raises EcoDiffError for a ratio outside
+    [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise EcoDiffError(f"choose: ratio={ratio} is the share of the blocks' parameters to remove, in [0, 1).")
+    names, total = list(scores), sum(parameters[name] for name in scores)
+    # Turned round: of all sets that stay and fit into the rest, the one whose scores sum up to the most.
+    sizes = [-(-parameters[name] * _RESOLUTION // total) for name in names]
+    room = int((1 - ratio) * _RESOLUTION + 1e-9) if ratio else sum(sizes)
+    best, stays = [0.0] * (room + 1), [[False] * (room + 1) for _ in names]
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        for space in range(room, size - 1, -1):
+            if best[space - size] + scores[name] >= best[space]:
+                best[space], stays[i][space] = best[space - size] + scores[name], True
+    removed, space = [], room
+    for i in reversed(range(len(names))):
+        if stays[i][space]:
+            space -= sizes[i]
+        else:
+            removed.append(names[i])
+    return removed[::-1]
+
+
+def remove(pipe, names: Collection[str]):
+    """A pipeline whose denoiser lacks these blocks (a copy); other components are shared.
+
+    It draws, learns and prunes like any other; diffusers cannot save it, since its config has no word for a missing
+    block.
+    """
+    _check(denoiser(pipe), names)
+    smaller = copy.deepcopy(denoiser(pipe))
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        block = smaller.get_submodule(name)
+        setattr(smaller.get_submodule(owner), leaf, _Missing(inspect.signature(block.forward), block))
+    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
+    parts = {**pipe.components, denoiser_name(pipe): smaller}
+    given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
+    result = type(pipe)(**given)
+    result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    return result
+
+
+class _Missing(nn.Module):
+    """In the place of a block: returns what the block is given, in the block's form."""
+
+    def __init__(self, signature: inspect.Signature, block: nn.Module):
+        super().__init__()
+        self._pass = _through(signature, type(block).__name__)
+
+    def forward(self, *args, **kwargs):
+        return self._pass(*args, **kwargs)
+
+
+def _passing(forward):
+    return _through(inspect.signature(forward), type(forward.__self__).__name__)
+
+
+def _through(signature: inspect.Signature, kind: str):
+    two_streams = kind in ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+    def passed(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        given = signature.bind(*args, **kwargs).arguments
+        hidden = next(given[name] for name in _HIDDEN if name in given)
+        return (given["encoder_hidden_states"], hidden) if two_streams else hidden
+
+    return passed
+
+
+def _some(model: nn.Module) -> dict[str, int]:
+    if not (found := candidates(model)):
+        raise EcoDiffError(f"{type(model).__name__} has no blocks that are known here and can be left out.")
+    return found
+
+
+def _check(model: nn.Module, names: Collection[str]) -> None:
+    known = candidates(model)
+    for name in names:
+        if name not in known:
+            raise EcoDiffError(f"{name!r} is no block that can be left out; candidates(model) lists them.")
