@@ -25,7 +25,7 @@ def table(cost: Cost, budget: int | None = None) -> str:
             amount = value(one)
             mark = "" if not (fits and budget) else " *" if amount <= usable(budget) else "  "
             cells.append(f"{'-' if amount is None else show(amount) + mark:>16}")
-        lines.append("".join(cells))
+        lines.append("".join(cells).rstrip())
 
     def group(title):
         lines.append(title)
@@ -57,10 +57,10 @@ def table(cost: Cost, budget: int | None = None) -> str:
         row("time-step checkpointed", lambda c: c.update_peak(), gb, True)
         if budget and (best := cost.max_keep_last(budget)) and best > 1:
             row(f"time-step checkpointed, keep_last={best}", lambda c: c.update_peak(keep_last=best), gb, True)
-        row("the same with the components in use on the device only", lambda c: c.update_peak(offload=True), gb, True)
+        row("time-step checkpointed, other components offloaded", lambda c: c.update_peak(offload=True), gb, True)
         if cost.call.inner:
             row("checkpointed inside the denoiser too", lambda c: c.update_peak(inner=True), gb, True)
-            row("both", lambda c: c.update_peak(inner=True, offload=True), gb, True)
+            row("inside too, other components offloaded", lambda c: c.update_peak(inner=True, offload=True), gb, True)
     group("Drawing pictures, peak" + (" (* fits)" if budget else ""))
     row("all components on the device", lambda c: c.inference_peak(), gb, True)
     row("with CPU offload", lambda c: c.inference_peak(offload=True), gb, True)

@@ -3,6 +3,9 @@
 Each file has the denoiser's class and ``config`` as its ``config.json`` on the Hub has it, the parameter counts of the
 text encoders, the VAE's configuration, and the pipeline's own defaults of size, steps and guidance. `guided` says what
 guidance does: "batch" doubles the batch of each denoiser call, "calls" doubles the calls, "embedded" costs nothing.
+`source` in five of them names the published configuration that ours was compared with, and the size of the published
+weights, which the tests compare with the network built here: to the byte for PixArt and Sana, to the printed digits
+for SD3, SD3.5 and Wan. Some of these are copies in other repositories, since the original is behind a licence.
 Built on the meta device, a network of 12 billion parameters takes a second and no memory.
 """
 
