@@ -17,6 +17,7 @@ Nothing here is measured or corrected. A chapter that shows one of these numbers
 from __future__ import annotations
 
 import csv
+from functools import lru_cache
 
 from .errors import EcoDiffError
 from .paths import data_file
@@ -33,10 +34,7 @@ def table(name: str) -> list[dict]:
     """
     if name not in TABLES:
         raise EcoDiffError(f"There is no published table {name!r} here: {', '.join(TABLES)}.")
-    with open(data_file(f"paper/{name}.csv"), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, strict=True))
-    columns = {column: _typed([row[column] for row in rows]) for column in rows[0]}
-    return [{column: values[i] for column, values in columns.items()} for i in range(len(rows))]
+    return [dict(row) for row in _rows(name)]
 
 
 def row(name: str, **columns) -> dict:
@@ -57,10 +55,9 @@ def setting(name: str, parameter: str):
 
 def claim(name: str) -> float:
     """One number of the text, by its name in ``claims.csv``; raises EcoDiffError for another name."""
-    found = [row["value"] for row in table("claims") if row["name"] == name]
-    if not found:
+    if name not in (claims := _claims()):
         raise EcoDiffError(f"There is no published claim {name!r} in claims.csv.")
-    return found[0]
+    return claims[name]
 
 
 def _typed(texts: list[str]) -> list:
@@ -68,6 +65,19 @@ def _typed(texts: list[str]) -> list:
     if float in map(type, values) and str not in map(type, values):
         return [None if value is None else float(value) for value in values]
     return values
+
+
+@lru_cache
+def _rows(name: str) -> list[dict]:
+    with open(data_file(f"paper/{name}.csv"), encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    columns = {column: _typed([row[column] for row in rows]) for column in rows[0]}
+    return [{column: values[i] for column, values in columns.items()} for i in range(len(rows))]
+
+
+@lru_cache
+def _claims() -> dict[str, float]:
+    return {row["name"]: row["value"] for row in _rows("claims")}
 
 
 def _value(text: str):
