@@ -11,12 +11,12 @@ Three parts, rows of ``data/results/full_size.jsonl`` (read with ``ecodiff.recor
     inference   one denoiser call of the original, masked and pruned network at 10-50 % of the units
     round       the same at 30 %, kept units rounded up to a multiple of 8, 16, 64
 
-``--measure both`` (the default) reads seconds and bytes from the same runs; ``time`` leaves the bytes out; ``peak`` runs
-all once and leaves the seconds out, which a busy machine would spoil. On CUDA in bf16, peaks from its allocator; else in
-fp32 on the CPU, where the allocator's own events are read. Each row also has what `ecodiff.trace` predicted. Variants
-take turns, and ratios are medians over turns, so that a busy machine slows all alike. A part that has no time left
-(``--minutes``) stops; the next run goes on from the recorded rows. A network that does not fit the machine's memory is
-skipped, and the output says so.
+``--measure both`` (the default) reads seconds and bytes from the same runs; ``time`` leaves the bytes out; ``peak``
+runs all once and leaves the seconds out, which a busy machine would spoil. On CUDA in bf16, peaks from its allocator;
+else in fp32 on the CPU, where the allocator's own events are read. Each row also has what `ecodiff.trace` predicted.
+Variants take turns, and ratios are medians over turns, so that a busy machine slows all alike. A part that has no time
+left (``--minutes``) stops; the next run goes on from the recorded rows. A network that does not fit the machine's
+memory is skipped, and the output says so.
 """
 
 from __future__ import annotations
@@ -206,28 +206,29 @@ def inference_rows(bench: Bench, ratios, multiples, turns: int, measure, record)
 
 
 def _in_turns(runs: dict, base: str, turns: int, device: torch.device, measure: str) -> dict:
-    """Median seconds of each run, and median over turns of its ratio to the base's; on CUDA one more turn warms up.
-    Peaks too, those of the last turn (they are the same in each)."""
-    seconds, peaks = {name: [] for name in runs}, {}
+    """Median seconds of each run, of the clock and of the processor (all threads), and the median over turns of their
+    ratios to the base's; on CUDA one more turn warms up. Peaks too, those of the last turn (the same in each)."""
+    times, peaks = {name: [] for name in runs}, {}
     warming = int(device.type == "cuda" and measure != "peak")
     for turn in range(1 if measure == "peak" else turns + warming):
         for name, run in runs.items():
-            timed = {}
+            took = []
 
-            def run_timed(run=run, timed=timed):
-                timed["seconds"] = _seconds(run, device)
+            def timed(run=run, took=took):
+                took.append(_seconds(run, device))
 
             if measure == "time":
-                run_timed()
+                timed()
             else:
-                peaks[name] = peak_bytes(run_timed, device)
+                peaks[name] = peak_bytes(timed, device)
             if turn >= warming and measure != "peak":
-                seconds[name].append(timed["seconds"])
+                times[name] += took
     found = {name: {} for name in runs}
-    for name, times in seconds.items():
-        if times:
-            found[name] |= {"seconds": statistics.median(times), "all_seconds": times}
-            found[name]["ratio"] = statistics.median(a / b for a, b in zip(times, seconds[base], strict=True))
+    for name in runs:
+        for i, key in enumerate(("", "cpu_") if times[name] else ()):
+            mine, other = ([t[i] for t in times[one]] for one in (name, base))
+            found[name][f"{key}seconds"] = statistics.median(mine)
+            found[name][f"{key}ratio"] = statistics.median(a / b for a, b in zip(mine, other, strict=True))
         if name in peaks:
             found[name]["peak_bytes"] = peaks[name]
     return found
@@ -268,7 +269,11 @@ def main() -> None:
             row = records.measure(config, measured, name="full_size", recompute=options.recompute)
             told = {k: config[k] for k in ("T", "ratio", "round_to") if k in config}
             for variant, v in row["values"]["variants"].items():
-                parts = [f"{v['seconds']:9.4f} s  x{v['ratio']:.3f}"] if "seconds" in v else []
+                parts = (
+                    [f"{v['seconds']:9.4f} s  x{v['ratio']:.3f}  (processor: x{v['cpu_ratio']:.3f})"]
+                    if "seconds" in v
+                    else []
+                )
                 for key, word in (("peak_bytes", "peak"), ("saved_bytes", "saved"), ("predicted_bytes", "predicted")):
                     parts += [f"{word} {v[key] / 2**20:,.0f} MiB"] if key in v else []
                 print(f"{name} {told} {variant:13} {'  '.join(parts)}", flush=True)
@@ -296,14 +301,15 @@ def _scores(bench: Bench) -> dict:
     return {name: torch.rand(site.units, generator=generator) for name, site in bench.sites.items()}
 
 
-def _seconds(run, device: torch.device) -> float:
+def _seconds(run, device: torch.device) -> tuple[float, float]:
+    """Seconds of the clock, and of the processor, which other processes on the machine lengthen little."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def _memory(device: torch.device) -> int:

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from . import fullsize, pipelines
+from .capture import call_arguments, capture
 from .errors import EcoDiffError
 from .mask import make_mask
+from .prompts import collate
 from .sites import KINDS, find_sites
 from .surgery import prune_denoiser
 from .trace import Flops, Trace, parameters, trace, weight_bytes
@@ -156,6 +158,7 @@ def cost(
     guidance: float | None = None,
     dtype: str | torch.dtype | None = None,
     text_tokens: int | None = None,
+    call: Mapping | None = None,
     ratio: float | None = None,
     mask: Mapping[str, Tensor | int] | None = None,
     round_to: int | Mapping[str, int] = 1,
@@ -171,6 +174,10 @@ def cost(
         size: (height, width) in pixels, or one number for both. Here and below None is the pipeline's own default.
         frames, batch, steps, guidance, dtype, text_tokens: the call. Guidance above 1 doubles the work where the
             pipeline runs an unconditional half. dtype: "bf16", "fp16", "fp32" or a torch.dtype.
+        call: further arguments of a loaded pipeline's call. They are needed where the denoiser's class is not known
+            here, so that the pipeline's own loop has to show its arguments (`ecodiff.capture`), and where that loop
+            takes something else than a prompt (for ``batch`` pictures); elsewhere only the length of ``prompt_embeds``
+            counts.
         ratio: share of the units of each kind to remove (the paper's ratio), units chosen at random (seed 0).
         mask: {site: bool tensor, or number of units kept}, in the place of ``ratio``.
         round_to: see `make_mask`; with ``ratio`` only.
@@ -200,28 +207,35 @@ def cost(
         )
     else:
         how = "the given mask"
-    original = _count(subject, network, batch, kinds, autocast, inner)
+    asked = {"size": size, "frames": frames, "text_tokens": text_tokens}
+    loop = _loop(subject, batch, call_arguments(call), asked)
+    if loop.size is not None:
+        subject = replace(subject, size=loop.size)
+    original = _count(subject, network, loop, batch, kinds, autocast, inner)
     if mask is None:
         return original
     pruned = prune_denoiser(_skeleton(network), _as_bool(mask, network))
-    smaller = _count(subject, pruned, batch, kinds, autocast, inner, (original.vae, original.decode))
+    smaller = _count(subject, pruned, loop, batch, kinds, autocast, inner, (original.vae, original.decode))
     return replace(original, pruned=replace(smaller, pruning=how))
 
 
-def keep_last_for(pipe, config, budget: int | str) -> tuple[int, int]:
+def keep_last_for(pipe, config, budget: int | str, prompt: str | Mapping = "a") -> tuple[int, int]:
     """``keep_last`` for `learn` under a memory budget, and the peak bytes counted with it (§2.3).
 
     The most last steps that can keep their activations. config: a `LearnConfig`; budget: bytes, or text such as
-    "24GB". Counts all components on the device, unless the pipeline is offloaded. Raises EcoDiffError where not even
-    one step fits, saying what would.
+    "24GB"; prompt: one of those to learn from, whose length counts where it is given as embeddings. Counts all
+    components on the device, unless the pipeline is offloaded. Raises EcoDiffError where not even one step fits, saying
+    what would.
     """
     call = dict(config.call)
     size = (call["height"], call["width"]) if {"height", "width"} <= call.keys() else None
+    batch = config.micro_batch_size or config.batch_size
     counted = cost(
         pipe,
         size=size,
         frames=call.get("num_frames"),
-        batch=config.micro_batch_size or config.batch_size,
+        batch=batch,
+        call=call | collate([prompt] * batch),
         steps=config.num_inference_steps,
         guidance=config.guidance_scale,
         kinds=config.kinds,
@@ -275,6 +289,7 @@ class _Subject:
     guidance: float
     guided: str
     dtype: torch.dtype
+    pipe: object = None
 
 
 def _subject(model) -> _Subject:
@@ -324,6 +339,7 @@ def _from_pipeline(pipe) -> _Subject:
         type(pipe).__name__, denoiser, vae, encoders, True, (sides[0] * factor, sides[1] * factor),
         default("num_frames", None),
         tokens or clip, default("num_inference_steps", 50), default("guidance_scale", 0.0), guided, denoiser.dtype,
+        pipe,
     )  # fmt: skip
 
 
@@ -361,23 +377,65 @@ def _override(subject: _Subject, *, size, frames, steps, guidance, dtype, text_t
     return replace(subject, **changes)
 
 
-def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, inner, decoding=None) -> Cost:
-    s = subject
+@dataclass(frozen=True)
+class _Loop:
+    """What the sampling loop asks of the denoiser: arguments and name of the latents (see `trace`), samples in a call,
+    calls. size: in pixels, where the loop itself showed it."""
+
+    inputs: Mapping
+    latents: str
+    samples: int
+    calls: int
+    size: tuple[int, int] | None = None
+
+
+def _loop(s: _Subject, batch: int, call: dict, asked: dict) -> _Loop:
+    if asked["text_tokens"] is None and isinstance(embedded := call.get("prompt_embeds"), Tensor):
+        s = replace(s, text_tokens=embedded.shape[-2])
+    if s.pipe is not None and not fullsize.known(s.network):
+        return _shown(s, batch, call, asked)
     guided = s.guidance > 1 and s.guided != "embedded"
-    if guided and getattr(network.config, "time_cond_proj_dim", None) is not None:  # distilled: guidance is an input
+    if guided and getattr(s.network.config, "time_cond_proj_dim", None) is not None:  # distilled: guidance is an input
         guided = False
+    shapes, latents = fullsize.inputs(s.network, _geometry(s, batch * (2 if guided and s.guided == "batch" else 1)))
+    samples = batch * (2 if guided and s.guided == "batch" else 1)
+    return _Loop(shapes, latents, samples, s.steps * (2 if guided and s.guided == "calls" else 1))
+
+
+def _shown(s: _Subject, batch: int, call: dict, asked: dict) -> _Loop:
+    """The loop as the pipeline itself runs it."""
+    known = inspect.signature(getattr(type(s.pipe).__call__, "__wrapped__", type(s.pipe).__call__)).parameters
+    options = {"num_inference_steps": s.steps}
+    if "guidance_scale" in known:
+        options["guidance_scale"] = s.guidance
+    if asked["size"] is not None:
+        options |= {"height": s.size[0], "width": s.size[1]}
+    options |= {"num_frames": asked["frames"], "max_sequence_length": asked["text_tokens"], **call}
+    seen = capture(s.pipe, batch=batch, **options)
+    factor = _vae_factor(s.vae) if s.vae is not None else 8
+    size = tuple(side * factor for side in seen.size) if seen.size and asked["size"] is None else None
+    return _Loop(seen.inputs, seen.latents, seen.samples, seen.calls, size)
+
+
+def _geometry(s: _Subject, samples: int) -> fullsize.Geometry:
     factor = _vae_factor(s.vae) if s.vae is not None else 8
     frames = 1 if s.frames is None else (s.frames - 1) // 4 + 1
-    geometry = fullsize.Geometry(
-        batch * (2 if guided and s.guided == "batch" else 1),
-        s.size[0] // factor,
-        s.size[1] // factor,
-        frames,
-        s.text_tokens,
-    )
-    shapes, latents = fullsize.inputs(network, geometry)
+    return fullsize.Geometry(samples, s.size[0] // factor, s.size[1] // factor, frames, s.text_tokens)
+
+
+def _count(
+    s: _Subject, network: nn.Module, loop: _Loop, batch: int, kinds, autocast, inner, decoding: tuple | None = None
+) -> Cost:
     sites = find_sites(network, kinds)
-    call = trace(network, shapes, dtype=s.dtype, sites=sites, gradient_input=latents, inner=inner, autocast=autocast)
+    call = trace(
+        network,
+        loop.inputs,
+        dtype=s.dtype,
+        sites=sites,
+        gradient_input=loop.latents,
+        inner=inner,
+        autocast=autocast,
+    )
     everything = find_sites(network, KINDS)
     removable = {
         kind: sum(site.units * site.params_per_unit for site in everything.values() if site.kind == kind)
@@ -386,7 +444,7 @@ def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, i
     total = parameters(network)
     width = s.dtype.itemsize
     encoders = [size if s.loaded else size * width for size in s.text_encoders.values()]
-    vae_bytes, decode = decoding or _decoding(s, batch, geometry)
+    vae_bytes, decode = decoding or _decoding(s, batch, _geometry(s, batch))
     return Cost(
         model=s.title,
         denoiser=type(network).__name__,
@@ -397,11 +455,11 @@ def _count(subject: _Subject, network: nn.Module, batch: int, kinds, autocast, i
         guidance=s.guidance,
         dtype=str(s.dtype).removeprefix("torch."),
         text_tokens=s.text_tokens,
-        calls=s.steps * (2 if guided and s.guided == "calls" else 1),
-        forwards=s.steps * (2 if guided else 1),
+        calls=loop.calls,
+        forwards=loop.calls * loop.samples // batch,
         parameters={**removable, "other": total - sum(removable.values()), "total": total},
         units={kind: sum(site.units for site in everything.values() if site.kind == kind) for kind in KINDS},
-        flops=call.flops * (1 / geometry.samples),
+        flops=call.flops * (1 / loop.samples),
         weights=width * (total + sum(buffer.numel() for buffer in network.buffers())),
         text_encoders=sum(encoders),
         largest_encoder=max(encoders, default=0),

@@ -72,7 +72,7 @@ def learn(
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
     _warn_where_gradient_is_zero(config)
     if memory_budget is not None:
-        config = _within(memory_budget, pipe, config, progress)
+        config = _within(memory_budget, pipe, prompts[0], config, progress)
     with _on_device(pipe) as device:
         task = _Task(encoding_once(pipe), prompts, config, device)
         folder = None if resume_dir is None else resume.Folder(resume_dir, resume.describe(pipe, prompts, config))
@@ -219,11 +219,11 @@ class _Task:
         return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
 
 
-def _within(memory_budget: int | str, pipe, config: LearnConfig, progress: bool) -> LearnConfig:
+def _within(memory_budget: int | str, pipe, prompt, config: LearnConfig, progress: bool) -> LearnConfig:
     """The configuration with the ``keep_last`` that the budget allows; says which."""
     from .cost import gb, keep_last_for, parse_bytes
 
-    keep_last, peak = keep_last_for(pipe, config, memory_budget)
+    keep_last, peak = keep_last_for(pipe, config, memory_budget, prompt)
     if progress:
         tqdm.write(
             f"memory_budget {gb(parse_bytes(memory_budget))}: keep_last={keep_last} of {config.num_inference_steps} "

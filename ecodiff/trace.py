@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -94,6 +94,13 @@ class Trace:
     inner: Backward | None = None
 
 
+@dataclass(frozen=True)
+class Given:
+    """An argument as a real call had it (tensors, or anything that holds some): traced by its shapes."""
+
+    value: object
+
+
 def trace(
     network: nn.Module,
     inputs: Mapping,
@@ -109,8 +116,8 @@ def trace(
 
     Args:
         network: any module; it is copied without its weights.
-        inputs: {argument: shape, (shape, dtype), a plain value, or a mapping of such}; shapes are tuples of int.
-            Tensors have ``dtype`` unless they say otherwise.
+        inputs: {argument: shape, (shape, dtype), a plain value, a mapping of such, or `Given`}; shapes are tuples of
+            int. Tensors have ``dtype`` unless they say otherwise; given ones have it where they had the network's.
         dtype: of weights and activations.
         sites: gate these and trace backward too. None: forward only.
         gradient_input: the argument that requires a gradient in all calls but the first (the latents).
@@ -121,23 +128,41 @@ def trace(
     Raises EcoDiffError where the network does not run on fake tensors.
     """
     options = (inputs, dtype, sites, gradient_input, inner, autocast, method)
+    return _without_computing(_trace, network, options, meta=autocast is None)
+
+
+def outputs(network: nn.Module, inputs: Mapping, *, dtype: torch.dtype):
+    """What one call of a network returns, with empty tensors: `trace` for those who need only shapes."""
+    return _without_computing(_outputs, network, (inputs, dtype))
+
+
+def _without_computing(run, network: nn.Module, options: tuple, meta: bool = True):
+    """``run`` on meta tensors, or with fake ones where the network mixes in others."""
     try:
-        if autocast is None:
+        if meta:
             try:
-                return _trace(network, nullcontext(), "meta", *options)
+                return run(network, nullcontext(), "meta", *options)
             except (RuntimeError, TypeError, NotImplementedError):
                 pass  # try it with fake tensors
-        return _trace(network, FakeTensorMode(allow_non_fake_inputs=True), "cpu", *options)
+        return run(network, FakeTensorMode(allow_non_fake_inputs=True), "cpu", *options)
     except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
         raise EcoDiffError(
             f"{type(network).__name__} does not run without weights, so its cost cannot be counted: {error}"
         ) from error
 
 
+def _outputs(network, mode, device, inputs, dtype):
+    with mode:
+        model, own = without_weights(network, dtype, device), _dtype(network)
+        made = {name: _tensor(value, dtype, device, own) for name, value in inputs.items()}
+        with torch.no_grad(), torch.device("meta") if device == "meta" else nullcontext():
+            return model(**made)
+
+
 def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, autocast, method) -> Trace:
     with mode:
-        model = _without_weights(network, dtype, device)
-        made = {name: _tensor(value, dtype, device) for name, value in inputs.items()}
+        model, own = without_weights(network, dtype, device), _dtype(network)
+        made = {name: _tensor(value, dtype, device, own) for name, value in inputs.items()}
     weights = {_key(t) for t in (*model.parameters(), *model.buffers())}
     known = weights | {_key(t) for t in tree_leaves(made) if isinstance(t, Tensor)}
     layouts: dict = {}
@@ -344,7 +369,16 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _tensor(value, dtype: torch.dtype, device: str):
+def _tensor(value, dtype: torch.dtype, device: str, own: torch.dtype | None = None):
+    if isinstance(value, Given):
+        return tree_map(
+            lambda part: (
+                torch.empty(part.shape, dtype=dtype if part.dtype == own else part.dtype, device=device)
+                if isinstance(part, Tensor)
+                else part
+            ),
+            value.value,
+        )
     if isinstance(value, Mapping):
         return {name: _tensor(part, dtype, device) for name, part in value.items()}
     if isinstance(value, list):
@@ -356,7 +390,12 @@ def _tensor(value, dtype: torch.dtype, device: str):
     return value
 
 
-def _without_weights(network: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
+def _dtype(network: nn.Module) -> torch.dtype | None:
+    """Of the weights."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+
+
+def without_weights(network: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
     """A copy whose tensors are empty ones on the device; floating-point weights have ``dtype``. Frozen."""
 
     def empty(tensor: Tensor) -> Tensor:

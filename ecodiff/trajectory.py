@@ -111,7 +111,7 @@ def final_latents(
 
     where = f"{type(pipe).__name__} with {type(scheduler).__name__}"
     unchanging = frozen(*modules), frozen_inside(denoiser)
-    with torch.set_grad_enabled(gradients), unchanging[0], unchanging[1], _replaced_forward(denoiser, wrap):
+    with torch.set_grad_enabled(gradients), unchanging[0], unchanging[1], replaced_forward(denoiser, wrap):
         try:
             latents = call(runner, **taken, **call_kwargs)[0]
         except RuntimeError as error:
@@ -161,7 +161,7 @@ def _count_steps(scheduler) -> dict:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, wrap):
+def replaced_forward(module: nn.Module, wrap):
     """Inside, ``module.forward`` is ``wrap(module.forward)``; one that was set on the instance before comes back."""
     own = module.__dict__.get("forward")
     module.forward = wrap(module.forward)

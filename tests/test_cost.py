@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from pipelines import TINY, call_kwargs
+from pipelines import TINY, TOKENS, call_kwargs
 from torch import nn
 
 from ecodiff import EcoDiffError, LearnConfig, fullsize, learn, paper, prune
@@ -383,3 +383,57 @@ def test_published_tables_are_kept_as_printed():
         assert row["carbon_g"] / row["gpu_hours"] == pytest.approx(75, rel=0.001)
     with pytest.raises(EcoDiffError):
         paper.table("table99")
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("sd", 5.0), ("sdxl", 1.0), ("sd3", 5.0), ("flux", 3.5)])
+def test_the_pipeline_shows_the_arguments_of_a_class_that_is_not_known(name, guidance, monkeypatch):
+    """Captured from the pipeline's own loop, the cost is the one that is counted from the known arguments."""
+    pipe = TINY[name]()
+    options = {"size": 32, "batch": 3, "steps": 4, "guidance": guidance, "inner": False}
+    tokens = None if name in ("sd", "sdxl") else TOKENS
+    known = cost(pipe, **options, text_tokens=2 * TOKENS if name == "sd3" else tokens, ratio=0.3)
+    before = {key: repr(value) for key, value in vars(pipe.scheduler).items()}
+    monkeypatch.setattr(fullsize, "INPUTS", {})
+    shown = cost(pipe, **options, text_tokens=tokens, ratio=0.3)
+    assert shown.flops == known.flops and shown.forwards == known.forwards and shown.calls == known.calls
+    assert shown.parameters == known.parameters and shown.pruned.parameters == known.pruned.parameters
+    assert shown.saved == pytest.approx(known.saved, rel=1e-3)
+    assert shown.update_peak() == pytest.approx(known.update_peak(), rel=1e-3)
+    assert before == {key: repr(value) for key, value in vars(pipe.scheduler).items()}
+    assert "forward" not in vars(denoiser(pipe))
+
+
+def test_a_denoiser_of_another_class_is_costed_by_its_pipelines_own_call():
+    pipe = _tiny_dit()
+    asked = {"call": {"class_labels": [1, 2]}, "batch": 2}
+    counted = cost(pipe, steps=3, guidance=4.0, **asked)
+    assert counted.denoiser == "DiTTransformer2DModel" and (counted.calls, counted.forwards) == (3, 6)
+    assert counted.size == (32, 32)  # 8 x 8 latents of a VAE that halves twice
+    assert counted.flops.linear > 0 and counted.flops.attention > 0 and counted.saved > 0
+    unguided = cost(pipe, steps=3, guidance=1.0, **asked)
+    assert unguided.saved < counted.saved
+    smaller = cost(pipe, steps=3, **asked, ratio=0.5, kinds=("feed_forward",)).pruned
+    assert smaller.flops.linear < counted.flops.linear
+    with pytest.raises(EcoDiffError, match="call={"):
+        cost(pipe, steps=3)
+    with pytest.raises(EcoDiffError, match="no argument 'prompt'"):
+        cost(pipe, call={"prompt": "a cat"})
+    with pytest.raises(EcoDiffError, match="mapping"):
+        cost(pipe, call="a cat")
+
+
+def _tiny_dit():
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer, vae, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
