@@ -76,7 +76,7 @@ class Judge:
         parts = []
         for batch in images.split(_BATCH):
             pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
-            parts.append(self.model.get_image_features(pixels.to(self.model.device)).pooler_output)
+            parts.append(vectors(self.model.get_image_features(pixels.to(self.model.device))))
         return normalize(torch.cat(parts).float().cpu(), dim=-1)
 
     @torch.no_grad()
@@ -88,22 +88,27 @@ class Judge:
                 text=list(captions[first : first + 4 * _BATCH]), return_tensors="pt", padding=True, truncation=True
             )
             words = {k: words[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
-            parts.append(self.model.get_text_features(**words).pooler_output)
+            parts.append(vectors(self.model.get_text_features(**words)))
         return normalize(torch.cat(parts).float().cpu(), dim=-1)
 
 
+def vectors(features) -> Tensor:
+    """The tensor [N, D] in what ``get_image_features`` gives: itself, or from transformers 5 on a part of an output."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
 class _Features(nn.Module):
-    """A CLIPModel as torchmetrics 1.9 calls it: features are plain tensors (in transformers 5, part of an output)."""
+    """A CLIPModel as torchmetrics 1.9 calls it: features are plain tensors."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values).pooler_output
+        return vectors(self.model.get_image_features(pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.get_text_features(input_ids, attention_mask).pooler_output
+        return vectors(self.model.get_text_features(input_ids, attention_mask))
 
 
 def clip_score_metric(model: str | os.PathLike | Judge = DEFAULT):
@@ -118,8 +123,9 @@ def clip_score_metric(model: str | os.PathLike | Judge = DEFAULT):
 
 
 def clip_score(images: Tensor, captions: Sequence[str], model: str | os.PathLike | Judge = DEFAULT) -> float:
-    """Mean CLIP score, 100 max(cos(picture, caption), 0), of pictures uint8 [N, 3, H, W] with one caption each.
+    """CLIP score, max(100 times the mean cosine of picture and caption, 0), of pictures uint8 [N, 3, H, W].
 
+    One caption a picture. The maximum is taken of the mean, as torchmetrics does, not picture by picture.
     Scores of different judges cannot be compared. Raises EcoDiffError for numbers that do not match.
     """
     _same_number(images, captions, "captions")

@@ -236,6 +236,21 @@ def test_unknown_recipe_is_one_sentence(capsys):
     assert "there is no recipe 'openmoji-sd9'" in capsys.readouterr().err.lower()
 
 
+def test_a_model_that_was_never_evaluated_cannot_be_checked(family, tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(family[1])
+    monkeypatch.setattr(store, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(store, "changed_files", lambda folder: [])
+    for name, file in (("openmoji-sd2", "fixed.png"), ("openmoji-clip", "fixed.json")):
+        with pytest.raises(EcoDiffError, match=f"{name} has no {file} yet: run python -m ecodiff.zoo evaluate {name}"):
+            store.check(name)
+
+
+def test_the_first_steps_tell_what_the_rest_costs(tmp_path, capsys):
+    train(tiny("openmoji-clip", steps=fit.MEASURED + 1), tmp_path)
+    assert "contrast: 1 steps to go, about 0 minutes at the" in capsys.readouterr().out
+    assert "10 steps to go, about 1 minutes at the 6.00 s" in fit.estimate("x", 10, [90.0, 6.0, 6.0, 7.0, 5.0])
+
+
 def test_a_missing_teacher_is_one_sentence(capsys, tmp_path):
     arguments = ["--smoke", "--runs", str(tmp_path), "--models", str(tmp_path / "none")]
     assert main(["distill", *arguments]) == 2

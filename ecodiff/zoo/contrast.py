@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, normalize, pad
 
 from .. import data
-from ..judge import Facts
+from ..judge import Facts, vectors
 from .fit import fit
 
 
@@ -101,8 +101,8 @@ def train_contrast(judge, recipe: dict, folder: Path) -> dict:
         captions = [f.caption(int(rng.integers(3))) for f in (*facts, *false)]
         device = model.device
         words = judge.processor.tokenizer(captions, padding=True, return_tensors="pt").to(device)
-        text = model.get_text_features(**words).pooler_output.float()
-        image = model.get_image_features(pictures.to(device)).pooler_output.float()
+        text = vectors(model.get_text_features(**words)).float()
+        image = vectors(model.get_image_features(pictures.to(device))).float()
         scale = model.logit_scale.exp().clamp(max=100)
         keys = [f.key for f in facts]
         return contrastive_loss(

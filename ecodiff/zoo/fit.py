@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from .. import data
 from ..errors import EcoDiffError
 
 SAVE_EVERY = 250  # steps between checkpoints
+MEASURED = 5  # first steps whose time tells what the rest will cost
 
 
 @cache
@@ -53,6 +55,13 @@ def generator(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(value)
 
 
+def estimate(name: str, left: int, took: list[float]) -> str:
+    """What ``left`` more steps cost, in words, from the seconds of the first ones; the very first may have compiled."""
+    seconds = statistics.median(took[1:])
+    minutes = left * seconds / 60
+    return f"{name}: {left} steps to go, about {minutes:.0f} minutes at the {seconds:.2f} s a step measured here."
+
+
 def fit(
     name: str,
     modules: list[torch.nn.Module],
@@ -65,7 +74,8 @@ def fit(
 
     AdamW, warm-up and cosine decay, gradient norm clipped to 1, exponential moving average of the weights. A checkpoint
     ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary name, then renamed) and picked up again.
-    Returns the seconds spent and the mean loss of the last hundred steps.
+    After the first ``MEASURED`` steps a line says how long the rest takes on this machine. Returns the seconds spent
+    and the mean loss of the last hundred steps.
     """
     from accelerate import Accelerator
 
@@ -115,7 +125,7 @@ def fit(
     # On a CPU the fused attention's backward in bf16 is several times slower than plain matrix products (torch 2.13).
     plain = accelerator.device.type == "cpu"
     bar = tqdm(total=options["steps"], initial=state["step"], desc=name, unit="step", mininterval=5)
-    stage = sum(map(ord, name))
+    stage, took = sum(map(ord, name)), []
     # One thread draws the next batch while the model works on this one.
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(scenes_of, state["step"])
@@ -132,10 +142,13 @@ def fit(
             schedule.step()
             ema.step(parameters)
             state["losses"] = (state["losses"] + [loss.item()])[-100:]
-            state["seconds"] += time.perf_counter() - start
+            took.append(time.perf_counter() - start)
+            state["seconds"] += took[-1]
             state["step"] = step + 1
             bar.update()
             bar.set_postfix(loss=f"{sum(state['losses']) / len(state['losses']):.4f}", refresh=False)
+            if len(took) == MEASURED:
+                bar.write(estimate(name, options["steps"] - step - 1, took))
             if (step + 1) % SAVE_EVERY == 0 and step + 1 < options["steps"]:
                 save()
     bar.close()

@@ -118,15 +118,22 @@ def check(name: str) -> str:
 def _check_pipeline(folder: Path, sampling: dict) -> str:
     from diffusers import DiffusionPipeline
 
+    kept = np.asarray(Image.open(_fixed(folder, "fixed.png"))).astype(int)
     drawn = fixed_picture(DiffusionPipeline.from_pretrained(folder), sampling).astype(int)
-    error = np.abs(drawn - np.asarray(Image.open(folder / "fixed.png")).astype(int)).mean()
+    error = np.abs(drawn - kept).mean()
     if error > 2:
         raise EcoDiffError(f"{folder.name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
     return f"fixed picture within {error:.2f}/255"
 
 
+def _fixed(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise EcoDiffError(f"{folder.name} has no {name} yet: run python -m ecodiff.zoo evaluate {folder.name}.")
+    return folder / name
+
+
 def _check_judge(folder: Path) -> str:
-    kept = torch.tensor(json.loads((folder / "fixed.json").read_text()))
+    kept = torch.tensor(json.loads(_fixed(folder, "fixed.json").read_text()))
     error = (fixed_scores(Judge.load(folder)) - kept).abs().max().item()
     if error > 0.01:
         raise EcoDiffError(f"{folder.name} gives other scores than its fixed.json (largest difference {error:.3f}).")
