@@ -81,7 +81,7 @@ class Cost:
 
     @property
     def picture_flops(self) -> Flops:
-        """Of one picture: all denoiser calls, guidance included; ``.paper`` and ``.total`` are the two conventions."""
+        """FLOPs of one picture, guidance included; ``.paper`` and ``.total`` are the two conventions."""
         return self.flops * self.forwards
 
     @property

@@ -52,7 +52,7 @@ class Flops:
 
     @property
     def paper(self) -> int:
-        """The convention of the paper's Table 1: linear layers and convolutions, attention products left out."""
+        """Linear layers and convolutions, attention products left out, as in the paper's Table 1."""
         return self.linear + self.convolution
 
     @property

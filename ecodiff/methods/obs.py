@@ -127,9 +127,9 @@ def from_moments(
 def prune_compensated(pipe, mask: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, damping: float = DAMPING):
     """`prune`, with the weights that stay adapted to what has gone; returns the smaller pipeline.
 
-    For each layer that reads masked units W'_K = W H_:K (H_KK)⁻¹, the least error on the inputs that made ``moments``
-    (`second_moments` of the same pipeline). Biases stay. The mask may come from any method. Raises EcoDiffError where
-    ``moments`` lack a layer or are those of another model.
+    For each layer that reads masked units ``W'_K = W H_:K (H_KK)⁻¹``, the least error on the inputs that made
+    ``moments`` (`second_moments` of the same pipeline). Biases stay. The mask may come from any method. Raises
+    EcoDiffError where ``moments`` lack a layer or are those of another model.
     """
     small, model = prune(pipe, mask), denoiser(pipe)
     for layer, keep in _kept_columns(model, mask).items():

@@ -34,12 +34,12 @@ def scores(
     elementwise: bool = False,
     **sampling,
 ) -> dict[str, Tensor]:
-    """|Σ_t ∂L_t/∂m| for the gate of each unit, {site name: fp32 [units]}.
+    """``|Σ_t ∂L_t/∂m|`` for the gate of each unit, {site name: fp32 [units]}.
 
     z_0 are final latents of the model itself and ε is fresh noise, so no pictures are needed. Steps are taken from the
     least noise on, gradients added with their sign over prompts and steps, until L_t < threshold · max L (0.05 as
     published for DDPM; 0 takes every step, and the losses of flow models rarely fall below it). ∂L/∂m is Σ w · ∂L/∂w
-    over the weights that read the unit. With ``elementwise`` the score is Σ |w · Σ_t ∂L_t/∂w| over all weights that
+    over the weights that read the unit. With ``elementwise`` the score is ``Σ |w · Σ_t ∂L_t/∂w|`` over all weights that
     write or read it (biases left out), which needs a gradient as large as these layers.
 
     With guidance the loss is that of both predictions, conditional and not, as in training. ``sampling``: fields of

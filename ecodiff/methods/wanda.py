@@ -10,7 +10,7 @@ from .sampling import KINDS, Sampling, columns, draw, reading, sites_of
 
 
 def scores(pipe, prompts, *, kinds: tuple[str, ...] = KINDS, **sampling) -> dict[str, Tensor]:
-    """Mean of |W_ij| ‖X_j‖ over the weights that read a unit, {site name: fp32 [units]}.
+    """Mean of ``|W_ij| ‖X_j‖`` over the weights that read a unit, {site name: fp32 [units]}.
 
     W is the layer that reads the units ([out, in]; several in joint attention), X_j its input channel j over all
     prompts, tokens and steps of the sampling loop. ‖X_j‖ is taken as a root mean square: the 2-norm over the square
