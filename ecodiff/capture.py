@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .errors import EcoDiffError
 from .pipelines import denoiser as find_denoiser
+from .pipelines import sampling_loop
 from .trace import Given, outputs, without_weights
 from .trajectory import private_copy, replaced_forward
 
@@ -48,7 +49,7 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
 
     Raises EcoDiffError, in one sentence, where the call does not run so.
     """
-    name, call = type(pipe).__name__, getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)
+    name, call = type(pipe).__name__, sampling_loop(pipe)
     known = inspect.signature(call).parameters
     given = {key: value for key, value in arguments.items() if value is not None}
     if unknown := sorted(given.keys() - known.keys()):

@@ -312,7 +312,7 @@ def _subject(model) -> _Subject:
 
 def _from_pipeline(pipe) -> _Subject:
     denoiser, vae = pipelines.denoiser(pipe), getattr(pipe, "vae", None)
-    signature = inspect.signature(getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)).parameters
+    signature = inspect.signature(pipelines.sampling_loop(pipe)).parameters
 
     def default(name, otherwise):
         value = signature[name].default if name in signature else otherwise
@@ -397,14 +397,14 @@ def _loop(s: _Subject, batch: int, call: dict, asked: dict) -> _Loop:
     guided = s.guidance > 1 and s.guided != "embedded"
     if guided and getattr(s.network.config, "time_cond_proj_dim", None) is not None:  # distilled: guidance is an input
         guided = False
-    shapes, latents = fullsize.inputs(s.network, _geometry(s, batch * (2 if guided and s.guided == "batch" else 1)))
     samples = batch * (2 if guided and s.guided == "batch" else 1)
+    shapes, latents = fullsize.inputs(s.network, _geometry(s, samples))
     return _Loop(shapes, latents, samples, s.steps * (2 if guided and s.guided == "calls" else 1))
 
 
 def _shown(s: _Subject, batch: int, call: dict, asked: dict) -> _Loop:
     """The loop as the pipeline itself runs it."""
-    known = inspect.signature(getattr(type(s.pipe).__call__, "__wrapped__", type(s.pipe).__call__)).parameters
+    known = inspect.signature(pipelines.sampling_loop(s.pipe)).parameters
     options = {"num_inference_steps": s.steps}
     if "guidance_scale" in known:
         options["guidance_scale"] = s.guidance

@@ -7,7 +7,6 @@ same loop: *corrected* (``LearnConfig()``) and *faithful* to what was published 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import warnings
@@ -26,7 +25,7 @@ from .errors import EcoDiffError
 from .gates import Gates, apply_gates
 from .learn_config import LearnConfig
 from .pipelines import denoiser as find_denoiser
-from .prompts import checked_prompts, collate, encoding_once
+from .prompts import checked_prompts, collate, encoding_once, mix
 from .sites import find_sites
 from .trajectory import final_latents
 
@@ -119,7 +118,7 @@ class _Task:
         self.pipe, self.config, self.device = pipe, config, device
         self.denoiser = find_denoiser(pipe)
         many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
-        self.samples = [(prompt, _mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
+        self.samples = [(prompt, mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
 
@@ -185,10 +184,10 @@ class _Task:
         batch = _batch(len(self.samples), config.batch_size, config.seed, update)
         size = config.micro_batch_size or len(batch)
         parts = [batch[first : first + size] for first in range(0, len(batch), size)]
-        reconstruction, generator = 0.0, torch.Generator().manual_seed(_mix(config.seed, update))
+        reconstruction, generator = 0.0, torch.Generator().manual_seed(mix(config.seed, update))
         # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(_mix(config.seed, update))
+            torch.manual_seed(mix(config.seed, update))
             for part in parts:
                 values = gates.sample(generator) if config.gate_draw == "trajectory" else _fresh_gates(gates)
                 with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
@@ -275,16 +274,11 @@ def _open_share(gates: Gates) -> dict[str, float]:
     return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
 
 
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
-
-
 def _batch(samples: int, batch_size: int, seed: int, update: int) -> list[int]:
     """Sample indices of an update: each epoch visits every sample once, in an order of its own."""
     positions = range(update * batch_size, (update + 1) * batch_size)
     orders = {
-        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(_mix(seed, -1, epoch))).tolist()
+        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, -1, epoch))).tolist()
         for epoch in {position // samples for position in positions}
     }
     return [orders[position // samples][position % samples] for position in positions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
@@ -74,3 +75,18 @@ def denoiser_name(pipe) -> str:
 def denoiser(pipe) -> nn.Module:
     """The network that predicts noise, velocity or flow; the one that is pruned."""
     return getattr(pipe, denoiser_name(pipe))
+
+
+def with_denoiser(pipe, network: nn.Module):
+    """A pipeline of the same class with ``network`` as its denoiser; all other components are shared."""
+    parts = {**pipe.components, denoiser_name(pipe): network}
+    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
+    given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
+    result = type(pipe)(**given)
+    result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    return result
+
+
+def sampling_loop(pipe):
+    """The pipeline's own ``__call__`` without its ``torch.no_grad``: a function of the pipeline and its arguments."""
+    return getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)

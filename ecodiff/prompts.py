@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 
@@ -70,3 +71,8 @@ def _join(rows: Sequence):
     if isinstance(rows[0], Tensor) and rows[0].shape[:1] == (1,):
         return torch.cat(list(rows))
     return rows[0]
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers, such as a run's seed and the number of a sample."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

@@ -68,8 +68,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, gates, preserve_rng_state, *inputs):
         ctx.run, ctx.gates = run, gates
-        device = next((tensor.device for tensor in reversed(inputs)), torch.device("cpu"))
-        ctx.autocast = [_autocast(kind) for kind in {device.type, "cpu"}]
+        ctx.autocast = [_autocast(kind) for kind in {inputs[-1].device.type, "cpu"}]
         ctx.random = (torch.get_rng_state(), *get_device_states(*inputs)) if preserve_rng_state else None
         ctx.save_for_backward(*inputs)
         return tuple(run(list(inputs)))

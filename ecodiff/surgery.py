@@ -12,7 +12,6 @@ load with `ecodiff.load`.
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import tempfile
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
-from .pipelines import align, denoiser_name
+from .pipelines import align, with_denoiser
+from .pipelines import denoiser as find_denoiser
 from .sites import KINDS, Site, find_sites, skipped_modules
 
 # How attention processors call and what they return decides what may stand in for an attention without heads.
@@ -49,13 +49,7 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     Raises EcoDiffError for unknown sites, wrong lengths or dtypes, and for an attention whose processor is unknown here
     and that would lose its last head.
     """
-    name = denoiser_name(pipe)
-    parts = {**pipe.components, name: prune_denoiser(getattr(pipe, name), mask)}
-    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
-    pruned = type(pipe)(
-        **{key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
-    )
-    pruned._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pruned = with_denoiser(pipe, prune_denoiser(find_denoiser(pipe), mask))
     pruned.save_pretrained = partial(save, pruned)
     return pruned
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .errors import EcoDiffError
 from .gates import OpenGates
 from .pipelines import denoiser as find_denoiser
+from .pipelines import sampling_loop
 from .recompute import frozen, frozen_inside, kept, recomputed
 
 
@@ -71,7 +72,7 @@ def final_latents(
         raise EcoDiffError(
             f"keep_last={keep_last} is negative: give the number of last steps that keep their activations."
         )
-    call = getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)
+    call = sampling_loop(pipe)
     taken = {"output_type": "latent", "return_dict": False}
     if lacking := sorted(taken.keys() - inspect.signature(call).parameters.keys()):
         raise EcoDiffError(
@@ -85,9 +86,7 @@ def final_latents(
     runner = private_copy(pipe)
     denoiser, scheduler = find_denoiser(pipe), runner.scheduler
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    watch = _count_steps(scheduler)
-
-    gates = OpenGates(denoiser)
+    watch, gates = count_steps(scheduler), OpenGates(denoiser)
 
     def wrap(forward):
         def frozen_forward(*args, **kwargs):  # here too, because recomputation happens after final_latents returned
@@ -110,8 +109,12 @@ def final_latents(
         return step
 
     where = f"{type(pipe).__name__} with {type(scheduler).__name__}"
-    unchanging = frozen(*modules), frozen_inside(denoiser)
-    with torch.set_grad_enabled(gradients), unchanging[0], unchanging[1], replaced_forward(denoiser, wrap):
+    with (
+        torch.set_grad_enabled(gradients),
+        frozen(*modules),
+        frozen_inside(denoiser),
+        replaced_forward(denoiser, wrap),
+    ):
         try:
             latents = call(runner, **taken, **call_kwargs)[0]
         except RuntimeError as error:
@@ -145,7 +148,7 @@ def private_copy(pipe):
     return runner
 
 
-def _count_steps(scheduler) -> dict:
+def count_steps(scheduler) -> dict:
     """Make this (private) scheduler count its steps; returns the record that the denoiser's wrapper reads and
     completes."""
     watch = {"steps": 0, "gradients": False, "without_grad": False}

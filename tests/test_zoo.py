@@ -273,3 +273,8 @@ def test_stored_models_load_and_draw_their_fixed_picture():
         card = (data_dir() / "models" / name / "README.md").read_text()
         assert card.startswith("---\nlicense: cc-by-sa-4.0") and "OpenMoji" in card
         json.loads((data_dir() / "models" / name / "recipe.json").read_text())
+
+
+def test_a_recipe_of_an_unknown_class_is_refused_in_one_sentence():
+    with pytest.raises(EcoDiffError, match="asks for NoSuchPipeline: take one of StableDiffusionPipeline"):
+        build.build({**recipes.load_recipe("openmoji-sd2"), "pipeline": "NoSuchPipeline"})

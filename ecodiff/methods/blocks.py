@@ -14,14 +14,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import EcoDiffError
-from ..pipelines import denoiser, denoiser_name
+from ..pipelines import denoiser, with_denoiser
+from ..trajectory import replaced_forward
 from .sampling import Call, Sampling, draw
 
 _HIDDEN = ("hidden_states", "input_tensor")
@@ -51,18 +52,10 @@ def candidates(model: nn.Module) -> dict[str, int]:
 def left_out(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Inside, these blocks return what they are given. Raises EcoDiffError for a name that is no candidate."""
     _check(model, names)
-    chosen = [model.get_submodule(name) for name in names]
-    own = [module.__dict__.get("forward") for module in chosen]
-    for module in chosen:
-        module.forward = _passing(module.forward)
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(replaced_forward(model.get_submodule(name), _passing))
         yield
-    finally:
-        for module, forward in zip(chosen, own, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling) -> list[float]:
@@ -134,12 +127,7 @@ def remove(pipe, names: Collection[str]):
         owner, _, leaf = name.rpartition(".")
         block = smaller.get_submodule(name)
         setattr(smaller.get_submodule(owner), leaf, _Missing(inspect.signature(block.forward), block))
-    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
-    parts = {**pipe.components, denoiser_name(pipe): smaller}
-    given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
-    result = type(pipe)(**given)
-    result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
-    return result
+    return with_denoiser(pipe, smaller)
 
 
 class _Missing(nn.Module):

@@ -12,15 +12,16 @@ them, from 0 for every new schedule.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import nn
 
 from ..errors import EcoDiffError
 from ..pipelines import denoiser
+from ..trajectory import replaced_forward
 
 
 @dataclass
@@ -69,21 +70,16 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
 
     now = {"run": True}
     handle = model.register_forward_pre_hook(begin, with_kwargs=True)
-    own = {name: block.__dict__.get("forward") for name, block in deep.items()}
-    for name, block in deep.items():
-        block.forward = _kept_forward(block.forward, name, reuse, now)
     scheduler_class = type(pipe.scheduler)
     pipe.scheduler.__class__ = _counting(scheduler_class, reuse)
     try:
-        yield reuse
+        with ExitStack() as stack:
+            for name, block in deep.items():
+                stack.enter_context(replaced_forward(block, partial(_kept_forward, name=name, reuse=reuse, now=now)))
+            yield reuse
     finally:
         pipe.scheduler.__class__ = scheduler_class
         handle.remove()
-        for name, block in deep.items():
-            if own[name] is None:
-                del block.forward
-            else:
-                block.forward = own[name]
         reuse.kept.clear()
 
 

@@ -5,11 +5,9 @@ Nothing but final latents is kept. A method hooks the layers it wants to see, an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +15,9 @@ from tqdm import tqdm
 
 from ..errors import EcoDiffError
 from ..pipelines import denoiser
-from ..prompts import checked_prompts, collate, encoding_once
+from ..prompts import checked_prompts, collate, encoding_once, mix
 from ..sites import Site, Span, find_sites
-from ..trajectory import frozen, private_copy
+from ..trajectory import count_steps, frozen, private_copy
 
 KINDS = ("attention", "feed_forward")
 
@@ -47,8 +45,12 @@ class Sampling:
 class Clock:
     """Where a running trajectory is: in scheduler step ``step`` of ``steps``, 0 the noisiest."""
 
-    step: int = 0
     scheduler: object = None
+    watch: dict = field(default_factory=lambda: {"steps": 0})
+
+    @property
+    def step(self) -> int:
+        return self.watch["steps"]
 
     @property
     def steps(self) -> int:
@@ -86,17 +88,11 @@ def draw(
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     guidance = {} if sampling.guidance_scale is None else {"guidance_scale": sampling.guidance_scale}
     clock = clock or Clock()
-    clock.scheduler, original_step = runner.scheduler, runner.scheduler.step
-
-    @wraps(original_step)  # pipelines look at its signature
-    def counted(*args, **kwargs):
-        clock.step += 1
-        return original_step(*args, **kwargs)
+    clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
     def hook(module, args, kwargs, output):
         each_call(Call(clock.step, args, kwargs, output))
 
-    runner.scheduler.step = counted
     handle = denoiser(pipe).register_forward_hook(hook, with_kwargs=True) if each_call else None
     parts = []
     bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
@@ -104,7 +100,7 @@ def draw(
         with torch.no_grad(), frozen(*modules), bar:
             for first in range(0, len(prompts), sampling.batch_size):
                 batch = prompts[first : first + sampling.batch_size]
-                clock.step = 0
+                clock.watch["steps"] = 0
                 numbers = range(first, first + len(batch))
                 latents = runner(
                     num_inference_steps=sampling.num_inference_steps,
@@ -159,8 +155,3 @@ def reading(model: nn.Module, sites: Mapping[str, Site], see: Callable[[str, Ten
 def columns(span: Span, units: int) -> slice:
     """The columns (or rows) of a layer that belong to all units of a span, in their order."""
     return slice(span.offset, span.offset + units * span.size)
-
-
-def mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

@@ -10,7 +10,6 @@ straight-through estimator; `trainable` is that layer, with SR-STE's pull (Zhou 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import EcoDiffError
-from ..pipelines import denoiser, denoiser_name
+from ..pipelines import denoiser, with_denoiser
 
 KEPT, GROUP = 2, 4
 
@@ -55,18 +54,11 @@ def sparsify(pipe, prompts=()):
 
     ``prompts`` are not used (the choice is by magnitude). The original is not changed.
     """
-    name = denoiser_name(pipe)
     sparse = copy.deepcopy(denoiser(pipe))
     with torch.no_grad():
         for layer in layers_2_4(sparse).values():
             layer.weight.mul_(mask_2_4(layer.weight))
-    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
-    parts = {**pipe.components, name: sparse}
-    result = type(pipe)(
-        **{key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
-    )
-    result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
-    return result
+    return with_denoiser(pipe, sparse)
 
 
 @contextmanager

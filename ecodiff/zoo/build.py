@@ -14,6 +14,7 @@ from .. import data
 from ..errors import EcoDiffError
 from ..pipelines import align
 from .recipes import load_recipe, recipe_ids, trained_folder
+from .stages import pixels
 from .tokens import clip_tokenizer, t5_tokenizer
 
 __all__ = ["build", "clip_tokenizer", "fold_guidance", "load_recipe", "parameters", "recipe_ids", "t5_tokenizer"]
@@ -26,7 +27,8 @@ def build(recipe: dict, models: Path | None = None):
     where one of those is missing, or for a class that no recipe here knows how to assemble.
     """
     if recipe["pipeline"] not in _ASSEMBLE:
-        raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['class']}: take one of {', '.join(_ASSEMBLE)}.")
+        known = ", ".join(_ASSEMBLE)
+        raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['pipeline']}: take one of {known}.")
     torch.manual_seed(recipe["seed"])
     return _ASSEMBLE[recipe["pipeline"]](recipe, models)
 
@@ -126,8 +128,7 @@ def _flux(recipe: dict, models: Path | None):
     tokenizer, tokenizer_2, vae = clip_tokenizer(recipe), t5_tokenizer(recipe), _vae(recipe, models)
     if vae.config.shift_factor is None:  # FLUX subtracts the latents' mean, the other pipelines do not
         with torch.no_grad():
-            pixels = data.images(list(data.scenes("train", 64))).float() / 127.5 - 1
-            mean = vae.encode(pixels).latent_dist.mean.mean().item()
+            mean = vae.encode(pixels(list(data.scenes("train", 64)), "cpu")).latent_dist.mean.mean().item()
         vae.register_to_config(shift_factor=round(mean, 4))
     pipe = diffusers.FluxPipeline(
         scheduler=_scheduler(recipe),
@@ -177,13 +178,13 @@ def _judge(recipe: dict, models: Path | None):
     text = {**_clip_words(tokenizer), **recipe["text"]}
     vision = {"image_size": data.SIZE, **recipe["vision"]}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=recipe["projection_dim"]))
-    pixels = CLIPImageProcessorPil(
+    reader = CLIPImageProcessorPil(
         size={"shortest_edge": data.SIZE},
         crop_size={"height": data.SIZE, "width": data.SIZE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return Judge(model, CLIPProcessor(image_processor=pixels, tokenizer=tokenizer))
+    return Judge(model, CLIPProcessor(image_processor=reader, tokenizer=tokenizer))
 
 
 _ASSEMBLE = {

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize, pad
 from .. import data
 from ..judge import Facts, vectors
 from .fit import fit
+from .stages import pixels
 
 
 def wrong(facts: Facts, kind: int, rng: np.random.Generator) -> Facts:
@@ -36,7 +37,7 @@ def views(scenes: list[data.Scene], options: dict, rng: np.random.Generator) -> 
     """Pictures float [N, 3, 64, 64] in -1 … 1, moved, some cut down to one of their objects, blurred or noisy; and
     what each shows."""
     pictures, facts = [], []
-    for scene, picture in zip(scenes, data.images(scenes).float() / 127.5 - 1, strict=True):
+    for scene, picture in zip(scenes, pixels(scenes, "cpu"), strict=True):
         if len(scene.objects) > 1 and rng.random() < options["crop"]:
             place = int(rng.integers(len(scene.objects)))
             pictures.append(cut(picture, scene.boxes[place], int(rng.integers(1, 4))))

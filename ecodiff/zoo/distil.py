@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .fit import fit
-from .stages import conditioning, encode, mix
+from .stages import compiled, conditioning, encode, mix
 
 
 def _frozen(transformer):
@@ -25,7 +25,7 @@ def train_guidance(pipe, recipe: dict, folder: Path) -> dict:
     options, student = recipe["guidance"]["train"], pipe.transformer
     teacher = _frozen(student)
     pipe.to(pipe.vae.device)
-    student_of, teacher_of = _forward(student, options), _forward(teacher, options)
+    student_of, teacher_of = compiled(student, options), compiled(teacher, options)
     low, high = options["scales"]
 
     def loss_of(step, scenes, generator):
@@ -56,7 +56,7 @@ def train_distil(pipe, recipe: dict, folder: Path) -> dict:
     teacher = _frozen(student)
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False)
-    student_of, teacher_of = _forward(student, options), _forward(teacher, options)
+    student_of, teacher_of = compiled(student, options), compiled(teacher, options)
     steps, finer = options["student_steps"], options["teacher_steps"] // options["student_steps"]
 
     def loss_of(step, scenes, generator):
@@ -78,7 +78,3 @@ def train_distil(pipe, recipe: dict, folder: Path) -> dict:
         return loss
 
     return fit("distil", [student], loss_of, options, folder, recipe["seed"])
-
-
-def _forward(transformer, options: dict):
-    return torch.compile(transformer) if options.get("compile") else transformer

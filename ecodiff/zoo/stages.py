@@ -5,6 +5,7 @@ A stage is a function ``(pipe, recipe, folder) -> log`` that trains parts of ``p
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -68,13 +69,17 @@ def train_denoiser(pipe, recipe: dict, folder: Path) -> dict:
     pipe.to(pipe.vae.device)
     if hasattr(pipe, "unet"):
         model.to(memory_format=torch.channels_last)  # convolutions are about a tenth faster so
-    forward = torch.compile(model) if options.get("compile") else model
-    objective = flow_loss if hasattr(pipe, "transformer") else velocity_loss
+    forward = compiled(model, options)
+    if hasattr(pipe, "transformer"):
+        objective = flow_loss
+    else:
+        noising = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        objective = partial(velocity_loss, noising)
 
     def loss_of(step, scenes, generator):
         latents = encode(pipe, scenes)
         keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
-        return objective(pipe, forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
+        return objective(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
 
     encoders = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
     return fit("denoiser", [model, *encoders], loss_of, options, folder, recipe["seed"])
@@ -90,22 +95,26 @@ def encode(pipe, scenes: list[data.Scene]) -> Tensor:
     return pipe._pack_latents(latents, *latents.shape)
 
 
-def velocity_loss(pipe, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
+def compiled(model, options: dict):
+    """The model to call in training: compiled where a stage's options ask for it."""
+    return torch.compile(model) if options.get("compile") else model
+
+
+def velocity_loss(noising, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
     """Squared error of the velocity √ᾱ ε - √(1-ᾱ) x at a uniform time step (Salimans & Ho 2022)."""
-    noising = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     t = torch.randint(noising.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
     predicted = forward(noising.add_noise(latents, noise, t), t, **condition).sample
     return torch.nn.functional.mse_loss(predicted.float(), noising.get_velocity(latents, noise, t))
 
 
-def flow_loss(pipe, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
+def flow_loss(forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
     """Squared error of the velocity ε - x on the straight path from x to ε (rectified flow), at guidance 1.
 
     The share σ of noise is logit-normal, as in Stable Diffusion 3 (Esser et al. 2024).
     """
     noisy, noise, sigma = mix(latents, generator)
-    guidance = torch.ones_like(sigma) if pipe.transformer.config.guidance_embeds else None
+    guidance = torch.ones_like(sigma) if forward.config.guidance_embeds else None
     predicted = forward(noisy, timestep=sigma, guidance=guidance, **condition).sample
     return torch.nn.functional.mse_loss(predicted.float(), noise - latents)
 
