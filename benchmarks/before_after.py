@@ -15,12 +15,13 @@ import torch
 
 import ecodiff
 from ecodiff import data, plotting
-from ecodiff.experiments import Protocol, scores_of
+from ecodiff.experiments import scores_of
 from ecodiff.generate import generate
 from ecodiff.learn import LearnConfig
 from ecodiff.mask import make_mask
 from ecodiff.paths import root
 from ecodiff.pipelines import denoiser
+from ecodiff.protocol import Protocol
 from ecodiff.sites import find_sites
 
 RATIO, PICTURES = 0.2, 8
@@ -37,7 +38,7 @@ def main() -> None:
     for method in ("learned", "magnitude", "random"):
         scores = scores_of(pipe, method, captions, config, seed=0)
         rows[method] = ecodiff.prune(pipe, make_mask(scores, find_sites(denoiser(pipe)), RATIO))
-    settings = {"num_inference_steps": protocol.num_inference_steps, "guidance_scale": protocol.guidance_scale}
+    settings = protocol.sampling
     drawn = torch.stack([generate(p, shown, range(PICTURES), progress=False, **settings) for p in rows.values()])
     figure = plotting.picture_grid(drawn, rows=list(rows), size=1.1)
     figure.savefig(root() / "book" / "_static" / "before-after.png", dpi=110)

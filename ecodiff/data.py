@@ -23,7 +23,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -53,16 +53,20 @@ _SPRITE = 256  # sprites are drawn once at this size and reduced with an area fi
 
 @dataclass(frozen=True)
 class Scene:
-    """One captioned picture: ``image`` is uint8 [64, 64, 3], ``boxes`` are (left, top, size) in pixels, one each."""
+    """One captioned picture; ``boxes`` are (left, top, size) in pixels, one an object."""
 
     index: int
     split: str
-    image: np.ndarray
     caption: str
     objects: tuple[str, ...]
     colour: str
     relation: str
     boxes: tuple[tuple[int, int, int], ...]
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """uint8 [64, 64, 3], drawn when first asked for: captions alone cost no drawing."""
+        return render(self.objects, self.colour, self.boxes)
 
 
 @lru_cache(maxsize=1)
@@ -185,7 +189,7 @@ def scene(index: int, split: str = "train", count: int | None = None) -> Scene:
     relation = RELATIONS[rng.integers(4)] if count == 2 and rng.integers(2) else ""
     boxes = _layout(rng, count, relation)
     text = caption(objects, colour, relation, int(rng.integers(3)))
-    return Scene(index, split, render(objects, colour, boxes), text, objects, colour, relation, boxes)
+    return Scene(index, split, text, objects, colour, relation, boxes)
 
 
 def scenes(split: str = "train", n: int | None = None, start: int = 0, count: int | None = None) -> Iterator[Scene]:

@@ -11,8 +11,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 
 from torch import Tensor
 
@@ -24,31 +22,37 @@ from .generate import generate
 from .learn import LearnConfig, learn
 from .mask import make_mask
 from .methods import METHODS, prune_compensated, second_moments
-from .paths import data_dir, data_file
+from .paths import data_dir
 from .pipelines import denoiser
+from .protocol import Protocol, draw, judge, judge_pictures
 from .resume import describe
 from .sites import find_sites
 from .surgery import prune
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How a model is judged: one-object prompts of the ``seen`` split, a noise of its own for each prompt and seed.
+class Cell:
+    """One cell of a table: how the units to go are chosen, and how the smaller model is judged.
 
-    ``objects`` also runs the object probe (Inception, about a picture in a tenth of a second on two cores).
+    ``method`` is "original" (nothing goes), "learned", one of ``ecodiff.methods``, or any of these with
+    "+compensation" (the weights that stay are adapted). ``seed`` is that of learning (or of the method's scores) and of
+    the noise pictures are drawn from. ``prompts`` captions of ``split`` are what learning or calibration sees.
+    ``scope`` and ``count`` are ``make_mask``'s.
     """
 
-    model: str = "openmoji-sdxl"
-    split: str = "seen"
-    pictures: int = 200
-    num_inference_steps: int = 12
-    guidance_scale: float = 3.0
-    objects: bool = True
-    version: int = 1
+    method: str = "learned"
+    ratio: float = 0.2
+    seed: int = 0
+    protocol: Protocol = Protocol()
+    config: LearnConfig = LearnConfig()
+    prompts: int = 100
+    split: str = "train"
+    scope: str = "kind"
+    count: str = "units"
 
-    def scenes(self) -> list[data.Scene]:
-        """The scenes whose captions are drawn."""
-        return list(data.scenes(self.split, self.pictures, count=1))
+    def captions(self) -> list[str]:
+        """The captions that learning or calibration sees."""
+        return data.prompts(self.split, self.prompts)
 
 
 def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompute: bool = False) -> Gates:
@@ -91,6 +95,7 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
     )
 
 
+UNSEEING = ("random", "magnitude")  # methods that look at no picture: their rows depend on no captions
 COMPENSATED = "+compensation"  # after a method's name: the weights that stay are adapted by second moments
 
 
@@ -120,93 +125,66 @@ def _sampling(config: LearnConfig, seed: int) -> dict:
     }
 
 
-def compare(
-    pipe,
-    method: str,
-    ratio: float,
-    seed: int,
-    protocol: Protocol,
-    *,
-    captions: Sequence[str],
-    config: LearnConfig,
-    recompute: bool = False,
-) -> dict[str, list[float]]:
-    """One cell: prune by a method's scores, draw, and judge each picture.
-
-    ``seed`` is that of learning (or of the method's scores) and of the noise pictures are drawn from. Method "original"
-    prunes nothing; "obs+compensation", or any method so, also adapts the weights that stay.
+def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = False) -> dict | None:
+    """What one cell comes to, recorded or measured now; with ``only_recorded`` None where it is not recorded.
 
     Returns lists with one entry a picture: ``ssim`` (to the original's picture of the same caption and noise),
-    ``colour`` (1 where the background has the named colour), ``object`` (1 where the probe names the object; empty
-    without ``protocol.objects``).
+    ``colour`` (1 where the background has the named colour); with ``protocol.features`` also ``object`` (1 where the
+    probe names the one object) and the numbers ``fid`` and ``kid`` to the real scenes of the same captions; with a
+    trained judge ``clip`` (100 times the cosine with the caption), ``found`` (1 where all objects are there) and
+    ``facts`` (1 where all that the caption says is); and the denoiser's number of ``parameters``.
     """
+    described = describe_cell(pipe, cell)
+    if only_recorded:
+        row = records.find(described, name="compare")
+        return row and row["values"]
+    return records.measure(described, lambda: measure_cell(pipe, cell, recompute), name="compare", recompute=recompute)[
+        "values"
+    ]
+
+
+def describe_cell(pipe, cell: Cell) -> dict:
+    """Everything that the values of a cell depend on: what its row is found by."""
+    captions, config = cell.captions(), replace(cell.config, seed=cell.seed)
+    base, judged_by = cell.method.removesuffix(COMPENSATED), judge()
     described = {
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
-        "method": method,
-        "ratio": 0.0 if method == "original" else ratio,
-        "scope": "kind",
-        "count": "units",
-        "seed": seed,
-        "protocol": asdict(protocol),
-        "learned": {**describe(pipe, list(captions), replace(config, seed=seed)), "updates": config.updates}
-        if method.removesuffix(COMPENSATED) == "learned"
-        else None,
+        "judge": weights_hash(judged_by.model) if judged_by else None,
+        "method": cell.method,
+        "ratio": 0.0 if base == "original" else cell.ratio,
+        "scope": cell.scope,
+        "count": cell.count,
+        "seed": cell.seed,
+        "protocol": asdict(cell.protocol),
     }
-    if method.endswith(COMPENSATED) or method not in ("original", "learned", "random", "magnitude"):
+    if base == "learned":
+        described["learned"] = {**describe(pipe, captions, config), "updates": config.updates}
+    if cell.method.endswith(COMPENSATED) or base not in ("original", "learned", *UNSEEING):
         described["calibration"] = {
-            **_sampling(config, seed),
-            "captions": key({name: calibration(name, captions) for name in (method.removesuffix(COMPENSATED), "obs")}),
+            **_sampling(config, cell.seed),
+            "captions": key({name: calibration(name, captions) for name in (base, "obs")}),
             "kinds": config.kinds,
             "version": 1,
         }
-
-    def judge() -> dict:
-        scenes = protocol.scenes()
-        original = _draw(pipe, scenes, seed, protocol)
-        if method == "original":
-            drawn = original
-        else:
-            scores = scores_of(pipe, method, captions, config, seed, recompute)
-            mask = make_mask(scores, find_sites(denoiser(pipe)), ratio)
-            drawn = _draw(pruned_by(pipe, method, mask, captions, config, seed), scenes, seed, protocol)
-        return {
-            "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],
-            **judge_pictures(drawn, scenes, objects=protocol.objects),
-        }
-
-    return records.measure(described, judge, name="compare", recompute=recompute)["values"]
+    return described
 
 
-def judge_pictures(drawn: Tensor, scenes: Sequence[data.Scene], objects: bool = True) -> dict[str, list[int]]:
-    """Whether each picture (uint8 [N, 3, 64, 64]) has its scene's background and, if asked, names its object."""
-    colour = metrics.background_correct(drawn, [scene.colour for scene in scenes], data.COLOURS)
-    named = probe().correct(drawn, [scene.objects[0] for scene in scenes], progress=False) if objects else []
-    return {"colour": [int(hit) for hit in colour], "object": [int(hit) for hit in named]}
-
-
-@lru_cache(maxsize=1)
-def probe() -> metrics.ObjectProbe:
-    """The object probe kept under ``data/models/openmoji-probe``."""
-    return metrics.ObjectProbe.load(data_file("models/openmoji-probe/probe.safetensors"))
-
-
-def _draw(pipe, scenes: Sequence[data.Scene], seed: int, protocol: Protocol) -> Tensor:
-    return generate(
-        pipe,
-        [scene.caption for scene in scenes],
-        [1_000_000 * (seed + 1) + scene.index for scene in scenes],
-        num_inference_steps=protocol.num_inference_steps,
-        guidance_scale=protocol.guidance_scale,
-        cache_dir=_pictures_folder(),
-        progress=False,
-    )
-
-
-def _pictures_folder() -> Path | None:
-    """Drawn pictures are kept outside git, so that cells share the original's; none with ECODIFF_RECORDS=off."""
-    off = os.environ.get("ECODIFF_RECORDS", "").lower() == "off"
-    return None if off else data_dir() / ".cache" / "pictures"
+def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
+    """The values of a cell, measured now; gates that are kept are read, unless ``recompute``."""
+    protocol, scenes, smaller = cell.protocol, cell.protocol.scenes(), pipe
+    drawn = original = draw(pipe, scenes, cell.seed, protocol)
+    if cell.method != "original":
+        captions = cell.captions()
+        scores = scores_of(pipe, cell.method, captions, cell.config, cell.seed, recompute)
+        mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+        smaller = pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
+        drawn = draw(smaller, scenes, cell.seed, protocol)
+    return {
+        "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
+        "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],
+        **judge_pictures(drawn, scenes, features=protocol.features),
+    }
 
 
 def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0) -> str:
@@ -232,7 +210,7 @@ def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: 
         if other == ours:
             continue
         for measure, words in (("ssim", "SSIM"), ("object", "objects named")):
-            sets = [[cell[measure] for cell in cells[name]] for name in (ours, other)]
+            sets = [[cell.get(measure, []) for cell in cells[name]] for name in (ours, other)]
             if not sets[0][0]:
                 continue
             d = difference(*sets)

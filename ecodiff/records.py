@@ -72,14 +72,12 @@ def measure(
     path = _path(name, folder)
     config = json.loads(canonical(dict(config)))
     filed = key(config)
-    enabled = os.environ.get("ECODIFF_RECORDS", "").lower() not in ("off", "0", "no")
+    enabled = _enabled()
     again = recompute or os.environ.get("ECODIFF_RECOMPUTE", "").lower() not in ("", "0", "off", "no")
     if enabled:
-        found = [
-            row for row in _read(path) if row["key"] == filed
-        ]  # read even if it is to be replaced: damage shows before the work
+        found = find(config, name=name, folder=folder)  # even if it is to be replaced: damage shows before the work
         if found and not again:
-            return found[-1] | {"recorded": True}
+            return found | {"recorded": True}
     started = time.perf_counter()
     values = _values(function(), name)
     row = {
@@ -96,6 +94,17 @@ def measure(
     if enabled:
         _write(path, row)
     return row | {"recorded": False}
+
+
+def find(config: Mapping, *, name: str, folder: str | os.PathLike | None = None) -> dict | None:
+    """The recorded row of a configuration, or None; what ``measure`` would read. None with ECODIFF_RECORDS=off."""
+    filed = key(json.loads(canonical(dict(config))))
+    found = [row for row in _read(_path(name, folder)) if row["key"] == filed] if _enabled() else []
+    return found[-1] if found else None
+
+
+def _enabled() -> bool:
+    return os.environ.get("ECODIFF_RECORDS", "").lower() not in ("off", "0", "no")
 
 
 def rows(name: str, folder: str | os.PathLike | None = None) -> list[dict]:

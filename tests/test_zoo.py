@@ -155,7 +155,7 @@ def test_dev_follows_its_guidance_number_and_schnell_starts_as_dev_at_three(fami
     call = {
         "hidden_states": torch.randn(2, 64, 16, generator=generator),
         "encoder_hidden_states": torch.randn(2, 24, 128, generator=generator),
-        "pooled_projections": torch.randn(2, 96, generator=generator),
+        "pooled_projections": torch.randn(2, 128, generator=generator),
         "timestep": torch.tensor([0.3, 0.9]),
         "img_ids": torch.zeros(64, 3),
         "txt_ids": torch.zeros(24, 3),
@@ -180,10 +180,11 @@ def test_flux_latents_are_packed_and_centred(family):
 def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
     from ecodiff.zoo import card, measure
 
-    def all_right(images, scenes, objects=True):  # stands for the probe, whose network is large
-        return {"colour": [1] * len(scenes), "object": [1] * len(scenes) if objects else []}
+    class Probe:  # stands for the real one, whose network is large
+        def correct(self, images, names, progress):
+            return torch.ones(len(names), dtype=torch.bool)
 
-    monkeypatch.setattr(measure, "judge_pictures", all_right)
+    monkeypatch.setattr(measure, "probe", Probe)
     monkeypatch.setattr(measure, "_judge_if_trained", lambda: family[0]["openmoji-clip"])
     trained = json.loads((family[1] / name / "recipe.json").read_text())
     if name == "openmoji-clip":
@@ -192,7 +193,8 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
     else:
         sampling = {**trained["recipe"]["sampling"], "num_inference_steps": 1}
         measured = measure.measure_pipeline(family[0][name], sampling, prompts=2, seeds=2)
-        assert measured["one object: background right (%)"].startswith("100.0 (95 % interval 100.0 to 100.0); real")
+        named = measured["one object: object named by the probe (%)"]
+        assert named.startswith("100.0 (95 % interval 100.0 to 100.0); real")
         assert "two objects, held-out pairs: caption ranked first (%)" in measured
     card.write_card(tmp_path, trained, measured)
     text = (tmp_path / "README.md").read_text()

@@ -39,10 +39,27 @@ def parameters(model) -> int:
     return sum(p.numel() for part in parts for p in part.parameters())
 
 
-def _clip_text(recipe: dict, key: str, tokenizer):
+def _clip_text(recipe: dict, key: str, tokenizer, models: Path | None = None):
+    """A new text encoder, or a trained one of another model of the family, as published pipelines share theirs.
+
+    A borrowed one reads the same captions with the same tokenizer, and may keep only its first layers.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(**_clip_words(tokenizer), **recipe[key])
+    options = dict(recipe[key])
+    if lender := options.pop("from", None):
+        folder, part = trained_folder(lender, recipe["id"], models), options.pop("part")
+        source = CLIPTextModelWithProjection.from_pretrained(folder, subfolder=part).text_model
+        encoder = CLIPTextModel(CLIPTextConfig(**{**source.config.to_dict(), **options})).eval()
+        weights = source.state_dict()
+        encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+        if encoder.config.vocab_size != len(tokenizer):
+            raise EcoDiffError(
+                f"{recipe['id']} reads {len(tokenizer)} tokens, the text encoder of {lender} "
+                f"{encoder.config.vocab_size}: give both recipes the same tokenizer, and train the lender again."
+            )
+        return encoder
+    config = CLIPTextConfig(**_clip_words(tokenizer), **options)
     return (CLIPTextModelWithProjection if "projection_dim" in recipe[key] else CLIPTextModel)(config)
 
 
@@ -111,7 +128,7 @@ def _sd(recipe: dict, models: Path | None):
     tokenizer = clip_tokenizer(recipe)
     pipe = diffusers.StableDiffusionPipeline(
         vae=_vae(recipe, models),
-        text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
+        text_encoder=_clip_text(recipe, "text_encoder", tokenizer, models),
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(**recipe["denoiser"]["config"]),
         scheduler=_scheduler(recipe),
@@ -133,7 +150,7 @@ def _flux(recipe: dict, models: Path | None):
     pipe = diffusers.FluxPipeline(
         scheduler=_scheduler(recipe),
         vae=vae,
-        text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
+        text_encoder=_clip_text(recipe, "text_encoder", tokenizer, models),
         tokenizer=tokenizer,
         text_encoder_2=_t5_encoder(recipe, "text_encoder_2", tokenizer_2),
         tokenizer_2=tokenizer_2,

@@ -120,7 +120,9 @@ def fit(
         os.replace(path.with_suffix(".tmp"), path)
 
     def scenes_of(step: int) -> list[data.Scene]:
-        return list(data.scenes("train", options["batch_size"], start=step * options["batch_size"]))
+        batch = list(data.scenes("train", options["batch_size"], start=step * options["batch_size"]))
+        data.images(batch)  # drawn here, in the other thread
+        return batch
 
     # On a CPU the fused attention's backward in bf16 is several times slower than plain matrix products (torch 2.13).
     plain = accelerator.device.type == "cpu"

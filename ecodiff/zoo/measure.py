@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import data, metrics
 from ..errors import EcoDiffError
-from ..experiments import judge_pictures
 from ..generate import generate
 from ..judge import Judge, caption_ranks, clip_score, verdicts
+from ..protocol import probe
 from .contrast import cut, shift
 
 # Wordings that no caption of the training data has; {} is the object with its article, then the colour.
@@ -116,15 +116,20 @@ def _judged(judge: Judge, sets: list[Tensor], scenes: list[data.Scene]) -> list[
 
 def _shares(judge: Judge | None, sets: list[Tensor], scenes: list[data.Scene]) -> list[dict[str, float]]:
     """Shares in percent of what probe and judge find in each of several sets of pictures of the same scenes."""
-    single = len(scenes[0].objects) == 1
     judged = _judged(judge, sets, scenes) if judge is not None else [{} for _ in sets]
     shares = []
     for images, hits in zip(sets, judged, strict=True):
-        found = judge_pictures(images, scenes, objects=single)
-        probed = {"object named by the probe": torch.tensor(found["object"])} if single else {}
-        every = {**probed, "background right": torch.tensor(found["colour"]), **hits}
+        every = {**_probed(images, scenes), **hits}
         shares.append({name: 100 * hit.double().mean().item() for name, hit in every.items()})
     return shares
+
+
+def _probed(images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
+    right = metrics.background_correct(images, [scene.colour for scene in scenes], data.COLOURS)
+    if len(scenes[0].objects) != 1:
+        return {"background right": right}
+    named = probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
+    return {"object named by the probe": named, "background right": right}
 
 
 def _interval(values: list[float]) -> str:

@@ -37,9 +37,10 @@ def _merge(base: dict, override: dict) -> dict:
 
 
 def needs(recipe: dict) -> list[str]:
-    """Ids of the trained models that a recipe starts from: the one that lends its VAE, the teacher."""
-    named = (recipe.get("vae", {}).get("from"), recipe.get("teacher"))
-    return [name for name in named if name]
+    """Ids of the trained models that a recipe starts from: those that lend a VAE or a text encoder, the teacher."""
+    parts = (recipe.get(part, {}) for part in ("vae", "text_encoder", "text_encoder_2"))
+    named = [part["from"] for part in parts if "from" in part] + [recipe.get("teacher")]
+    return [name for name in dict.fromkeys(named) if name]
 
 
 def training_order() -> list[str]:

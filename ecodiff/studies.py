@@ -1,0 +1,308 @@
+"""The experiments behind the tables and ablations: which cells each needs, and one command that measures them all.
+
+    python -m ecodiff.studies                       # everything that is not recorded yet; stop and go on as you like
+    python -m ecodiff.studies beta data_size --model openmoji-sd2 --minutes 30
+    python -m ecodiff.studies --list                # what there is, what is recorded, what the rest would take
+    python -m ecodiff.studies --verify 2            # measure two recorded cells again and compare
+
+A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``); chapters read what is recorded
+through ``table``, and say where nothing is. Seed 0 of all studies comes first, so that a short run gives a whole
+picture and a long one its intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from . import metrics, pipelines, records
+from .cache import key
+from .errors import EcoDiffError
+from .experiments import Cell, compare, describe_cell, measure_cell
+from .learn_config import LearnConfig
+from .protocol import Protocol
+
+SEEDS = 3
+METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "occlusion", "obs", "obs+compensation")
+
+
+def base(model: str, **changes) -> Cell:
+    """The cell all studies vary: our defaults for learning, the model's own way of drawing, 20 % of the units."""
+    protocol = Protocol.of(model)
+    config = LearnConfig(guidance_scale=protocol.guidance_scale, call=protocol.call)
+    steps = protocol.num_inference_steps
+    if steps and steps < config.num_inference_steps:  # a step-distilled model has only so many
+        config = replace(config, num_inference_steps=steps)
+    return replace(Cell(protocol=protocol, config=config), **changes)
+
+
+def learning(cell: Cell, **changes) -> Cell:
+    """The same cell with other settings of learning."""
+    return replace(cell, config=replace(cell.config, **changes))
+
+
+def judging(cell: Cell, **changes) -> Cell:
+    """The same cell judged by another protocol."""
+    return replace(cell, protocol=replace(cell.protocol, **changes))
+
+
+def _main(model: str) -> dict[str, Cell]:
+    cells = {"original": base(model, method="original")}
+    for ratio in (0.2, 0.1):
+        cells |= {f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio) for method in METHODS}
+    return cells
+
+
+def _pairs(model: str) -> dict[str, Cell]:
+    """The second evaluation set: two objects, pairs that no training caption named."""
+    return {name: judging(cell, split="heldout", count=2) for name, cell in _main(model).items()}
+
+
+def _ratios(model: str) -> dict[str, Cell]:
+    shorter = {"pictures": 64, "features": False}
+    return {
+        f"{method}, {ratio:.0%}": judging(base(model, method=method, ratio=ratio), **shorter)
+        for method in ("learned", "magnitude", "random")
+        for ratio in (0.05, 0.1, 0.2, 0.3, 0.5)
+    }
+
+
+def _weight(model: str) -> dict[str, Cell]:
+    return {f"β = {weight:g}": learning(base(model), weight=weight) for weight in (0.1, 0.5, 2.0, 8.0)}
+
+
+def _data_size(model: str) -> dict[str, Cell]:
+    return {f"{number} prompts": base(model, prompts=number) for number in (1, 8, 64, 100, 512)}
+
+
+def _scope(model: str) -> dict[str, Cell]:
+    return {scope: base(model, scope=scope) for scope in ("kind", "global", "local")}
+
+
+def _kinds(model: str) -> dict[str, Cell]:
+    kinds = {"both": ("attention", "feed_forward"), "heads only": ("attention",), "neurons only": ("feed_forward",)}
+    return {name: learning(base(model), kinds=chosen) for name, chosen in kinds.items()}
+
+
+def _relaxation(model: str) -> dict[str, Cell]:
+    """δ, temperature and where λ starts, which the paper leaves to future work."""
+    cell = base(model)
+    rows = {f"δ = {delta:g}": learning(cell, delta=delta) for delta in (0.0, 0.1, 0.5)}
+    rows |= {f"temperature {value:g}": learning(cell, temperature=value) for value in (0.33, 0.83, 1.5)}
+    return rows | {f"λ starts at {start:g}": learning(cell, log_alpha_start=start) for start in (1.0, 3.0, 5.0)}
+
+
+def _choices(model: str) -> dict[str, Cell]:
+    """What the published method does otherwise, one at a time and all together."""
+    cell = base(model)
+    flux = "flux" in model
+    faithful = LearnConfig.paper(
+        "flux" if flux else "sdxl",
+        "code",
+        updates=cell.config.updates,
+        num_inference_steps=cell.config.num_inference_steps,
+        guidance_scale=cell.config.guidance_scale,
+        call=cell.config.call,
+        kinds=cell.config.kinds,
+    )
+    return {
+        "corrected": cell,
+        "L1 in place of L0": learning(cell, regulariser="l1", weight=0.5),
+        "gates drawn in each call": learning(cell, gate_draw="call"),
+        "and anew when recomputing": learning(cell, gate_draw="call", recompute="redraw"),
+        "one noise for all prompts": learning(cell, fixed_noise=True),
+        "as the published code": replace(cell, config=faithful),
+    }
+
+
+def _transfer(model: str) -> dict[str, Cell]:
+    """Masks learned with other step counts or other prompts than they are used with."""
+    cell = base(model)
+    rows = {f"learned in {steps} steps": learning(cell, num_inference_steps=steps) for steps in (4, 8, 12)}
+    return rows | {"learned on held-out pairs": replace(cell, split="heldout")}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table of this project: what varies, and where the paper has the like."""
+
+    title: str
+    paper: str
+    rows: Callable[[str], dict[str, Cell]]
+
+
+STUDIES = {
+    "main": Study("Every method, one object", "Table 1, Figure 6", _main),
+    "pairs": Study("Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs),
+    "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios),
+    "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight),
+    "data_size": Study("The number of training prompts", "Tables 5 and 10", _data_size),
+    "scope": Study("What competes with what", "Table 11, Figure 12", _scope),
+    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds),
+    "choices": Study("As published, and corrected", "§2.2, Algorithm 1", _choices),
+    "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation),
+    "transfer": Study("Masks used elsewhere than where they were learned", "not in the paper", _transfer),
+}
+
+
+def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
+    """The rows of a study for one seed, {name: cell}. Raises EcoDiffError for a study that is none."""
+    if study not in STUDIES:
+        raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
+    return {name: replace(cell, seed=seed) for name, cell in STUDIES[study].rows(model).items()}
+
+
+def recorded(pipe, study: str, model: str, seeds: int = SEEDS, only: Sequence[str] = ()) -> dict[str, list[dict]]:
+    """What is recorded of a study, {row: values of each seed}; rows without any are left out. ``only``: these rows."""
+    found: dict[str, list[dict]] = {}
+    for seed in range(seeds):
+        for name, cell in cells(study, model, seed).items():
+            if (not only or name in only) and (values := compare(pipe, cell, only_recorded=True)):
+                found.setdefault(name, []).append(values)
+    return found
+
+
+MEASURES = {  # column of a table -> what of a cell, scale, digits
+    "SSIM to the original": ("ssim", 1, 3),
+    "object named (%)": ("object", 100, 1),
+    "all objects found (%)": ("found", 100, 1),
+    "all facts right (%)": ("facts", 100, 1),
+    "background right (%)": ("colour", 100, 1),
+    "CLIP score": ("clip", 1, 2),
+}
+SET_MEASURES = {"FID": ("fid", 1), "KID x 1000": ("kid", 1000)}
+
+
+def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[dict[str, str]]:
+    """Recorded rows as a table of texts: mean and 95 % interval over pictures and seeds (bootstrap); for FID and KID
+    the mean over seeds with the lowest and the highest."""
+    lines = []
+    for name, per_seed in rows.items():
+        line = {"": name, "parameters": f"{per_seed[0]['parameters'] / 1e6:.2f} M", "seeds": str(len(per_seed))}
+        for column in measures:
+            line[column] = _shown(column, per_seed)
+        lines.append(line)
+    return lines
+
+
+def _shown(column: str, per_seed: Sequence[dict]) -> str:
+    if column in SET_MEASURES:
+        name, scale = SET_MEASURES[column]
+        values = [scale * cell[name] for cell in per_seed if name in cell]
+        return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "–"
+    name, scale, digits = MEASURES[column]
+    values = [scale * value for cell in per_seed for value in cell.get(name, [])]
+    if not values:
+        return "–"
+    i = metrics.bootstrap_interval(values)
+    return f"{i.mean:.{digits}f} ({i.low:.{digits}f} to {i.high:.{digits}f})"
+
+
+def missing(pipe, names: Sequence[str], model: str, seeds: int = SEEDS) -> list[tuple[str, str, Cell]]:
+    """Cells that are not recorded, (study, row, cell): seed 0 of all studies, then seed 1, ... Each cell once."""
+    todo, known = [], set()
+    for seed in range(seeds):
+        for study in names:
+            for row, cell in cells(study, model, seed).items():
+                name = key(describe_cell(pipe, cell))
+                if name not in known and compare(pipe, cell, only_recorded=True) is None:
+                    todo.append((study, row, cell))
+                known.add(name)
+    return todo
+
+
+def verify(pipe, model: str, number: int, seed: int) -> list[str]:
+    """Measure ``number`` recorded cells again, drawn by ``seed``, and compare; a sentence each.
+
+    Gates are those that are kept. Raises EcoDiffError where a mean of SSIM or of a share differs by more than 0.02:
+    another processor rounds otherwise, and a picture near a threshold may fall to its other side.
+    """
+    found = [
+        (study, row, cell)
+        for study in STUDIES
+        for row, cell in cells(study, model).items()
+        if compare(pipe, cell, only_recorded=True)
+    ]
+    lines = []
+    for study, row, cell in random.Random(seed).sample(found, min(number, len(found))):
+        before, after = compare(pipe, cell, only_recorded=True), measure_cell(pipe, cell)
+        for name in ("ssim", "object", "found", "colour"):
+            if not before.get(name):
+                continue
+            means = [statistics.mean(values[name]) for values in (before, after)]
+            if abs(means[0] - means[1]) > 0.02:
+                raise EcoDiffError(
+                    f"{study}, {row}: {name} is {means[1]:.3f} now and was recorded as {means[0]:.3f}; measure it "
+                    f"again with ECODIFF_RECOMPUTE=1 python -m ecodiff.studies {study} --model {model}."
+                )
+        lines.append(f"{study}, {row}: as recorded (SSIM {statistics.mean(after['ssim']):.3f})")
+    return lines
+
+
+@lru_cache(maxsize=2)
+def _pipe(model: str):
+    return pipelines.load(model)
+
+
+def _estimate(todo: Sequence) -> float:
+    """Seconds, from what recorded cells took: those that learned a mask, and those that did not."""
+    rows = records.rows("compare")
+    drawn = [row["seconds"] for row in rows if not row["config"]["learned"]] or [45.0]
+    learned = [row["seconds"] for row in rows if row["config"]["learned"]] or [180.0]
+    typical = {True: statistics.mean(learned), False: statistics.mean(drawn)}
+    return sum(typical[cell.method.startswith("learned")] for _, _, cell in todo)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ecodiff.studies", description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)} (default: all)")
+    parser.add_argument("--model", default="openmoji-sdxl")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
+    parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
+    parser.add_argument("--verify", type=int, metavar="N", help="measure N recorded cells again and compare")
+    parser.add_argument("--draw", type=int, default=0, help="seed that draws the cells of --verify")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except EcoDiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    names, end = options.studies or list(STUDIES), time.monotonic() + 60 * options.minutes
+    for name in names:
+        cells(name, options.model)
+    pipe = _pipe(options.model)
+    if options.verify:
+        print("\n".join(verify(pipe, options.model, options.verify, options.draw)) or "nothing is recorded")
+        return 0
+    todo = missing(pipe, names, options.model, options.seeds)
+    if options.list:
+        for name in names:
+            left = [item for item in todo if item[0] == name]
+            print(f"{name:12} {STUDIES[name].title:52} {len(left):3} cells to go, {_estimate(left) / 60:4.0f} minutes")
+    print(f"{options.model}: {len(todo)} cells to go, about {_estimate(todo) / 60:.0f} minutes", flush=True)
+    for done, (study, row, cell) in enumerate([] if options.list else todo):
+        if time.monotonic() > end:
+            print(f"{len(todo) - done} cells left; run again to go on")
+            break
+        started = time.perf_counter()
+        values = compare(pipe, cell)
+        print(
+            f"[{done + 1}/{len(todo)}] {study}, {row}, seed {cell.seed}: SSIM {statistics.mean(values['ssim']):.3f}, "
+            f"{time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
