@@ -28,11 +28,12 @@ _HOME = {
     "apply_gates": "gates",
     "final_latents": "trajectory",
     "LearnConfig": "learn",
+    "RetrainConfig": "retrain",
     "make_mask": "mask",
     "prune": "surgery",
     "save": "surgery",
 }
-_SAME_NAME = ("learn", "generate")  # functions in modules of their own name
+_SAME_NAME = ("learn", "generate", "retrain")  # functions in modules of their own name
 
 __all__ = [*_HOME, *_SAME_NAME]
 

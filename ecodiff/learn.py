@@ -11,12 +11,11 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from .gates import Gates, apply_gates
 from .learn_config import LearnConfig
 from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
+from .running import epoch_batch, in_words, on_device
 from .sites import find_sites
 from .trajectory import final_latents
 
@@ -72,7 +72,7 @@ def learn(
     _warn_where_gradient_is_zero(config)
     if memory_budget is not None:
         config = _within(memory_budget, pipe, prompts[0], config, progress)
-    with _on_device(pipe) as device:
+    with on_device(pipe, "learn") as device:
         task = _Task(encoding_once(pipe), prompts, config, device)
         folder = None if resume_dir is None else resume.Folder(resume_dir, resume.describe(pipe, prompts, config))
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
@@ -167,21 +167,14 @@ class _Task:
         c = self.config
         recomputed = (1 - min(c.keep_last / c.num_inference_steps, 1)) if c.checkpoint else 0
         seconds = self.seconds_a_sample * min(c.batch_size, len(self.samples)) * updates * (2 + recomputed)
-        shown = (
-            f"{seconds:.0f} s"
-            if seconds < 120
-            else f"{seconds / 60:.0f} min"
-            if seconds < 7200
-            else f"{seconds / 3600:.1f} h"
-        )
         work = f"{updates} updates of {c.batch_size} samples, {c.num_inference_steps} steps each"
-        return f"{work}, on {self.device}: about {shown}"
+        return f"{work}, on {self.device}: about {in_words(seconds)}"
 
     def update(self, gates: Gates, optimizer, update: int) -> dict:
         """Leave the gradient of update number ``update`` in λ and return its history row."""
         config, started = self.config, time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        batch = _batch(len(self.samples), config.batch_size, config.seed, update)
+        batch = epoch_batch(len(self.samples), config.batch_size, config.seed, update)
         size = config.micro_batch_size or len(batch)
         parts = [batch[first : first + size] for first in range(0, len(batch), size)]
         reconstruction, generator = 0.0, torch.Generator().manual_seed(mix(config.seed, update))
@@ -272,35 +265,6 @@ def _open_share(gates: Gates) -> dict[str, float]:
     for name, site in gates.sites.items():
         shares.setdefault(f"open_{site.kind}", []).append(gates.distribution.prob_open(gates.log_alpha[name].detach()))
     return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
-
-
-def _batch(samples: int, batch_size: int, seed: int, update: int) -> list[int]:
-    """Sample indices of an update: each epoch visits every sample once, in an order of its own."""
-    positions = range(update * batch_size, (update + 1) * batch_size)
-    orders = {
-        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, -1, epoch))).tolist()
-        for epoch in {position // samples for position in positions}
-    }
-    return [orders[position // samples][position % samples] for position in positions]
-
-
-@contextmanager
-def _on_device(pipe):
-    """Inside, the pipeline is on accelerate's device, unless it was placed by offloading or a device map; then it
-    stays."""
-    state = PartialState()
-    if state.num_processes > 1:
-        raise EcoDiffError(f"learn runs in one process, not in {state.num_processes}: start it without a launcher.")
-    home = pipe.device
-    placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
-    device = pipe._execution_device if placed else state.device
-    if device != home and not placed:
-        pipe.to(device)
-    try:
-        yield device
-    finally:
-        if device != home and not placed:
-            pipe.to(home)
 
 
 def _warn_where_gradient_is_zero(config: LearnConfig) -> None:

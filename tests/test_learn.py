@@ -11,9 +11,10 @@ from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.gates import Gates
-from ecodiff.learn import LearnConfig, _batch, _regulariser, _Task, learn
+from ecodiff.learn import LearnConfig, _regulariser, _Task, learn
 from ecodiff.pipelines import denoiser
 from ecodiff.prompts import encoding_once
+from ecodiff.running import epoch_batch
 from ecodiff.sites import find_sites
 
 SIZE = {"height": 16, "width": 16}
@@ -242,7 +243,7 @@ def test_learning_rates_are_set_per_kind():
 
 
 def test_every_epoch_visits_every_sample_once():
-    drawn = [i for update in range(5) for i in _batch(10, 4, 0, update)]
+    drawn = [i for update in range(5) for i in epoch_batch(10, 4, 0, update)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..objective import noised
 from .fit import fit
-from .stages import compiled, conditioning, encode, mix
+from .stages import compiled, conditioning, encode
 
 
 def _frozen(transformer):
@@ -31,7 +32,7 @@ def train_guidance(pipe, recipe: dict, folder: Path) -> dict:
     def loss_of(step, scenes, generator):
         captions, keep = [s.caption for s in scenes], torch.ones(len(scenes), dtype=torch.bool)
         with torch.no_grad():
-            noisy, _, sigma = mix(encode(pipe, scenes), generator)
+            noisy, _, sigma = noised(encode(pipe, scenes), generator)
             scale = (low + (high - low) * torch.rand(len(scenes), generator=generator)).to(noisy.device)
             with_caption, without = conditioning(pipe, captions, keep), conditioning(pipe, captions, ~keep)
             one = torch.ones_like(sigma)

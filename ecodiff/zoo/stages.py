@@ -5,14 +5,13 @@ A stage is a function ``(pipe, recipe, folder) -> log`` that trains parts of ``p
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import diffusers
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import data, objective
 from ..pipelines import denoiser
 from .fit import fit
 
@@ -70,61 +69,25 @@ def train_denoiser(pipe, recipe: dict, folder: Path) -> dict:
     if hasattr(pipe, "unet"):
         model.to(memory_format=torch.channels_last)  # convolutions are about a tenth faster so
     forward = compiled(model, options)
-    if hasattr(pipe, "transformer"):
-        objective = flow_loss
-    else:
-        noising = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-        objective = partial(velocity_loss, noising)
+    loss = objective.training_loss(pipe.scheduler)
 
     def loss_of(step, scenes, generator):
         latents = encode(pipe, scenes)
         keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
-        return objective(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
+        return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
 
     encoders = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
     return fit("denoiser", [model, *encoders], loss_of, options, folder, recipe["seed"])
 
 
-@torch.no_grad()
 def encode(pipe, scenes: list[data.Scene]) -> Tensor:
     """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]."""
-    latents = pipe.vae.encode(pixels(scenes, pipe.vae.device)).latent_dist.mean
-    if not hasattr(pipe, "transformer"):
-        return latents * pipe.vae.config.scaling_factor
-    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    return pipe._pack_latents(latents, *latents.shape)
+    return objective.encode(pipe, pixels(scenes, pipe.vae.device))
 
 
 def compiled(model, options: dict):
     """The model to call in training: compiled where a stage's options ask for it."""
     return torch.compile(model) if options.get("compile") else model
-
-
-def velocity_loss(noising, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
-    """Squared error of the velocity √ᾱ ε - √(1-ᾱ) x at a uniform time step (Salimans & Ho 2022)."""
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    t = torch.randint(noising.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
-    predicted = forward(noising.add_noise(latents, noise, t), t, **condition).sample
-    return torch.nn.functional.mse_loss(predicted.float(), noising.get_velocity(latents, noise, t))
-
-
-def flow_loss(forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
-    """Squared error of the velocity ε - x on the straight path from x to ε (rectified flow), at guidance 1.
-
-    The share σ of noise is logit-normal, as in Stable Diffusion 3 (Esser et al. 2024).
-    """
-    noisy, noise, sigma = mix(latents, generator)
-    guidance = torch.ones_like(sigma) if forward.config.guidance_embeds else None
-    predicted = forward(noisy, timestep=sigma, guidance=guidance, **condition).sample
-    return torch.nn.functional.mse_loss(predicted.float(), noise - latents)
-
-
-def mix(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 - σ) x + σ ε, ε, and σ [N] for packed latents x [N, tokens, channels]."""
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    sigma = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
-    share = sigma[:, None, None]
-    return (1 - share) * latents + share * noise, noise, sigma
 
 
 def conditioning(pipe, captions: list[str], keep: Tensor) -> dict:

@@ -1,0 +1,117 @@
+"""Studies: what each needs, and that what is recorded is read, missing is found, and a wrong row is noticed."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+from pipelines import tiny_sd
+
+from ecodiff import experiments, protocol, records, studies
+from ecodiff.errors import EcoDiffError
+from ecodiff.experiments import Cell
+from ecodiff.learn_config import LearnConfig
+from ecodiff.protocol import Protocol
+
+CALL = {"height": 16, "width": 16}
+SMALL = Protocol(model="tiny", pictures=3, num_inference_steps=1, guidance_scale=1.0, call=CALL, features=False)
+CONFIG = LearnConfig(updates=1, batch_size=1, num_inference_steps=1, guidance_scale=1.0, call=CALL)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Records, gates and pictures in an empty folder."""
+    for module in (records, experiments, protocol):
+        monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
+    experiments._learned_here.clear()
+    return tmp_path
+
+
+@pytest.fixture
+def toy(store, monkeypatch):
+    """A pipeline and a study "toy" of it with three rows."""
+    rows = {
+        "original": Cell("original", protocol=SMALL, config=CONFIG, prompts=2),
+        "random": Cell("random", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
+        "learned": Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
+    }
+    monkeypatch.setattr(studies, "STUDIES", {"toy": studies.Study("A toy", "no table", lambda model: rows)})
+    return tiny_sd()
+
+
+@pytest.mark.parametrize("study", list(studies.STUDIES))
+@pytest.mark.parametrize("model", ["openmoji-sdxl", "openmoji-flux-schnell", "somebody/model"])
+def test_a_study_has_rows_that_differ_and_share_what_they_do_not_vary(study, model):
+    rows = studies.cells(study, model, seed=2)
+    assert all(cell.seed == 2 and cell.protocol.model == model for cell in rows.values())
+    assert len({json.dumps(str(cell)) for cell in rows.values()}) >= len(rows) - 2  # the default stands in each series
+    steps = {cell.protocol.num_inference_steps for cell in rows.values()}
+    assert len(steps) == 1
+
+
+def test_a_model_is_drawn_as_its_recipe_says(store):
+    folder = store / "models" / "mine"
+    folder.mkdir(parents=True)
+    sampling = {"num_inference_steps": 3, "guidance_scale": 0.0, "height": 64}
+    (folder / "recipe.json").write_text(json.dumps({"recipe": {"sampling": sampling}}))
+    drawn = Protocol.of("mine", pictures=7)
+    assert drawn.sampling == sampling and drawn.pictures == 7
+    cell = studies.base("mine")
+    assert cell.config.num_inference_steps == 3 and cell.config.call == {"height": 64}
+    assert Protocol.of("another").sampling == {}
+
+
+def test_missing_cells_are_measured_once_and_then_read(toy):
+    todo = studies.missing(toy, ["toy"], "tiny", seeds=2)
+    assert [(row, cell.seed) for _, row, cell in todo] == [
+        (row, seed) for seed in (0, 1) for row in ("original", "random", "learned")
+    ]
+    assert experiments.compare(toy, todo[0][2], only_recorded=True) is None
+    first = [experiments.compare(toy, cell) for _, _, cell in todo]
+    assert first[0]["ssim"] == [1.0] * 3 and first[1]["parameters"] < first[0]["parameters"]
+    assert studies.missing(toy, ["toy"], "tiny", seeds=2) == []
+    assert [experiments.compare(toy, cell, only_recorded=True) for _, _, cell in todo] == first
+    found = studies.recorded(toy, "toy", "tiny", seeds=3, only=["random", "learned"])
+    assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
+
+
+def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
+    for _, _, cell in studies.missing(toy, ["toy"], "tiny", seeds=1):
+        experiments.compare(toy, cell)
+    lines = studies.table(studies.recorded(toy, "toy", "tiny"), ["SSIM to the original", "object named (%)", "FID"])
+    assert [line[""] for line in lines] == ["original", "random", "learned"]
+    assert lines[0]["SSIM to the original"] == "1.000 (1.000 to 1.000)" and lines[0]["seeds"] == "1"
+    assert lines[1]["object named (%)"] == lines[1]["FID"] == "–"
+    values = studies.recorded(toy, "toy", "tiny")["random"][0]["ssim"]
+    assert lines[1]["SSIM to the original"].startswith(f"{statistics.mean(values):.3f} (")
+
+
+def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
+    cell = studies.cells("toy", "tiny")["random"]
+    assert studies.verify(toy, "tiny", 1, seed=0) == []
+    experiments.compare(toy, cell)
+    assert studies.verify(toy, "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
+    path = store / "results" / "compare.jsonl"
+    row = json.loads(path.read_text())
+    row["values"]["ssim"] = [value - 0.5 for value in row["values"]["ssim"]]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(EcoDiffError, match="toy, random: ssim is .* and was recorded as"):
+        studies.verify(toy, "tiny", 1, seed=0)
+
+
+def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
+    pipe = tiny_sd()
+
+    def differ(method, **changes):
+        cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
+        return experiments.describe_cell(pipe, cell) != experiments.describe_cell(pipe, replace(cell, **changes))
+
+    assert not differ("random", prompts=3) and not differ("magnitude", config=replace(CONFIG, weight=9.0))
+    assert differ("learned", prompts=3) and differ("learned", config=replace(CONFIG, weight=9.0))
+    assert differ("wanda", prompts=3) and differ("magnitude+compensation", prompts=3)
+    assert all(differ("random", **{name: value}) for name, value in {"ratio": 0.4, "scope": "local"}.items())
+
+
+def test_the_command_names_a_study_that_is_none(capsys):
+    assert studies.main(["nonsense"]) == 2
+    assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
