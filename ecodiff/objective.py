@@ -1,0 +1,159 @@
+"""What a denoiser is trained on: the loss of a pipeline's scheduler, latents of pictures, and conditioning.
+
+The embedded models are trained with these losses (``ecodiff.zoo``), and pruned ones retrained (``ecodiff.retrain``).
+Every draw comes from the generator that is passed in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .errors import EcoDiffError
+from .pipelines import denoiser as find_denoiser
+from .pipelines import sampling_loop
+from .prompts import collate
+from .trajectory import private_copy, replaced_forward
+
+
+def training_loss(scheduler, time: float = 1.0) -> Callable[..., Tensor]:
+    """The loss ``(forward, latents, condition, generator) -> scalar`` that a diffusers scheduler's models learn by.
+
+    ``flow_loss`` for flow matching (``time`` goes there), else ``denoising_loss`` with the scheduler's betas. Raises
+    EcoDiffError for a scheduler that says neither.
+    """
+    if "FlowMatch" in type(scheduler).__name__:
+        return partial(flow_loss, time=time)
+    if scheduler.config.get("prediction_type") not in _TARGETS or "beta_schedule" not in scheduler.config:
+        raise EcoDiffError(
+            f"{type(scheduler).__name__}: its config does not say what the denoiser was trained to predict; take a "
+            f"scheduler of flow matching, or one with a beta schedule and prediction_type {', '.join(_TARGETS)}."
+        )
+    return partial(denoising_loss, diffusers.DDPMScheduler.from_config(scheduler.config, clip_sample=False))
+
+
+_TARGETS = {
+    "epsilon": lambda noising, latents, noise, t: noise,
+    "v_prediction": lambda noising, latents, noise, t: noising.get_velocity(latents, noise, t),
+    "sample": lambda noising, latents, noise, t: latents,
+}
+
+
+def denoising_loss(noising, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
+    """Squared error of what the ``noising`` scheduler's config says is predicted, at a uniform time step.
+
+    epsilon: the noise ε (Eq. 5); v_prediction: the velocity √ᾱ ε - √(1-ᾱ) x (Salimans &
+    Ho 2022); sample: the latents x [N, C, H, W] themselves.
+    """
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    t = torch.randint(noising.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
+    predicted = forward(noising.add_noise(latents, noise, t), t, **condition).sample
+    target = _TARGETS[noising.config.prediction_type](noising, latents, noise, t)
+    return torch.nn.functional.mse_loss(predicted.float(), target)
+
+
+def flow_loss(forward, latents: Tensor, condition: dict, generator: torch.Generator, time: float = 1.0) -> Tensor:
+    """Squared error of the velocity ε - x on the straight path from x to ε (rectified flow).
+
+    The share σ of noise is logit-normal, as in Stable Diffusion 3 (Esser et al. 2024). ``time`` is what the denoiser is
+    told where all is noise: 1 for FLUX, 1000 for SD3. A denoiser with an embedded guidance is told 1, unless
+    ``condition`` says otherwise.
+    """
+    noisy, noise, sigma = noised(latents, generator)
+    guidance = {"guidance": torch.ones_like(sigma)} if forward.config.get("guidance_embeds") else {}
+    predicted = forward(noisy, timestep=sigma * time, **{**guidance, **condition}).sample
+    return torch.nn.functional.mse_loss(predicted.float(), noise - latents)
+
+
+def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - σ) x + σ ε, ε, and σ [N] for latents x [N, ...], packed or not."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+    share = sigma.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - share) * latents + share * noise, noise, sigma
+
+
+@torch.no_grad()
+def encode(pipe, pixels: Tensor) -> Tensor:
+    """Mean latents of pictures (float [N, 3, H, W] in -1 … 1) as the denoiser sees them.
+
+    Scaled for U-Nets, [N, C, h, w]; shifted and scaled for transformers; for FLUX also packed, [N, tokens, 4 C].
+    """
+    latents = pipe.vae.encode(pixels).latent_dist.mean
+    if not hasattr(pipe, "transformer"):
+        return latents * pipe.vae.config.scaling_factor
+    latents = (latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
+    return pipe._pack_latents(latents, *latents.shape) if hasattr(pipe, "_pack_latents") else latents
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``arguments`` of a denoiser's call beside latents and time (fp32, for one picture), the ``shape`` of the latents
+    without batch dimension, and ``full_time``, the time the denoiser is told where all is noise."""
+
+    arguments: dict
+    shape: torch.Size
+    full_time: float
+
+
+def conditioning(pipe, caption: str | Mapping, size: Sequence[int], call: Mapping) -> Condition:
+    """What the pipeline's own call tells its denoiser for one caption and a picture of this size (height, width).
+
+    Found in the first denoiser call of its sampling loop, which then ends: so text encoders, sizes, ids and guidance
+    are those that pictures are drawn with, for any pipeline. ``call`` holds further arguments of the pipeline's call; a
+    guidance_scale among them counts only for a denoiser that reads it. Raises EcoDiffError where the call lacks an
+    argument or does not call its denoiser with one caption by itself.
+    """
+    network, runner, loop = find_denoiser(pipe), private_copy(pipe), sampling_loop(pipe)
+    arguments = {**call, **collate([caption])}
+    arguments |= {"height": size[0], "width": size[1], "num_inference_steps": 2, "output_type": "latent"}
+    known = inspect.signature(loop).parameters
+    if unknown := sorted(arguments.keys() - known.keys()):
+        raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
+    if "guidance_scale" in known and not network.config.get("guidance_embeds"):
+        arguments["guidance_scale"] = 1.0  # the caption alone, without the empty one beside it
+
+    def wrap(forward):
+        def tell(*args, **kwargs):
+            raise _FirstCall(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+        return tell
+
+    found: dict = {}
+    with torch.no_grad(), replaced_forward(network, wrap):
+        try:
+            loop(runner, generator=torch.Generator().manual_seed(0), **arguments)
+        except _FirstCall as first:
+            found = first.args[0]
+        except ValueError as error:  # what the pipeline's own check of its arguments raises
+            raise EcoDiffError(f"{type(pipe).__name__} cannot draw {caption!r} at {list(size)}: {error}") from error
+    if len(sample := found.pop(next(iter(found), ""), ())) != 1:
+        raise EcoDiffError(f"{type(pipe).__name__} does not call its denoiser with one caption by itself.")
+    time, scheduler = found.pop("timestep").flatten()[0].item(), runner.scheduler
+    full_time = time / scheduler.timesteps[0].item() * scheduler.config.num_train_timesteps
+    given = {name: value for name, value in found.items() if value is not None and name != "return_dict"}
+    return Condition(tree_map(_single_precision, given), sample.shape[1:], round(full_time, 3))
+
+
+class _FirstCall(Exception):
+    """Ends a sampling loop; carries the arguments of its denoiser call."""
+
+
+def _single_precision(value):
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def join(conditions: Sequence[Condition]) -> dict:
+    """The denoiser's arguments for several captions as one batch."""
+
+    def together(*parts):  # tensors without a batch dimension, as FLUX's ids, are the same for all
+        return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].shape[:1] == (1,) else parts[0]
+
+    return tree_map(together, *[condition.arguments for condition in conditions])
