@@ -8,7 +8,8 @@ Three parts, rows of ``data/results/full_size.jsonl`` (read with ``ecodiff.recor
 
     update      one mask update against T: plain where the prediction fits, checkpointed (``keep_last=1``), and with
                 half of the steps kept, or as many as fit
-    inference   one denoiser call of the original, masked and pruned network at 10-50 % of the units
+    inference   one denoiser call of the original, masked and pruned network at 10-50 % of the units; and the bytes that
+                its largest convolution uses inside
     round       the same at 30 %, kept units rounded up to a multiple of 8, 16, 64
 
 ``--measure both`` (the default) reads seconds and bytes from the same runs; ``time`` leaves the bytes out; ``peak``
@@ -169,6 +170,25 @@ def saved_row(bench: Bench, record) -> None:
     record(bench.config("saved"), measured)
 
 
+def workspace_row(bench: Bench, record) -> None:
+    """What a kernel uses inside: bytes of the convolution with the most weights, called alone, beside its output."""
+
+    @torch.no_grad()
+    def measured():
+        layers = [m for m in bench.network.modules() if isinstance(m, torch.nn.Conv2d)]
+        layer = max(layers, key=lambda m: m.weight.numel())
+        seen = []
+        handle = layer.register_forward_pre_hook(lambda module, args: seen.append(torch.ones_like(args[0])))
+        bench.call(bench.network)
+        handle.remove()
+        found = {"peak_bytes": peak_bytes(lambda: layer(seen[0]), bench.device)}
+        found["predicted_bytes"] = layer(seen[0]).nbytes
+        return {"variants": {"its output": found}, "weight_bytes": layer.weight.nbytes}
+
+    if any(isinstance(m, torch.nn.Conv2d) for m in bench.network.modules()):
+        record(bench.config("workspace"), measured)
+
+
 def inference_rows(bench: Bench, ratios, multiples, turns: int, measure, record) -> None:
     scores = _scores(bench)
     for ratio in ratios:
@@ -287,6 +307,7 @@ def main() -> None:
             saved_row(bench, record)
             update_rows(bench, tuple(options.steps), options.turns, options.measure, record)
         if "inference" in options.parts:
+            workspace_row(bench, record)
             inference_rows(bench, options.ratios, (1,), options.turns, options.measure, record)
         if "round" in options.parts:
             inference_rows(bench, (0.3,), MULTIPLES[1:], options.turns, options.measure, record)

@@ -21,7 +21,8 @@ from .gates import Gates
 from .generate import generate
 from .learn import LearnConfig, learn
 from .mask import make_mask
-from .methods import METHODS, prune_compensated, second_moments
+from .methods import METHODS, blocks, prune_compensated, second_moments, sparse24
+from .methods.deepcache import deepcache
 from .paths import data_dir
 from .pipelines import denoiser
 from .protocol import Protocol, draw, judge, judge_pictures
@@ -34,8 +35,9 @@ from .surgery import prune
 class Cell:
     """One cell of a table: how the units to go are chosen, and how the smaller model is judged.
 
-    ``method`` is "original" (nothing goes), "learned", one of ``ecodiff.methods``, or any of these with
-    "+compensation" (the weights that stay are adapted). ``seed`` is that of learning (or of the method's scores) and of
+    ``method`` is "original" (nothing goes), "learned", one of ``ecodiff.methods`` (with "blocks" and "sparse24"), or
+    any of these with "+compensation" (the weights that stay are adapted) and "+deepcache" (every other step reuses
+    deep features; U-Nets only). ``seed`` is that of learning (or of the method's scores) and of
     the noise pictures are drawn from. ``prompts`` captions of ``split`` are what learning or calibration sees.
     ``scope`` and ``count`` are ``make_mask``'s.
     """
@@ -95,7 +97,8 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
     )
 
 
-UNSEEING = ("random", "magnitude")  # methods that look at no picture: their rows depend on no captions
+UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no picture: their rows depend on no captions
+REUSED = "+deepcache"  # at the end of a method's name: every other step reuses deep features
 COMPENSATED = "+compensation"  # after a method's name: the weights that stay are adapted by second moments
 
 
@@ -146,7 +149,8 @@ def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = 
 def describe_cell(pipe, cell: Cell) -> dict:
     """Everything that the values of a cell depend on: what its row is found by."""
     captions, config = cell.captions(), replace(cell.config, seed=cell.seed)
-    base, judged_by = cell.method.removesuffix(COMPENSATED), judge()
+    method = cell.method.removesuffix(REUSED)
+    base, judged_by = method.removesuffix(COMPENSATED), judge()
     described = {
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
@@ -160,7 +164,7 @@ def describe_cell(pipe, cell: Cell) -> dict:
     }
     if base == "learned":
         described["learned"] = {**describe(pipe, captions, config), "updates": config.updates}
-    if cell.method.endswith(COMPENSATED) or base not in ("original", "learned", *UNSEEING):
+    if method.endswith(COMPENSATED) or base not in ("original", "learned", *UNSEEING):
         described["calibration"] = {
             **_sampling(config, cell.seed),
             "captions": key({name: calibration(name, captions) for name in (base, "obs")}),
@@ -170,15 +174,31 @@ def describe_cell(pipe, cell: Cell) -> dict:
     return described
 
 
+def smaller_model(pipe, cell: Cell, recompute: bool = False):
+    """The pipeline that a cell judges; for "original" ``pipe`` itself."""
+    method = cell.method.removesuffix(REUSED)
+    if method == "original":
+        return pipe
+    if method == "sparse24":
+        return sparse24.sparsify(pipe)
+    captions = cell.captions()
+    if method == "blocks":
+        seen, settings = calibration(method, captions), _sampling(cell.config, cell.seed)
+        errors = blocks.scores(pipe, seen, progress=False, **settings)
+        return blocks.remove(pipe, blocks.choose(errors, blocks.candidates(denoiser(pipe)), cell.ratio))
+    scores = scores_of(pipe, method, captions, cell.config, cell.seed, recompute)
+    mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+    return pruned_by(pipe, method, mask, captions, cell.config, cell.seed)
+
+
 def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     """The values of a cell, measured now; gates that are kept are read, unless ``recompute``."""
-    protocol, scenes, smaller = cell.protocol, cell.protocol.scenes(), pipe
+    protocol, scenes, smaller = cell.protocol, cell.protocol.scenes(), smaller_model(pipe, cell, recompute)
     drawn = original = draw(pipe, scenes, cell.seed, protocol)
-    if cell.method != "original":
-        captions = cell.captions()
-        scores = scores_of(pipe, cell.method, captions, cell.config, cell.seed, recompute)
-        mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
-        smaller = pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
+    if cell.method.endswith(REUSED):
+        with deepcache(smaller, interval=2):
+            drawn = draw(smaller, scenes, cell.seed, protocol, keep=False)
+    elif smaller is not pipe:
         drawn = draw(smaller, scenes, cell.seed, protocol)
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),

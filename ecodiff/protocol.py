@@ -103,13 +103,16 @@ def probe() -> metrics.ObjectProbe:
     return metrics.ObjectProbe.load(data_file("models/openmoji-probe/probe.safetensors"))
 
 
-def draw(pipe, scenes: Sequence[data.Scene], seed: int, protocol: Protocol) -> Tensor:
-    """Pictures uint8 [N, 3, 64, 64] of the scenes' captions; the noise of each is fixed by ``seed`` and its scene."""
+def draw(pipe, scenes: Sequence[data.Scene], seed: int, protocol: Protocol, keep: bool = True) -> Tensor:
+    """Pictures uint8 [N, 3, 64, 64] of the scenes' captions; the noise of each is fixed by ``seed`` and its scene.
+
+    ``keep``: look for them in ``data/.cache`` first, and leave them there.
+    """
     return generate(
         pipe,
         [scene.caption for scene in scenes],
         [1_000_000 * (seed + 1) + scene.index for scene in scenes],
-        cache_dir=_pictures_folder(),
+        cache_dir=_pictures_folder() if keep else None,
         progress=False,
         **protocol.sampling,
     )

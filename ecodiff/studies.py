@@ -56,6 +56,10 @@ def _main(model: str) -> dict[str, Cell]:
     cells = {"original": base(model, method="original")}
     for ratio in (0.2, 0.1):
         cells |= {f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio) for method in METHODS}
+    cells |= {"blocks, 20%": base(model, method="blocks"), "2:4 weights": base(model, method="sparse24", ratio=0.5)}
+    if "flux" not in model:  # reuse needs skip connections
+        cells["deepcache"] = base(model, method="original+deepcache")
+        cells["learned+deepcache, 20%"] = base(model, method="learned+deepcache")
     return cells
 
 
@@ -158,14 +162,36 @@ def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
     return {name: replace(cell, seed=seed) for name, cell in STUDIES[study].rows(model).items()}
 
 
-def recorded(pipe, study: str, model: str, seeds: int = SEEDS, only: Sequence[str] = ()) -> dict[str, list[dict]]:
-    """What is recorded of a study, {row: values of each seed}; rows without any are left out. ``only``: these rows."""
+def recorded(
+    pipe,
+    study: str,
+    model: str,
+    seeds: int = SEEDS,
+    *,
+    only: Sequence[str] = (),
+    adjust: Callable[[Cell], Cell] = lambda cell: cell,
+    measure: bool = False,
+) -> dict[str, list[dict]]:
+    """What is recorded of a study, {row: values of each seed}; rows without any are left out.
+
+    ``only``: these rows. ``adjust`` changes each cell first, such as to fewer pictures. ``measure``: measure what is
+    not recorded, instead of leaving it out.
+    """
     found: dict[str, list[dict]] = {}
     for seed in range(seeds):
         for name, cell in cells(study, model, seed).items():
-            if (not only or name in only) and (values := compare(pipe, cell, only_recorded=True)):
+            if (not only or name in only) and (values := compare(pipe, adjust(cell), only_recorded=not measure)):
                 found.setdefault(name, []).append(values)
     return found
+
+
+def progress(found: Mapping[str, Sequence], study: str, model: str, seeds: int = SEEDS) -> str:
+    """A sentence on how much of a study is recorded, and the command that measures the rest; empty if all is."""
+    have, all_cells = sum(map(len, found.values())), seeds * len(cells(study, model))
+    if have >= all_cells:
+        return ""
+    command = f"python -m ecodiff.studies {study} --model {model}"
+    return f"{have} of {all_cells} cells of this table are recorded for {model}; `{command}` measures the others."
 
 
 MEASURES = {  # column of a table -> what of a cell, scale, digits

@@ -75,6 +75,16 @@ def test_missing_cells_are_measured_once_and_then_read(toy):
     assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
 
 
+@pytest.mark.parametrize("method", ["blocks", "sparse24", "original+deepcache", "random+compensation+deepcache"])
+def test_methods_beside_unit_scores_have_cells_too(toy, method):
+    cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
+    steps = replace(cell, protocol=replace(SMALL, num_inference_steps=3))
+    values, whole = (experiments.compare(toy, one) for one in (steps, replace(steps, method="original")))
+    assert len(values["ssim"]) == 3 and min(values["ssim"]) < 1
+    fewer = method.startswith(("blocks", "random"))
+    assert (values["parameters"] < whole["parameters"]) == fewer
+
+
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
     for _, _, cell in studies.missing(toy, ["toy"], "tiny", seeds=1):
         experiments.compare(toy, cell)
