@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
 from .running import epoch_batch, in_words, on_device
 from .sites import find_sites
-from .trajectory import final_latents
+from .trajectory import final_latents, replaced_forward
 
 
 def learn(
@@ -183,6 +184,9 @@ class _Task:
             torch.manual_seed(mix(config.seed, update))
             for part in parts:
                 values = gates.sample(generator) if config.gate_draw == "trajectory" else _fresh_gates(gates)
+                if config.objective == "step":
+                    reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
+                    continue
                 with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
                     loss = (
                         self.reconstruction(self.latents(part, gradients=True), self.teacher[part])
@@ -203,12 +207,42 @@ class _Task:
             "seconds": time.perf_counter() - started,
         }
 
+    def stepwise(self, part: Sequence[int], values: Mapping[str, Tensor], gates: Gates, share: float) -> float:
+        """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,
+        gated and not; its gradient is taken at once, so memory is that of one call."""
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        losses = []
+
+        def wrap(forward):
+            @wraps(forward)
+            def both(*args, **kwargs):
+                result = forward(*args, **kwargs)
+                target = _first(result).detach().float()
+                scale = target.var() if self.config.normalize else 1.0
+                with torch.enable_grad(), apply_gates(self.denoiser, leaves, gates.sites):
+                    loss = (_first(forward(*args, **kwargs)).float() - target).square().mean() / scale
+                    loss.backward()
+                losses.append(loss.item())
+                return result
+
+            return both
+
+        with replaced_forward(self.denoiser, wrap):
+            self.latents(part, gradients=False)
+        factor = share / len(losses)
+        torch.autograd.backward(list(values.values()), [factor * leaves[name].grad for name in values])
+        return factor * sum(losses)
+
     def reconstruction(self, student: Tensor, teacher: Tensor) -> Tensor:
         """L_E of Eq. 3, in the configuration's form and scale."""
         if self.config.reconstruction == "mse":
             return (student - teacher).square().mean() / self.scale
         size = teacher[0].numel() if self.config.normalize else 1
         return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
+
+
+def _first(output) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _within(memory_budget: int | str, pipe, prompt, config: LearnConfig, progress: bool) -> LearnConfig:

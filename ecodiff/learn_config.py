@@ -10,6 +10,7 @@ from .errors import EcoDiffError
 from .gates import HardConcrete
 
 _CHOICES = {
+    "objective": ("final", "step"),
     "reconstruction": ("mse", "norm"),
     "regulariser": ("l0", "l1"),
     "optimizer": ("adam", "adamw"),
@@ -41,6 +42,10 @@ class LearnConfig:
     call: Mapping = field(default_factory=dict)
     """Further arguments of the pipeline's call (height, width, ...)."""
     kinds: tuple[str, ...] = ("attention", "feed_forward")
+    objective: str = "final"
+    """final: the trajectory's end (Eq. 3). step: what the paper argues against and never tabulates: at every state that
+    the unmasked model visits, the gated denoiser's output against the unmasked one's, squared error over its variance
+    (with ``normalize``), mean over calls; no gradient flows from step to step."""
     reconstruction: str = "mse"
     """mse: mean squared error of the final latents; norm: ‖ẑ_0 - z_0‖₂ of each sample (Eq. 3), averaged over
     samples."""
@@ -85,6 +90,10 @@ class LearnConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise EcoDiffError(f"LearnConfig: {name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
+        if self.objective == "step" and (self.gate_draw, self.reconstruction) != ("trajectory", "mse"):
+            raise EcoDiffError(
+                "LearnConfig: objective='step' takes gate_draw='trajectory' and reconstruction='mse'; set them so."
+            )
         for name in (
             "updates",
             "batch_size",

@@ -48,6 +48,27 @@ def row(name: str, **columns) -> dict:
     return found[0]
 
 
+_HEADS = {"coco": "COCO", "flickr": "Flickr", "fid": "FID", "clip": "CLIP", "ssim": "SSIM"}
+_HEADS |= {"gflop": "GFLOP", "beta": "β"}
+
+
+def readable(name: str, **columns) -> list[dict[str, str]]:
+    """The rows of a table that have these values, as texts for a page; "–" where nothing is printed."""
+    rows = [row for row in table(name) if all(row.get(column) == value for column, value in columns.items())]
+    return [{_head(column): _text(column, value) for column, value in row.items() if column != "bold"} for row in rows]
+
+
+def _head(column: str) -> str:
+    words = [_HEADS.get(word, word) for word in column.split("_")]
+    return f"{words[1]}, {words[0]}" if words[0] in ("COCO", "Flickr") else " ".join(words)
+
+
+def _text(column: str, value) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f} %" if column == "ratio" else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def setting(name: str, parameter: str):
     """A value of the training configurations "table2" (FLUX) and "table3" (SDXL)."""
     return row(name, parameter=parameter)["value"]

@@ -32,6 +32,8 @@ _FREE = ("updates", "save_every", "snapshot_every", "checkpoint", "keep_last")
 def describe(pipe, prompts: list, config) -> dict:
     """All that determines the result of a run, as plain JSON values; weights and prompts by their hashes."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    if settings["objective"] == "final":  # so runs that began before there was a choice go on
+        del settings["objective"]
     if config.gate_draw == "call" and config.recompute == "redraw":  # what is drawn in recomputation depends on these
         settings |= {"checkpoint": config.checkpoint, "keep_last": config.keep_last}
     described = {

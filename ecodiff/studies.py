@@ -121,6 +121,7 @@ def _choices(model: str) -> dict[str, Cell]:
         "gates drawn in each call": learning(cell, gate_draw="call"),
         "and anew when recomputing": learning(cell, gate_draw="call", recompute="redraw"),
         "one noise for all prompts": learning(cell, fixed_noise=True),
+        "one step at a time": learning(cell, objective="step"),
         "as the published code": replace(cell, config=faithful),
     }
 

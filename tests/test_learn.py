@@ -10,7 +10,7 @@ import torch
 from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import Gates
+from ecodiff.gates import Gates, apply_gates
 from ecodiff.learn import LearnConfig, _regulariser, _Task, learn
 from ecodiff.pipelines import denoiser
 from ecodiff.prompts import encoding_once
@@ -309,3 +309,35 @@ def test_unknown_preset_and_missing_sites():
         LearnConfig.paper("sd3")
     with pytest.raises(EcoDiffError, match="no sites of the kinds modulation"):
         quiet(tiny_sd(), config=replace(QUICK, kinds=("modulation",)))
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_the_step_objective_is_the_mean_error_of_single_calls(make):
+    """Gradient and loss against the plain sum over recorded calls, by automatic differentiation through all of them."""
+    pipe = make()
+    call = {k: v for k, v in call_kwargs(pipe).items() if k in ("height", "width", "max_sequence_length")}
+    config = replace(QUICK, num_inference_steps=3, call=call, objective="step", delta=0.1)
+    sites = find_sites(denoiser(pipe), config.kinds)
+    task = _Task(encoding_once(pipe), PROMPTS[:2], config, torch.device("cpu"))
+    gates = Gates.start(sites, 1.0, config.distribution)
+    values = gates.sample(torch.Generator().manual_seed(0))
+    calls = []
+    handle = denoiser(pipe).register_forward_hook(lambda m, a, k, o: calls.append((a, k, o[0])), with_kwargs=True)
+    task.latents([0, 1], gradients=False)
+    handle.remove()
+    with apply_gates(denoiser(pipe), values, sites):
+        errors = [(denoiser(pipe)(*a, **k)[0] - o).square().mean() / o.var() for a, k, o in calls]
+    expected = torch.stack(errors).mean()
+    gradients = torch.autograd.grad(expected, list(gates.log_alpha.values()), retain_graph=True)
+    loss = task.stepwise([0, 1], values, gates, 1.0)
+    assert len(calls) == 3 and loss == pytest.approx(expected.item(), rel=1e-4)
+    for value, gradient in zip(gates.log_alpha.values(), gradients, strict=True):
+        assert torch.allclose(value.grad, gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_learning_one_step_at_a_time_closes_gates_and_says_what_it_cannot_do():
+    pipe = tiny_sd()
+    gates = quiet(pipe, config=replace(QUICK, objective="step"))
+    assert gates.history[-1]["regulariser"] < gates.history[0]["regulariser"]
+    with pytest.raises(EcoDiffError, match="objective='step' takes gate_draw='trajectory'"):
+        LearnConfig(objective="step", gate_draw="call")

@@ -77,3 +77,13 @@ def test_wrong_names_are_refused():
         paper.claim("price")
     with pytest.raises(EcoDiffError, match="has 2 rows with"):
         paper.row("table6", method="EcoDiff")
+
+
+def test_a_published_table_as_texts_keeps_every_row_and_marks_what_is_not_printed():
+    rows = paper.readable("table11")
+    assert [row["scope"] for row in rows] == ["–", "global", "local"]
+    assert rows[1]["FID, COCO"] == "34.41" and rows[1]["ratio"] == "20 %"
+    assert {row["method"] for row in paper.readable("table1", model="SDXL", ratio=0.2)} == {
+        "DeepCache", "DiffPruning", "EcoDiff"
+    }  # fmt: skip
+    assert paper.readable("table1")[0]["GFLOP"] == "478,000"
