@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,28 @@ def weights_hash(module: nn.Module) -> str:
     The same on every device and in every process; about a second a gigabyte. Raises EcoDiffError for weights that are
     not there (meta device).
     """
+    known = _known.get()
+    if known is None:
+        return _hash(module)
+    if id(module) not in known:
+        known[id(module)] = module, _hash(module)  # the module too, so that its id stays its own
+    return known[id(module)][1]
+
+
+_known: ContextVar[dict | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def hashed_once() -> Iterator[None]:
+    """Inside, ``weights_hash`` reads each module once: for code that looks up many results and changes no weights."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _hash(module: nn.Module) -> str:
     total = hashlib.sha256()
     state = {
         name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()

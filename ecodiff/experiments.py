@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -25,8 +26,11 @@ from .methods import METHODS, blocks, prune_compensated, second_moments, sparse2
 from .methods.deepcache import deepcache
 from .paths import data_dir
 from .pipelines import denoiser
-from .protocol import Protocol, draw, judge, judge_pictures
+from .prompts import mix
+from .protocol import Protocol, draw, judge, judge_pictures, pictures_folder
 from .resume import describe
+from .retrain import retrain
+from .retrain_config import RetrainConfig
 from .sites import find_sites
 from .surgery import prune
 
@@ -51,10 +55,18 @@ class Cell:
     split: str = "train"
     scope: str = "kind"
     count: str = "units"
+    retrain: RetrainConfig | None = None
+    """Retrain the smaller model so, on pictures that the original draws for the same captions."""
 
     def captions(self) -> list[str]:
         """The captions that learning or calibration sees."""
-        return data.prompts(self.split, self.prompts)
+        return list(_captions(self.split, self.prompts))
+
+
+@lru_cache(maxsize=16)
+def _captions(split: str, number: int) -> tuple[str, ...]:
+    """Drawn once: pages describe hundreds of cells."""
+    return tuple(data.prompts(split, number))
 
 
 def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompute: bool = False) -> Gates:
@@ -164,6 +176,8 @@ def describe_cell(pipe, cell: Cell) -> dict:
     }
     if base == "learned":
         described["learned"] = {**describe(pipe, captions, config), "updates": config.updates}
+    if cell.retrain:
+        described["retrain"] = {**asdict(cell.retrain), "captions": key(captions)}
     if method.endswith(COMPENSATED) or base not in ("original", "learned", *UNSEEING):
         described["calibration"] = {
             **_sampling(config, cell.seed),
@@ -176,6 +190,18 @@ def describe_cell(pipe, cell: Cell) -> dict:
 
 def smaller_model(pipe, cell: Cell, recompute: bool = False):
     """The pipeline that a cell judges; for "original" ``pipe`` itself."""
+    smaller = _pruned(pipe, cell, recompute)
+    if not cell.retrain:
+        return smaller
+    captions, settings = cell.captions(), cell.protocol.sampling
+    seeds = [mix(cell.seed, i) for i in range(len(captions))]
+    pictures = generate(pipe, captions, seeds, cache_dir=pictures_folder(), progress=False, **settings)
+    call = {name: value for name, value in settings.items() if name != "num_inference_steps"}
+    config = replace(cell.retrain, seed=cell.seed, call=call)
+    return retrain(smaller, pictures, captions, config, progress=False)
+
+
+def _pruned(pipe, cell: Cell, recompute: bool):
     method = cell.method.removesuffix(REUSED)
     if method == "original":
         return pipe

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -28,12 +29,15 @@ __all__ = [
     "background_colour",
     "background_correct",
     "bootstrap_interval",
+    "difference_interval",
     "fid",
     "inception_features",
     "kid",
     "mean_interval",
     "psnr",
+    "share_interval",
     "ssim",
+    "ssim_map",
 ]
 
 
@@ -51,6 +55,17 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").reshape(len(a))
 
 
+def ssim_map(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of the window around each pixel, mean over channels: float [N, H, W].
+
+    Input as for ``ssim``, which is the mean over the pixels. At the border the pictures are mirrored, as torchmetrics
+    does.
+    """
+    a, b = _pair(a, b)
+    whole = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)[1]
+    return whole.mean(1)
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair in dB, float [N]; infinite for equal ones. Input as for ``ssim``."""
     a, b = _pair(a, b)
@@ -62,10 +77,25 @@ def fid(real: Tensor, fake: Tensor, **feature_settings) -> float:
 
     Give features (``inception_features``) where a set is used more than once. ``feature_settings`` go to
     ``inception_features``. Computed in float64. FID grows as sets shrink: compare only sets of the same sizes, and
-    below some thousands of pictures prefer ``kid``, which is not biased. With 2048 features it takes some ten seconds
-    on a CPU.
+    below some thousands of pictures prefer ``kid``, which is not biased. Sets with more pictures than features are
+    left to torchmetrics (some ten seconds on a CPU with 2048 features); smaller ones take milliseconds.
     """
-    return _distance(FrechetInceptionDistance, real, fake, feature_settings).compute().item()
+    sets = _feature_sets(real, fake, feature_settings)
+    if max(map(len, sets)) <= sets[0].shape[1]:
+        return _fid_of_few(*(features.double() for features in sets))
+    return _distance(FrechetInceptionDistance, *sets).compute().item()
+
+
+def _fid_of_few(a: Tensor, b: Tensor) -> float:
+    """The same distance without a covariance matrix: with A and B the centred features over sqrt(n - 1), one row a
+    picture, tr((AᵀA BᵀB)^1/2) is the sum of the singular values of A Bᵀ, which is small where pictures are few."""
+    means, centred = [], []
+    for features in (a, b):
+        means.append(features.mean(0))
+        centred.append((features - means[-1]) / math.sqrt(len(features) - 1))
+    spread = sum(part.square().sum() for part in centred)
+    common = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    return ((means[0] - means[1]).square().sum() + spread - 2 * common).item()
 
 
 def kid(
@@ -82,7 +112,8 @@ def kid(
         raise EcoDiffError(
             f"KID with subsets of {size} needs at least two and at most as many pictures as the sets have ({smaller})."
         )
-    metric = _distance(KernelInceptionDistance, real, fake, feature_settings, subsets=subsets, subset_size=size)
+    sets = _feature_sets(real, fake, feature_settings)
+    metric = _distance(KernelInceptionDistance, *sets, subsets=subsets, subset_size=size)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         mean, deviation = metric.compute()
@@ -100,7 +131,7 @@ class _Given(nn.Module):
         return features
 
 
-def _distance(metric, real: Tensor, fake: Tensor, feature_settings: dict, **settings):
+def _feature_sets(real: Tensor, fake: Tensor, feature_settings: dict) -> list[Tensor]:
     sets = [
         x if x.dim() == 2 and x.is_floating_point() else inception_features(x, **feature_settings) for x in (real, fake)
     ]
@@ -110,11 +141,15 @@ def _distance(metric, real: Tensor, fake: Tensor, feature_settings: dict, **sett
         )
     if min(map(len, sets)) < 2:
         raise EcoDiffError("A distance between sets needs at least two pictures in each.")
+    return sets
+
+
+def _distance(metric, real: Tensor, fake: Tensor, **settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer", category=UserWarning)
-        metric = metric(feature=_Given(sets[0].shape[1]), **settings)
-    metric.update(sets[0].double(), real=True)
-    metric.update(sets[1].double(), real=False)
+        metric = metric(feature=_Given(real.shape[1]), **settings)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
     return metric
 
 
@@ -147,14 +182,58 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean, for many values (pictures) of any distribution; fixed by ``seed``."""
     values = _numbers(values, level)
+    means = _resampled_means(values, np.random.default_rng(seed), resamples)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high), level)
+
+
+def difference_interval(
+    first: Sequence[float] | Tensor,
+    second: Sequence[float] | Tensor,
+    *,
+    paired: bool = True,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = 10_000,
+) -> Interval:
+    """Percentile bootstrap interval of the mean of ``first`` minus that of ``second``.
+
+    ``paired``: entry i of both belongs to the same picture (caption and noise), so pictures are drawn, each with its
+    difference. Otherwise each list is drawn on its own. Raises EcoDiffError for pairs that do not match.
+    """
+    first, second = _numbers(first, level), _numbers(second, level)
+    if paired:
+        if len(first) != len(second):
+            raise EcoDiffError(f"{len(first)} and {len(second)} values are no pairs: give paired=False.")
+        return bootstrap_interval(first - second, level, seed, resamples)
     rng = np.random.default_rng(seed)
+    differences = _resampled_means(first, rng, resamples) - _resampled_means(second, rng, resamples)
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(first.mean() - second.mean()), float(low), float(high), level)
+
+
+def _resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
     chunk = max(1, 4_000_000 // len(values))  # resamples at once, to bound memory
     means = [
         values[rng.integers(len(values), size=(min(chunk, resamples - done), len(values)))].mean(1)
         for done in range(0, resamples, chunk)
     ]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high), level)
+    return np.concatenate(means)
+
+
+def share_interval(hits: Sequence[float] | Tensor, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share, from one 0 or 1 a picture.
+
+    Says something where the bootstrap cannot: when all pictures are right, or none is. Raises EcoDiffError for other
+    values.
+    """
+    hits = _numbers(hits, level)
+    if not np.isin(hits, (0, 1)).all():
+        raise EcoDiffError("A share is counted from zeros and ones.")
+    n, share, z = len(hits), float(hits.mean()), NormalDist().inv_cdf((1 + level) / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), level)
 
 
 def mean_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> Interval:

@@ -128,12 +128,18 @@ def _path(name: str, folder) -> Path:
 def _read(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        return list(_parsed(str(path), content))
     except (OSError, UnicodeDecodeError) as error:
         raise EcoDiffError(f"{path} cannot be read ({error}): restore it, or delete it to measure again.") from error
-    for number, line in enumerate(lines, 1):
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: str, content: bytes) -> list[dict]:
+    """Rows of a file; equal content is parsed once, since pages look up hundreds of rows in the same file."""
+    found = []
+    for number, line in enumerate(content.decode("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and row.keys() >= _FIELDS and row["key"] == key(row["config"])

@@ -27,6 +27,7 @@ from .errors import EcoDiffError
 from .experiments import Cell, compare, describe_cell, measure_cell
 from .learn_config import LearnConfig
 from .protocol import Protocol
+from .retrain_config import RetrainConfig
 
 SEEDS = 3
 METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "occlusion", "obs", "obs+compensation")
@@ -133,6 +134,20 @@ def _transfer(model: str) -> dict[str, Cell]:
     return rows | {"learned on held-out pairs": replace(cell, split="heldout")}
 
 
+def _retraining(model: str) -> dict[str, Cell]:
+    """Light retraining on 100 pictures of the original: settings for models of this size, not the published ones."""
+    lora = RetrainConfig(steps=300, batch_size=16, lr=1e-3)
+    full = RetrainConfig(method="full", steps=300, batch_size=16, lr=2e-4)
+    rows = {}
+    for ratio in (0.3, 0.5):
+        for method in ("learned", "random"):
+            cell, name = base(model, method=method, ratio=ratio), f"{method}, {ratio:.0%}"
+            rows[name] = cell
+            rows[f"{name}, LoRA"] = replace(cell, retrain=lora)
+            rows[f"{name}, all weights"] = replace(cell, retrain=full)
+    return rows
+
+
 @dataclass(frozen=True)
 class Study:
     """A table of this project: what varies, and where the paper has the like."""
@@ -152,6 +167,7 @@ STUDIES = {
     "kinds": Study("Heads only, neurons only", "Figure 13", _kinds),
     "choices": Study("As published, and corrected", "§2.2, Algorithm 1", _choices),
     "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation),
+    "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining),
     "transfer": Study("Masks used elsewhere than where they were learned", "not in the paper", _transfer),
 }
 

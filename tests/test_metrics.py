@@ -47,6 +47,16 @@ def test_ssim_and_psnr_of_known_pairs():
     assert metrics.ssim(flat, flat + 0.1).item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_ssim_map_has_the_mean_of_ssim():
+    a = pictures(2)
+    b = (a.float() * 0.8 + pictures(2, seed=1).float() * 0.2).to(torch.uint8)
+    b[0, :, :, :8] = a[0, :, :, :8]
+    found = metrics.ssim_map(a, b)
+    assert found.shape == (2, 32, 32) and torch.allclose(found.mean((1, 2)), metrics.ssim(a, b), atol=1e-6)
+    # Windows of 11 pixels: the first three columns, whose windows reach to column 7, see equal pictures.
+    assert torch.allclose(found[0, :, :3], torch.ones(32, 3), atol=1e-5) and found[0, :, 3:].max() < 1
+
+
 def sets(dimension=6, n=(80, 60)):
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(dimension, dimension, generator=generator)
@@ -64,6 +74,16 @@ def test_fid_is_the_frechet_distance():
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T)) + np.trace(np.cov(y.T)) - 2 * cross
     assert metrics.fid(real, fake) == pytest.approx(expected, rel=1e-9)
     assert metrics.fid(real, real) == pytest.approx(0, abs=1e-6)
+
+
+def test_fid_of_few_pictures_is_that_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(9, 12, generator=generator), torch.randn(7, 12, generator=generator) * 2 + 1
+    theirs = metrics._distance(metrics.FrechetInceptionDistance, real, fake).compute().item()
+    assert metrics.fid(real, fake) == pytest.approx(theirs, rel=1e-6)
+    assert metrics.fid(real, real) == pytest.approx(0, abs=1e-9)
+    real, fake = sets()  # more pictures than features: both ways are exact
+    assert metrics._fid_of_few(real.double(), fake.double()) == pytest.approx(metrics.fid(real, fake), rel=1e-9)
 
 
 def test_kid_is_the_unbiased_polynomial_mmd():
@@ -206,6 +226,29 @@ def test_bootstrap_interval_is_fixed_by_its_seed():
     assert first.low < first.mean < first.high and str(first).startswith(f"{first.mean:.3f} [")
 
 
+def test_paired_interval_is_narrower_for_pairs_that_go_together_and_no_other():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=200)
+    second = first - 0.2 + 0.1 * rng.normal(size=200)
+    width = lambda i: i.high - i.low  # noqa: E731
+    paired, unpaired = (metrics.difference_interval(first, second, paired=paired) for paired in (True, False))
+    assert paired.mean == pytest.approx(unpaired.mean) and paired.low < paired.mean < paired.high
+    assert paired == metrics.bootstrap_interval(first - second) and width(paired) < width(unpaired) / 5
+    # Unpaired: half widths of about 1.96 sqrt(2 / 200).
+    assert width(unpaired) / 2 == pytest.approx(1.96 * math.sqrt((first.var() + second.var()) / 200), rel=0.1)
+    shuffled = metrics.difference_interval(first, rng.permutation(second))
+    assert width(shuffled) == pytest.approx(width(unpaired), rel=0.1)
+    assert width(metrics.difference_interval(first, second[:50], paired=False)) > width(unpaired)
+
+
+def test_share_interval_is_wilsons():
+    # 81 of 263: the example of Newcombe 1998, method 3.
+    interval = metrics.share_interval([1] * 81 + [0] * 182)
+    assert (interval.low, interval.high) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert metrics.share_interval([1] * 20).low == pytest.approx(20 / (20 + 1.95996**2), abs=1e-5)
+    assert metrics.share_interval([1] * 20).high == 1 and metrics.share_interval([0] * 20).low == 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -216,6 +259,8 @@ def test_bootstrap_interval_is_fixed_by_its_seed():
         (lambda: metrics.fid(torch.rand(1, 3), torch.rand(5, 3)), "at least two"),
         (lambda: metrics.kid(torch.rand(5, 3), torch.rand(5, 3), subset_size=6), "subsets of 6"),
         (lambda: metrics.inception_features(torch.rand(1, 3, 8, 8)), "uint8 pictures"),
+        (lambda: metrics.difference_interval([1.0], [1.0, 2.0]), "no pairs"),
+        (lambda: metrics.share_interval([0.5]), "zeros and ones"),
         (lambda: inception.Inception(100), "100 features"),
         (lambda: inception.network(source="other"), "Unknown source"),
         (lambda: ObjectProbe.fit(torch.rand(2, 3), ["a"]), "2 pictures but 1 labels"),

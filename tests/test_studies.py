@@ -12,6 +12,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.experiments import Cell
 from ecodiff.learn_config import LearnConfig
 from ecodiff.protocol import Protocol
+from ecodiff.retrain_config import RetrainConfig
 
 CALL = {"height": 16, "width": 16}
 SMALL = Protocol(model="tiny", pictures=3, num_inference_steps=1, guidance_scale=1.0, call=CALL, features=False)
@@ -83,6 +84,14 @@ def test_methods_beside_unit_scores_have_cells_too(toy, method):
     assert len(values["ssim"]) == 3 and min(values["ssim"]) < 1
     fewer = method.startswith(("blocks", "random"))
     assert (values["parameters"] < whole["parameters"]) == fewer
+
+
+def test_a_cell_can_retrain_what_it_pruned(toy):
+    protocol = replace(SMALL, guidance_scale=None, num_inference_steps=3)
+    cell = Cell("random", 0.5, protocol=protocol, config=CONFIG, prompts=2)
+    trained = replace(cell, retrain=RetrainConfig(method="full", steps=3, batch_size=2, lr=0.1))
+    before, after = (experiments.compare(toy, one) for one in (cell, trained))
+    assert before["parameters"] == after["parameters"] and before["ssim"] != after["ssim"]
 
 
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):

@@ -148,7 +148,7 @@ def fixed_scores(judge: Judge) -> torch.Tensor:
 
 def evaluate(name: str, prompts: int = 500, seeds: int = 3) -> dict:
     """Measure a stored model, write its card and what ``check`` compares with; see ``zoo.measure`` for the numbers."""
-    from .card import write_card
+    from .card import write_card, write_measured
     from .measure import measure_judge, measure_pipeline
 
     trained, folder = recipe_of(name), data_dir() / "models" / name
@@ -161,5 +161,6 @@ def evaluate(name: str, prompts: int = 500, seeds: int = 3) -> dict:
         Image.fromarray(fixed_picture(pipe, sampling)).save(folder / "fixed.png")
         measured = measure_pipeline(pipe, sampling, prompts, seeds)
     write_card(folder, trained, measured)
+    write_measured(folder, measured)
     write_checksums()
     return measured
