@@ -260,15 +260,15 @@ def missing(pipe, names: Sequence[str], model: str, seeds: int = SEEDS) -> list[
     return todo
 
 
-def verify(pipe, model: str, number: int, seed: int) -> list[str]:
-    """Measure ``number`` recorded cells again, drawn by ``seed``, and compare; a sentence each.
+def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[str]:
+    """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare; a sentence each.
 
     Gates are those that are kept. Raises EcoDiffError where a mean of SSIM or of a share differs by more than 0.02:
     another processor rounds otherwise, and a picture near a threshold may fall to its other side.
     """
     found = [
         (study, row, cell)
-        for study in STUDIES
+        for study in names
         for row, cell in cells(study, model).items()
         if compare(pipe, cell, only_recorded=True)
     ]
@@ -325,7 +325,8 @@ def _run(options: argparse.Namespace) -> int:
         cells(name, options.model)
     pipe = _pipe(options.model)
     if options.verify:
-        print("\n".join(verify(pipe, options.model, options.verify, options.draw)) or "nothing is recorded")
+        found = verify(pipe, names, options.model, options.verify, options.draw)
+        print("\n".join(found) or "nothing is recorded")
         return 0
     todo = missing(pipe, names, options.model, options.seeds)
     if options.list:

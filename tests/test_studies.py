@@ -107,15 +107,15 @@ def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
 
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
-    assert studies.verify(toy, "tiny", 1, seed=0) == []
+    assert studies.verify(toy, ["toy"], "tiny", 1, seed=0) == []
     experiments.compare(toy, cell)
-    assert studies.verify(toy, "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
+    assert studies.verify(toy, ["toy"], "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
     path = store / "results" / "compare.jsonl"
     row = json.loads(path.read_text())
     row["values"]["ssim"] = [value - 0.5 for value in row["values"]["ssim"]]
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(EcoDiffError, match="toy, random: ssim is .* and was recorded as"):
-        studies.verify(toy, "tiny", 1, seed=0)
+        studies.verify(toy, ["toy"], "tiny", 1, seed=0)
 
 
 def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
