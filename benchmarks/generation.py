@@ -1,0 +1,106 @@
+"""Seconds of drawing pictures with the embedded pipelines, each as its evaluation draws it.
+
+    python benchmarks/generation.py                    # 512 pictures with each model that is trained; recorded
+    python benchmarks/generation.py --models openmoji-sd2 --batch-sizes 32 --dtypes fp32
+    python benchmarks/generation.py --pictures 8 --dry # only to see that it works
+
+The first batch size and dtype (32 and fp32, as everywhere in the book) draw all pictures; the other combinations a
+quarter of them, and are compared by seconds a picture. ``bf16`` is autocast: weights and noise stay in fp32. Nothing is
+read from or left in the cache of pictures. Each run is a row of ``data/results/generation.jsonl``; one that is there is
+not measured again without ``--recompute``. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from contextlib import nullcontext
+
+import torch
+
+import ecodiff
+from ecodiff import data, records
+from ecodiff.cache import weights_hash
+from ecodiff.errors import EcoDiffError
+from ecodiff.generate import generate
+from ecodiff.pipelines import denoiser
+from ecodiff.protocol import Protocol
+from ecodiff.redundancy import in_bf16
+from ecodiff.zoo import store
+from ecodiff.zoo.card import SECONDS_FOR_512
+
+DTYPES = {"fp32": lambda pipe: nullcontext(), "bf16": in_bf16}
+
+
+def timed(pipe, pictures: int, batch_size: int, dtype: str, sampling: dict) -> dict:
+    """Seconds for ``pictures`` captions after one small batch that warms up."""
+    captions = data.prompts("seen", pictures, start=4_000_000)
+
+    def draw(number: int) -> None:
+        generate(pipe, captions[:number], range(number), batch_size=batch_size, progress=False, **sampling)
+
+    with DTYPES[dtype](pipe):
+        draw(min(2, pictures))
+        started, worked = time.perf_counter(), time.process_time()
+        draw(pictures)
+        seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 2), "processor_seconds": round(time.process_time() - worked, 2)}
+
+
+def rows(model: str, options: argparse.Namespace):
+    """A recorded row for each batch size and dtype of one model."""
+    pipe, sampling = ecodiff.load(model), Protocol.of(model).sampling
+    described = {"what": "generation", "model": model, "weights": weights_hash(denoiser(pipe)), "sampling": sampling}
+    combinations = [(size, dtype) for dtype in options.dtypes for size in options.batch_sizes]
+    for i, (size, dtype) in enumerate(combinations):
+        number = options.pictures if i == 0 else max(1, options.pictures // 4)
+        config = {
+            **described,
+            "pictures": number,
+            "batch_size": size,
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+            "machine": records.machine(),
+            "seed": 0,
+            "version": 1,
+        }
+        arguments = (pipe, number, size, dtype, sampling)
+        yield records.measure(config, lambda a=arguments: timed(*a), name="generation", recompute=options.recompute)
+
+
+def main() -> None:
+    trained = [name for name in store.stored_ids() if not store.is_judge(store.recipe_of(name)["recipe"])]
+    parser = argparse.ArgumentParser(description="Seconds of drawing pictures with the embedded pipelines.")
+    parser.add_argument("--models", nargs="+", default=trained, help="ids (default: all that are trained)")
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 8, 128])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--recompute", action="store_true", help="measure anew and replace recorded rows")
+    parser.add_argument("--dry", action="store_true", help="record nothing")
+    options = parser.parse_args()
+    if options.pictures < 1:
+        raise EcoDiffError(f"--pictures {options.pictures}: at least one picture must be drawn.")
+    if options.dry:
+        os.environ["ECODIFF_RECORDS"] = "off"
+    print(f"{torch.get_num_threads()} threads")
+    print(f"{'model':22} {'dtype':>5} {'batch':>5} {'pictures':>8} {'seconds':>8} {'ms a picture':>12}")
+    full = {}
+    for model in options.models:
+        for row in rows(model, options):
+            c, seconds = row["config"], row["values"]["seconds"]
+            each = 1000 * seconds / c["pictures"]
+            print(
+                f"{model:22} {c['dtype']:>5} {c['batch_size']:5d} {c['pictures']:8d} {seconds:8.1f} {each:12.1f}"
+                f"{'  (recorded)' if row['recorded'] else ''}",
+                flush=True,
+            )
+            full.setdefault(model, seconds)
+    if options.pictures == 512 and full:
+        slowest = max(full, key=full.get)
+        word = "holds" if full[slowest] <= SECONDS_FOR_512 else "DOES NOT HOLD"
+        print(f"512 pictures in {SECONDS_FOR_512:.0f} s: {full[slowest]:.0f} s with {slowest}, the slowest ({word})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What a model card states, read back as numbers; and the targets of the family."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ecodiff.paths import data_dir
+from ecodiff.zoo import card, measure, store
+from ecodiff.zoo.card import Measured
+
+WORDS = {
+    "VAE PSNR (dB)": "27.90",
+    "one object: object named by the probe (%)": "77.7 (95 % interval 76.9 to 78.4); real scenes 100.0",
+    "one object: background right (%)": "99.0 (one seed); real scenes 100.0",
+    "seeds": "3",
+    "sampling": "num_inference_steps 12, guidance_scale 3.0",
+}
+NUMBERS = {
+    "VAE PSNR (dB)": Measured(27.9),
+    "one object: object named by the probe (%)": Measured(77.7, 76.9, 78.4, 100.0),
+    "one object: background right (%)": Measured(99.0, real=100.0),
+    "seeds": Measured(3.0),
+}
+
+
+def test_a_number_in_words_is_read_back():
+    assert {name: Measured.parse(text) for name, text in WORDS.items()} == NUMBERS | {"sampling": None}
+    assert str(NUMBERS["one object: object named by the probe (%)"]) == "77.7 (76.9 to 78.4)"
+    assert str(Measured(27.9)) == "27.9"
+
+
+def test_numbers_come_from_the_file_and_without_it_from_the_card(tmp_path):
+    assert card.read_measured(tmp_path) == {}
+    rows = "\n".join(f"| {name} | {text} |" for name, text in WORDS.items())
+    (tmp_path / "README.md").write_text(f"# A card\n\n| what | value |\n|---|---|\n{rows}\n\n## Limits\n")
+    assert card.read_measured(tmp_path) == NUMBERS
+    card.write_measured(tmp_path, WORDS | {"VAE PSNR (dB)": "28.10"})
+    assert card.read_measured(tmp_path) == NUMBERS | {"VAE PSNR (dB)": Measured(28.1)}
+    assert json.loads((tmp_path / "measured.json").read_text())["sampling"] == WORDS["sampling"]
+
+
+def test_evaluation_leaves_card_numbers_picture_and_checksums(tmp_path, monkeypatch):
+    folder = tmp_path / "models" / "mine"
+    folder.mkdir(parents=True)
+    recipe = {"id": "mine", "pipeline": "FluxPipeline", "stands_for": "FLUX", "seed": 0, "sampling": {}}
+    log = {"machine": {"cores": 2}, "commit": "abc"}
+    (folder / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}))
+    monkeypatch.setattr(store, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(store.pipelines, "load", lambda name: None)
+    monkeypatch.setattr(store, "fixed_picture", lambda pipe, sampling: np.zeros((64, 64, 3), np.uint8))
+    monkeypatch.setattr(measure, "measure_pipeline", lambda *arguments: dict(WORDS))
+    assert store.evaluate("mine") == WORDS
+    assert card.read_measured(folder) == NUMBERS
+    assert "| VAE PSNR (dB) | 27.90 |" in (folder / "README.md").read_text()
+    manifest = (tmp_path / store.MANIFEST).read_text()
+    assert "models/mine/measured.json" in manifest and "README" not in manifest
+
+
+def test_the_gap_to_a_teacher_is_the_largest():
+    named, seen, held = list(card.TARGETS)[1:4]
+    teacher = {named: Measured(90.0), seen: Measured(80.0), held: Measured(70.0), "VAE PSNR (dB)": Measured(40.0)}
+    student = {named: Measured(89.0), seen: Measured(73.5), "VAE PSNR (dB)": Measured(20.0)}
+    assert card.gap(student, teacher) == (seen, 6.5)
+    assert card.gap(student, {held: Measured(70.0)}) is None
+
+
+@pytest.mark.parametrize("name", store.stored_ids())
+def test_every_stored_card_that_is_written_can_be_read(name):
+    folder = data_dir() / "models" / name
+    if not (folder / "README.md").is_file():
+        pytest.skip(f"{name} is not evaluated yet")
+    numbers = card.read_measured(folder)
+    if not store.is_judge(store.recipe_of(name)["recipe"]):
+        assert numbers["VAE PSNR (dB)"].value > 20 and numbers["one object: background right (%)"].real > 90
+    else:
+        assert numbers["one object, as they are: objects found (%)"].low is not None
