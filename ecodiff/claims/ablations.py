@@ -1,0 +1,124 @@
+"""Claims of the ablations: what the result depends on (App. G.2, K)."""
+
+from __future__ import annotations
+
+from ..errata import arithmetic
+from ..paper import row, table
+from .rows import FLUX, LEARNED, ORIGINAL, SD2, SDXL, better, kept, on, real
+from .verdict import Claim, printed, together
+
+BOTH = ("ssim", "quality")
+
+
+def middle_beta() -> Claim:
+    def beats_ends(model: str):
+        middle, ends = ("beta", "β = 2"), (("beta", "β = 0.1"), ("beta", "β = 8"))
+        return together([better(model, middle, end) for end in ends], on(model))
+
+    def best_of(name: str, column: str) -> tuple[bool, str]:
+        entries = table(name)
+        best = min(entries, key=lambda entry: entry[column])
+        shown = f"lowest FID at β = {best['beta']:g}, tried {entries[0]['beta']:g} to {entries[-1]['beta']:g}"
+        return best not in (entries[0], entries[-1]), shown
+
+    return Claim(
+        "App. G.2, K.3, Tables 4, 9",
+        "β has a best value in the middle, such as 0.5; a much larger one fails, and FLUX behaves alike.",
+        "Tables: the lowest FID is at neither end. On small models, whose loss has another scale: our default β = 2 is "
+        "better than 0.1 and than 8.",
+        ("13_settings",),
+        (
+            printed("Table 4, SDXL", *best_of("table4", "coco_fid")),
+            printed("Table 9, FLUX", *best_of("table9", "flickr_fid")),
+            *(beats_ends(model) for model in (SDXL, *FLUX)),
+            real(SDXL, "beta"),
+        ),
+    )
+
+
+def a_hundred_prompts() -> Claim:
+    def fewer_prompts(model: str, few: int, many: int):
+        places = (("data_size", f"{number} prompts") for number in (few, many))
+        return kept(model, *places, BOTH, f"{few} against {many}")
+
+    fid = {entry["size"]: entry["coco_fid"] for entry in table("table5")}
+    rise = {size: fid[size] / fid[512] - 1 for size in (1, 100)}
+    return Claim(
+        "App. G.2, K.3, Tables 5, 10",
+        "A hundred prompts suffice for learning; even a single one costs little, for SDXL and for FLUX.",
+        "Tables: FID with 1 and with 100 prompts within a tenth of that with 512. On small models: SSIM and right "
+        "pictures within the margin of more prompts.",
+        ("13_settings", "09_errata"),
+        (
+            printed("Table 5, SDXL", max(rise.values()) < 0.1, f"FID {rise[1]:+.1%} with 1, {rise[100]:+.1%} with 100"),
+            _flux_sizes(),
+            *(fewer_prompts(model, few, many) for model in (SDXL, *FLUX) for few, many in ((100, 512), (1, 100))),
+            real(SDXL, "data_size"),
+        ),
+    )
+
+
+def _flux_sizes():
+    erratum = arithmetic.data_size()
+    wrong = next(line for line in erratum.lines if line.what.startswith("FLUX: largest"))
+    return printed("Table 10, FLUX", wrong.agrees, f"{wrong.what}: {wrong.computed}, at 256 prompts")
+
+
+def any_prompts() -> Claim:
+    return Claim(
+        "App. G.2",
+        "Which units are not needed hardly depends on the data.",
+        "Masks learned on captions of held-out pairs of objects, minus those learned on the usual ones: SSIM and right "
+        "pictures within the margin.",
+        ("13_settings",),
+        tuple(kept(model, ("transfer", "learned on held-out pairs"), LEARNED, BOTH) for model in (SDXL, SD2)),
+    )
+
+
+def one_threshold() -> Claim:
+    wide, narrow = (row("table11", scope=scope) for scope in ("global", "local"))
+    fid = [(wide[c], narrow[c]) for c in ("coco_fid", "flickr_fid")]
+    shown = ", ".join(f"{a:g} against {b:g}" for a, b in fid)
+    return Claim(
+        "App. K.2, Table 11, Fig. 12",
+        "One threshold for all modules is better than one in each.",
+        "Table 11: lower FID. On the small model: one threshold a kind (the published code's global), and one for all, "
+        "each better than one a module.",
+        ("13_settings",),
+        (
+            printed("Table 11", all(a < b for a, b in fid), f"FID {shown}"),
+            better(SDXL, ("scope", "kind"), ("scope", "local"), label="one a kind"),
+            better(SDXL, ("scope", "global"), ("scope", "local"), label="one for all"),
+            real(SDXL, "scope"),
+        ),
+    )
+
+
+def one_kind_alone() -> Claim:
+    return Claim(
+        "App. K.1, Fig. 13",
+        "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
+        "Right pictures at a fifth of the heads, and at a fifth of the neurons, minus the original's: above minus the "
+        "margin.",
+        ("13_settings",),
+        (
+            *(kept(SDXL, ("kinds", name), ORIGINAL, label=name) for name in ("heads only", "neurons only")),
+            real(SDXL, "kinds"),
+        ),
+    )
+
+
+def one_mask_for_all_ratios() -> Claim:
+    modules = table("sdxl_lambda")
+    nested = all(m["kept_20"] <= m["kept_10"] <= m["units"] for m in modules)
+    gone = [sum(m["units"] - m[f"kept_{percent}"] for m in modules) for percent in (10, 20)]
+    return Claim(
+        "App. G.2, Fig. 7",
+        "One learning gives masks of every ratio: only the threshold changes.",
+        "The authors' published λ of SDXL, cut at 10 and 20 %: no module keeps more at 20 % than at 10 %.",
+        ("05_a_smaller_model", "07_what_it_costs"),
+        (printed("published λ of SDXL", nested, f"{len(modules)} modules; {gone[0]:,} and {gone[1]:,} units go"),),
+    )
+
+
+ABLATIONS = (middle_beta, a_hundred_prompts, any_prompts, one_threshold, one_kind_alone, one_mask_for_all_ratios)

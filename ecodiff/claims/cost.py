@@ -1,0 +1,223 @@
+"""Claims about size, operations, time and carbon (Fig. 1, Tables 1, 12). What follows from shapes is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..cost import gb, usable
+from ..errata import arithmetic
+from ..paper import claim, row, setting, table
+from . import counts, rows
+from .counts import ONE, SD2_UPDATE, by_count, decided
+from .rows import SDXL
+from .verdict import CHECKPOINT, MISSING, Claim, Decision, contradicted, printed
+
+H100 = 989e12
+"""Operations a second of an H100 in bf16 without sparsity, by its data sheet: no code reaches it."""
+FLUX = "flux-schnell"
+
+
+def published_mask(percent: int) -> tuple[str, dict]:
+    """Setting that counts SDXL under the authors' mask at 10 or 20 %."""
+    mask = {module["site"]: module[f"kept_{percent}"] for module in table("sdxl_lambda")}
+    return "sdxl", {"steps": 40, "guidance": 5.0, "mask": mask, "inner": False}
+
+
+def parameters() -> Claim:
+    def sdxl(tenth: dict, fifth: dict) -> tuple[bool, str]:
+        left = {0.1: tenth["pruned"]["parameters"]["total"], 0.2: fifth["pruned"]["parameters"]["total"]}
+        return _as_printed("SDXL", left)
+
+    def flux(c: dict) -> tuple[bool, str]:
+        maskable = sum(c["parameters"][kind] for kind in ("attention", "feed_forward", "modulation"))
+        return _as_printed("FLUX", {ratio: c["parameters"]["total"] - ratio * maskable for ratio in (0.1, 0.15)})
+
+    def a_fifth(c: dict) -> tuple[bool, str]:
+        share = 1 - c["pruned"]["parameters"]["total"] / c["parameters"]["total"]
+        shown = f"the authors' mask at 20 % removes {share:.1%} of SDXL's U-Net"
+        return share >= claim("ratio_without_retraining") / 100, shown
+
+    return Claim(
+        "Abstract, Table 1",
+        "The ratio is a share of the parameters: at 20 % SDXL keeps 2.1 billion, at 15 % FLUX keeps 10.1 billion.",
+        "Parameters counted, to the printed digit: SDXL under the authors' published λ, FLUX with every kind of unit "
+        "at the ratio. Is what goes 20 % of the parameters?",
+        ("07_what_it_costs",),
+        (
+            by_count("SDXL, counted", sdxl, published_mask(10), published_mask(20)),
+            by_count("FLUX.1, counted", flux, (FLUX, ONE)),
+            by_count("SDXL, counted: 20 % of the parameters", a_fifth, published_mask(20)),
+        ),
+    )
+
+
+def _as_printed(model: str, left: dict[float, float]) -> tuple[bool, str]:
+    given = {ratio: row("table1", model=model, method="EcoDiff", ratio=ratio)["params_billion"] for ratio in left}
+    shown = ", ".join(f"{value / 1e9:.3f} B ({given[ratio]} B printed)" for ratio, value in left.items())
+    return all(round(value / 1e9, 1) == given[ratio] for ratio, value in left.items()), shown
+
+
+def operations() -> Claim:
+    def gflop(forward: dict, model: str, steps: Sequence[int]) -> tuple[bool, str]:
+        given = row("table1", model=model, method="Original")["gflop"]
+        found = [forward["picture_gflop"]["paper"] * n for n in steps]
+        agrees = any(abs(value - given) < 500 for value in found)  # thousands are printed
+        return agrees, f"{' or '.join(f'{value:,.0f}' for value in found)}; {given:,} printed"
+
+    def pruned(c: dict, model: str, ratio: float, forwards: float) -> tuple[bool, str]:
+        given = row("table1", model=model, method="EcoDiff", ratio=ratio)["gflop"]
+        found = c["pruned"]["picture_gflop"]["paper"] / c["forwards"] * forwards
+        return abs(found - given) < 0.01 * given, f"{found:,.0f} at {ratio:.0%}; {given:,} printed"
+
+    steps = round(claim("table1_steps_flux"))
+    return Claim(
+        "Table 1",
+        "GFLOP of a picture, with 5 steps for FLUX and 50 for SDXL, and how they fall when units go.",
+        "Linear layers and convolutions counted: originals to the printed thousand (SDXL with and without guidance), "
+        "pruned ones within 1 %.",
+        ("07_what_it_costs",),
+        (
+            by_count("FLUX.1, counted", lambda c: gflop(c, "FLUX", (steps,)), (FLUX, ONE)),
+            by_count("SDXL, counted", lambda c: gflop(c, "SDXL", (50, 100)), ("sdxl", ONE)),
+            by_count("FLUX.1 without 15 %", lambda c: pruned(c, "FLUX", 0.15, steps), drawing(FLUX, 0.15)),
+            by_count("SDXL without 20 %", lambda c: pruned(c, "SDXL", 0.2, 80), published_mask(20)),
+        ),
+    )
+
+
+def drawing(preset: str, ratio: float) -> tuple[str, dict]:
+    return preset, {"ratio": ratio, "inner": False}
+
+
+def faster() -> Claim:
+    command = "python benchmarks/full_size.py sdxl --parts inference"
+    return Claim(
+        "§1, §4",
+        "Pruned models draw faster.",
+        "One denoiser call with random weights, 20 % of the units gone, over the original in the same turns: below 1 "
+        "by the clock and by processor time.",
+        ("07_what_it_costs",),
+        (
+            _time("sd2", "Stable Diffusion 2, fp32"),
+            _time("sdxl", "SDXL, bf16"),
+            Decision("SDXL on a GPU", MISSING, command=f"{command} (on a machine with a GPU)"),
+        ),
+    )
+
+
+def _time(preset: str, title: str) -> Decision:
+    found = counts.measured("inference", model=preset, ratio=0.2, round_to=1)
+    if not found:
+        return Decision(title, MISSING, command=f"python benchmarks/full_size.py {preset} --parts inference")
+    values, config = found[-1]["values"], found[-1]["config"]
+    pruned = values["variants"]["pruned"]
+    times = [pruned[name] for name in ("ratio", "cpu_ratio") if name in pruned]
+    holds = None if min(times) < 1 <= max(times) else max(times) < 1
+    left = values["flops"]["pruned"]["total"] / values["flops"]["original"]["total"]
+    where = f"{config['device']}, medians of {config['turns']} turns"
+    shown = " and ".join(f"{time:.2f}" for time in times)
+    return decided(f"{title}, measured", holds, f"time {shown} of the original ({where}), operations {left:.2f}")
+
+
+def small_gpus() -> Claim:
+    def fits(c: dict, size: float) -> tuple[bool, str]:
+        least = min(c["pruned"]["inference_peak"].values())
+        return least <= usable(f"{size:g}GB"), f"{gb(least)} at the best placement, {gb(usable(f'{size:g}GB'))} usable"
+
+    def needed(c: dict, size: float) -> tuple[bool, str]:
+        least = min(c["inference_peak"].values())
+        room = {unit: usable(f"{size:g}{unit}") for unit in ("GB", "GiB")}
+        shown = " or ".join(f"{gb(space)} (of {size:g} {unit})" for unit, space in room.items())
+        too_large = {least > space for space in room.values()}
+        return too_large.pop() if len(too_large) == 1 else None, f"unpruned {gb(least)}, usable {shown}"
+
+    def both(title: str, preset: str, ratio: float, size: float) -> list[Decision]:
+        setting_of = drawing(preset, ratio)
+        return [
+            by_count(f"{title}: {ratio:.0%} less fits {size:g} GB", lambda c: fits(c, size), setting_of),
+            by_count(f"{title}: pruning is needed for it", lambda c: needed(c, size), setting_of),
+        ]
+
+    return Claim(
+        "Fig. 1",
+        "Pruning is what brings SDXL to a GPU of 8 GB and FLUX to one of 24 GB.",
+        "Peak of drawing one picture in bf16, by the better of all on the GPU and one component at a time: does the "
+        "pruned model fit, and does the unpruned one not, whichever way a GB is read?",
+        ("07_what_it_costs",),
+        (
+            *both("SDXL", "sdxl", 0.2, claim("sdxl_inference_gpu")),
+            *both("FLUX.1", FLUX, 0.15, claim("flux_inference_gpu")),
+        ),
+    )
+
+
+def hours() -> Claim:
+    def enough(c: dict, model: str, forwards: int) -> tuple[bool, str]:
+        table_name = "table2" if model == "FLUX" else "table3"
+        samples = claim("carbon_training_steps") * setting(table_name, "batch_size")
+        work = 3 * samples * forwards * c["picture_gflop"]["total"] / c["forwards"] * 1e9  # forward, again, backward
+        least, given = work / H100 / 3600, row("table12", model=model)["gpu_hours"]
+        return least <= given, f"at least {least:.2f} hours at an H100's peak rate; {given:g} printed"
+
+    settings = {"SD2": (SD2_UPDATE, 100), "SDXL": (("sdxl", ONE), 100), "FLUX": ((FLUX, ONE), 5)}
+    return Claim(
+        "§4, App. N, Table 12",
+        "Learning a mask takes hours of one GPU: 0.16 for SD2, 1.24 for SDXL, 0.42 for FLUX.",
+        "Operations of 200 updates of four samples (50 guided steps, FLUX 5) at the peak rate of an H100 are a lower "
+        "bound of these hours; hours and GPU-hours of the one GPU agree.",
+        ("08_carbon", "07_what_it_costs"),
+        (
+            *(by_count(f"{m}, counted", lambda c, m=m, n=n: enough(c, m, n), s) for m, (s, n) in settings.items()),
+            contradicted(arithmetic.hours()),
+            Decision("SDXL", CHECKPOINT, command=_learn_sdxl()),
+        ),
+    )
+
+
+def _learn_sdxl() -> str:
+    arguments = "num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates 400 -p batch_size 4"
+    return f"papermill notebooks/04_learning_a_mask.ipynb out.ipynb -p model {rows.HUB[SDXL]} -p {arguments}"
+
+
+def carbon() -> Claim:
+    factors = [entry["carbon_g"] / entry["gpu_hours"] for entry in table("table12")]
+    same = max(factors) - min(factors) < 0.5
+    return Claim(
+        "App. N, Table 12",
+        "Learning a mask emits 12 g of CO2 for SD2, 93 g for SDXL and 31.5 g for FLUX.",
+        "Grams over GPU-hours are one factor in all rows; whether the hours are right is the claim before.",
+        ("08_carbon",),
+        (printed("Table 12", same, f"{min(factors):.1f} to {max(factors):.1f} g a GPU-hour"),),
+    )
+
+
+def retraining_is_dear() -> Claim:
+    low, high = (claim(f"retraining_{end}") / 100 * claim("sd2_training") for end in ("low", "high"))
+    given = claim("sd2_retraining")
+    return Claim(
+        "§1",
+        "Retraining a pruned SD2 may take 40,000 GPU-hours; learning a mask is thousands of times cheaper.",
+        "A tenth to a fifth of 200,000 hours ends at 40,000; divided by Table 12's hours for SD2 it is above 1,000.",
+        ("08_carbon",),
+        (
+            printed("§1", high == given, f"{low:,.0f} to {high:,.0f} hours"),
+            _times_cheaper(low),
+        ),
+    )
+
+
+def _times_cheaper(least: float) -> Decision:
+    entry = row("table12", model="SD2")
+    ratio = least / max(entry["training_hours"], entry["gpu_hours"])
+    return printed("§1 and Table 12", ratio > 1000, f"at least {ratio:,.0f} times by the larger of Table 12's hours")
+
+
+COST = (
+    parameters,
+    operations,
+    faster,
+    small_gpus,
+    hours,
+    carbon,
+    retraining_is_dear,
+)

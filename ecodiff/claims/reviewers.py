@@ -1,0 +1,95 @@
+"""What the reviewers asked, as statements that are decided in the same way as the paper's claims."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .. import studies
+from ..cache import key
+from ..errata import algebra
+from ..gates import Gates
+from ..paper import claim
+from ..paths import data_dir
+from ..pipelines import denoiser
+from ..resume import describe
+from . import rows
+from .rows import DEV, LEARNED, ORIGINAL, SD2, SDXL, better, kept
+from .verdict import NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted, printed
+
+BOTH = ("ssim", "quality")
+
+
+def rigour() -> Claim:
+    shift = algebra.shift(claim("temperature"))
+    values = [x / 4 for x in range(-16, 25)]
+    error = max(abs(algebra.open_gates(x) - algebra.sigmoid(x + shift)) for x in values)
+    place = ("choices", "L1 in place of L0"), ("choices", "corrected")
+    return Claim(
+        "L0 to L1",
+        "L1 can stand for L0, by more than a heuristic.",
+        "Appendix D's step with its own constants; the closed form σ(λ + c), which needs no step, against counted open "
+        "gates; masks learned with L1 minus those learned with the closed form: SSIM and right pictures within the "
+        "margin.",
+        ("02_l0_to_l1", "13_settings"),
+        (
+            contradicted(algebra.constant_factor()),
+            printed("closed form", error < 2e-3, f"off by at most {error:.4f} for λ from -4 to 6"),
+            *(kept(model, *place, BOTH) for model in (SDXL, DEV)),
+        ),
+    )
+
+
+def binary() -> Claim:
+    return Claim(
+        "masks that are not binary",
+        "Learned gates may lie between 0 and 1, and cutting them to 0 and 1 costs nothing.",
+        "Share of learned gates, without noise, between 0 and 1: above zero. All models here are judged after units "
+        "are removed, so the cut is in the result: SSIM and right pictures, learned at 20 % minus original, above "
+        "minus the margin.",
+        ("03_where_masks_go", "05_a_smaller_model"),
+        (_between(SDXL), *(kept(model, LEARNED, ORIGINAL, BOTH, "the cut") for model in (SDXL, SD2, DEV))),
+    )
+
+
+def _between(model: str) -> Decision:
+    """Share of gates of kept λ that are neither 0 nor 1 without noise. Nothing is learned here."""
+    files = [kept_gates(model, seed) for seed in range(studies.SEEDS)] if rows.readable(model) else []
+    gates = [Gates.load(path, denoiser(rows.pipe(model))) for path in files if path.is_file()]
+    if not gates:
+        return rows.missing(model, "main", "learned gates")
+    values = [torch.cat(list(one.deterministic().values())) for one in gates]
+    shares = [((v > 0) & (v < 1)).float().mean().item() for v in values]
+    closed = [(v == 0).float().mean().item() for v in values]
+    shown = f"{min(shares):.1%} to {max(shares):.1%} between 0 and 1, {min(closed):.1%} to {max(closed):.1%} at 0"
+    outcome = REPRODUCED if min(shares) > 0 else NOT_REPRODUCED
+    return Decision(rows.on(model, "learned gates"), outcome, f"{shown}; seeds: {len(gates)}")
+
+
+def kept_gates(model: str, seed: int) -> Path:
+    """The file in which ``ecodiff.experiments.learned_gates`` keeps λ of the main study."""
+    study, row = LEARNED
+    cell = studies.cells(study, model, seed)[row]
+    config = replace(cell.config, seed=seed)
+    name = key({**describe(rows.pipe(model), cell.captions(), config), "updates": config.updates})
+    return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
+
+
+def baselines() -> Claim:
+    asked = {"magnitude": "magnitude", "wanda": "WANDA", "occlusion": "LD-Pruner's occlusion"}
+    return Claim(
+        "missing baselines",
+        "Learned masks are better than magnitude, WANDA and LD-Pruner's criterion.",
+        "Learned minus each of them at 20 %, paired: more SSIM or more right pictures, less of neither.",
+        ("12_every_method",),
+        tuple(
+            better(model, LEARNED, ("main", f"{method}, 20%"), label=f"against {words}")
+            for model in (SDXL, SD2, DEV)
+            for method, words in asked.items()
+        ),
+    )
+
+
+REVIEWERS = (rigour, binary, baselines)

@@ -1,0 +1,182 @@
+"""Decisions from recorded rows of the embedded models. A place is a row of a study: ("main", "learned, 20%").
+
+Rows are compared seed by seed and picture by picture, where both are recorded. Where nothing is, the decision names
+the command that would measure it. With ECODIFF_RECORDS=off there are no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+
+from .. import pipelines, records, studies
+from ..cache import hashed_once, weights_hash
+from ..errors import EcoDiffError
+from ..experiments import compare, difference
+from ..metrics import Interval, mean_interval
+from ..paths import data_dir
+from . import verdict
+from .verdict import MISSING, Decision
+
+SDXL, SD2, DEV, SCHNELL = "openmoji-sdxl", "openmoji-sd2", "openmoji-flux-dev", "openmoji-flux-schnell"
+FAMILY = {SDXL: "SDXL", SD2: "Stable Diffusion 2", DEV: "FLUX.1-dev", SCHNELL: "FLUX.1-schnell"}
+"""The embedded models, and what each stands for."""
+FLUX = (DEV, SCHNELL)
+HUB = {
+    SDXL: "stabilityai/stable-diffusion-xl-base-1.0",
+    SD2: "stabilityai/stable-diffusion-2-base",
+    DEV: "black-forest-labs/FLUX.1-dev",
+    SCHNELL: "black-forest-labs/FLUX.1-schnell",
+}
+LEARNED, ORIGINAL = ("main", "learned, 20%"), ("main", "original")
+WORDS = {"ssim": "SSIM", "facts": "all facts right", "object": "object named", "found": "all objects found"}
+Place = tuple[str, str]
+
+
+def trained(model: str) -> bool:
+    """Whether an embedded model is there."""
+    return (data_dir() / "models" / model / "model_index.json").is_file()
+
+
+@lru_cache(maxsize=4)
+def pipe(model: str):
+    """The embedded pipeline, loaded once."""
+    return pipelines.load(model)
+
+
+def readable(model: str) -> bool:
+    """Whether there can be rows of a model."""
+    return records._enabled() and trained(model)
+
+
+def on(model: str, label: str = "") -> str:
+    """An embedded model with what it stands for, in words."""
+    return f"`{model}` (small, for {FAMILY[model]})" + (f": {label}" if label else "")
+
+
+def command(model: str, study: str) -> str:
+    """What measures the rows of a study, the training of the model first where it is not there."""
+    train = "" if trained(model) else f"python -m ecodiff.zoo train {model} && "
+    return f"{train}python -m ecodiff.studies {study} --model {model}"
+
+
+def real(model: str, study: str) -> Decision:
+    """The same study on the checkpoint that an embedded model stands for."""
+    return verdict.checkpoint(FAMILY[model], f"python -m ecodiff.studies {study} --model {HUB[model]}")
+
+
+def recorded(model: str, *places: Place, seeds: int = studies.SEEDS) -> list[tuple[dict, ...]]:
+    """Values of these rows for each seed for which all are recorded; EcoDiffError for a row that the study lacks."""
+    found = []
+    for seed in range(seeds):
+        values = tuple(_values(model, place, seed) for place in places)
+        found += [values] if all(values) else []
+    return found
+
+
+def _values(model: str, place: Place, seed: int) -> dict | None:
+    seen = _seen.get()
+    if seen is None or (model, place, seed) not in seen:
+        study, row = place
+        if (cell := studies.cells(study, model, seed).get(row)) is None:
+            raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
+        values = compare(pipe(model), cell, only_recorded=True) if readable(model) else None
+        if seen is None:
+            return values
+        seen[model, place, seed] = values
+    return seen[model, place, seed]
+
+
+_seen: ContextVar[dict | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside, each row is looked up once, and weights are read once: many claims ask for the same rows."""
+    token = _seen.set({})
+    try:
+        with hashed_once():
+            yield
+    finally:
+        _seen.reset(token)
+
+
+def quality(values: Sequence[tuple[dict, ...]]) -> str:
+    """The measure of what a picture shows: facts by the judge where recorded, else the object by the probe, else
+    closeness to the original's picture."""
+    return next((m for m in ("facts", "object") if all(v.get(m) for seed in values for v in seed)), "ssim")
+
+
+def differences(values: Sequence[tuple[dict, dict]], measures: Sequence[str]) -> dict[str, Interval]:
+    """Paired differences first - second of these measures; "quality" stands for ``quality``."""
+    names = dict.fromkeys(quality(values) if name == "quality" else name for name in measures)
+    return {name: difference([a[name] for a, _ in values], [b[name] for _, b in values]) for name in names}
+
+
+def told(found: dict[str, Interval], values: Sequence[tuple[dict, ...]]) -> str:
+    """Intervals as text."""
+    parts = []
+    for name, d in found.items():
+        scale, digits, unit = (1, 3, "") if name == "ssim" else (100, 1, " of 100")
+        ends = f"{scale * d.low:+.{digits}f} to {scale * d.high:+.{digits}f}"
+        parts.append(f"{WORDS.get(name, name)} {scale * d.mean:+.{digits}f}{unit} ({ends})")
+    return f"{', '.join(parts)}; {number_of(values)}"
+
+
+def number_of(values: Sequence[tuple[dict, ...]]) -> str:
+    """How many pictures and seeds."""
+    pictures = sum(len(first["ssim"]) for first, *_ in values)
+    return f"{pictures} pictures, {len(values)} seed{'s' if len(values) > 1 else ''}"
+
+
+def _decide(rule: Callable, model: str, first: Place, second: Place, measures: Sequence[str], label: str) -> Decision:
+    values = recorded(model, first, second)
+    if not values:
+        return missing(model, first[0], label)
+    found = differences(values, measures)
+    evidence = f"{first[1]} minus {second[1]}: {told(found, values)}"
+    return Decision(on(model, label), rule(list(found.values())), evidence)
+
+
+def missing(model: str, study: str, label: str = "") -> Decision:
+    """Not recorded, and what would measure it."""
+    return Decision(on(model, label), MISSING, command=command(model, study))
+
+
+def better(
+    model: str, first: Place, second: Place, measures: Sequence[str] = ("ssim", "quality"), label: str = ""
+) -> Decision:
+    """Is the first row better than the second? More by some measure, less by none."""
+    return _decide(verdict.better, model, first, second, measures, label)
+
+
+def kept(model: str, first: Place, second: Place, measures: Sequence[str] = ("quality",), label: str = "") -> Decision:
+    """Does the first row lose nothing against the second, within the margin?"""
+    return _decide(verdict.kept, model, first, second, measures, label)
+
+
+def lower_fid(model: str, first: Place, second: Place, label: str = "") -> Decision:
+    """Is the first row's FID lower? Student's interval over seeds, since a FID is one number a seed."""
+    values = [seed for seed in recorded(model, first, second) if all("fid" in v for v in seed)]
+    if not values:
+        return missing(model, first[0], label)
+    d = mean_interval([a["fid"] - b["fid"] for a, b in values])
+    ends = f"{d.low:+.1f} to {d.high:+.1f}" if len(values) > 1 else "one seed has no interval"
+    evidence = f"FID, {first[1]} minus {second[1]}: {d.mean:+.1f} ({ends}); {number_of(values)}"
+    return Decision(on(model, label), verdict.lower(d), evidence)
+
+
+def command_of_updates(model: str = SDXL) -> str:
+    """What measures the rows of ``updates``."""
+    return f"papermill notebooks/06_memory_and_time.ipynb out.ipynb -p model {model}"
+
+
+def updates(model: str = SDXL) -> dict[int, dict[str, dict]]:
+    """Recorded mask updates of an embedded model as it is now (benchmarks/mask_step.py): {T: {variant: values}}."""
+    if not readable(model) or not (rows := records.rows("mask_step")):
+        return {}
+    weights = weights_hash(pipelines.denoiser(pipe(model)))
+    mine = [row for row in rows if row["config"]["weights"] == weights]
+    return {row["config"]["T"]: {v["variant"]: v for v in row["values"]["variants"]} for row in mine}

@@ -1,0 +1,402 @@
+"""Claims: each is placed and decided by a rule, rules decide rightly on rows made for them, and counts are exact."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from pipelines import tiny_sd
+
+from ecodiff import cache, claims, experiments, protocol, records, studies
+from ecodiff.claims import comparisons, cost, counts, memory, method, page, results, reviewers, rows, verdict
+from ecodiff.errors import EcoDiffError
+from ecodiff.experiments import Cell, describe_cell
+from ecodiff.learn_config import LearnConfig
+from ecodiff.metrics import Interval
+from ecodiff.paths import data_file, root
+from ecodiff.protocol import Protocol
+
+MODEL = rows.SDXL
+SMALL = Protocol(model="tiny", pictures=40, num_inference_steps=1, guidance_scale=1.0, features=False)
+CONFIG = LearnConfig(updates=1, num_inference_steps=1, guidance_scale=1.0)
+A, B = ("toy", "a"), ("toy", "b")
+OPEN_VERDICTS = {verdict.CHECKPOINT, verdict.MISSING}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Records in an empty folder."""
+    for module in (records, experiments, protocol, rows, reviewers):
+        monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(experiments, "judge", lambda: None)
+    monkeypatch.delenv("ECODIFF_RECORDS", raising=False)
+    monkeypatch.delenv("ECODIFF_RECOMPUTE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def family(store, monkeypatch):
+    """A tiny pipeline in the place of every embedded one, and a study "toy" with two rows."""
+    pipe = tiny_sd()
+    monkeypatch.setattr(rows, "pipe", lambda model: pipe)
+    monkeypatch.setattr(rows, "trained", lambda model: True)
+    toy = {name: Cell("random", ratio, protocol=SMALL, config=CONFIG) for name, ratio in (("a", 0.2), ("b", 0.3))}
+    monkeypatch.setitem(studies.STUDIES, "toy", studies.Study("A toy", "no table", lambda model: toy))
+    return pipe
+
+
+def record(pipe, place, seed=0, model=MODEL, **values):
+    """Write a row as if it had been measured."""
+    cell = studies.cells(place[0], model, seed)[place[1]]
+    values = {"parameters": 1, "ssim": [0.9] * 40, **values}
+    records.measure(describe_cell(pipe, cell), lambda: values, name="compare")
+
+
+def hits(number):
+    return [1] * number + [0] * (40 - number)
+
+
+def ssim(mean):
+    return [mean + 0.001 * (i % 5) for i in range(40)]
+
+
+@pytest.mark.parametrize("function", [*claims.CLAIMS, *claims.REVIEWERS], ids=lambda function: function.__name__)
+def test_a_claim_has_a_place_a_test_and_a_verdict_whether_rows_are_there_or_not(function, store):
+    (claim,) = claims.check([function], presets=())
+    assert claim.where and claim.says.endswith(".") and claim.test.endswith((".", "?")) and claim.decisions
+    assert any((root() / "notebooks" / f"{stem}.md").is_file() for stem in claim.shown)
+    for decision in claim.decisions:
+        assert decision.verdict in claims.VERDICTS and decision.on
+        assert decision.evidence or (decision.verdict in OPEN_VERDICTS and decision.command.split()[0] in COMMANDS)
+        assert decision.verdict not in (verdict.REPRODUCED, verdict.NOT_REPRODUCED)  # nothing is recorded
+
+
+COMMANDS = ("python", "papermill")
+
+
+def test_there_are_claims_of_every_part_of_the_paper_and_none_twice(store):
+    found = claims.check(presets=())
+    assert len(found) == len({claim.says for claim in found}) >= 30
+    places = " ".join(claim.where for claim in found)
+    assert all(part in places for part in ("Abstract", "§1", "§2.3", "§3.2", "§4", "App. A", "App. N"))
+    assert all(f"Table {n}" in places for n in (1, 6, 7, 8, 11, 12)) and "Tables 4, 9" in places
+    tally = claims.tally(found)
+    assert sum(tally.values()) == sum(len(claim.decisions) for claim in found)
+    assert tally[verdict.COUNTED] == 0 < tally[verdict.PRINTED]
+
+
+def test_rows_of_studies_are_the_ones_that_are_named(family):
+    """A row that a study does not have is an error, not a row that is missing."""
+    claims.check([*claims.CLAIMS, *claims.REVIEWERS], presets=())
+    with pytest.raises(EcoDiffError, match="has no row 'nonsense'"):
+        rows.better(MODEL, A, ("toy", "nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("mean", "right", "expected"),
+    [
+        (0.95, 30, verdict.REPRODUCED),  # closer, and as many right
+        (0.85, 30, verdict.NOT_REPRODUCED),
+        (0.9, 30, verdict.OPEN),
+        (0.95, 10, verdict.OPEN),  # closer, and fewer right
+        (0.9, 40, verdict.REPRODUCED),
+    ],
+)
+def test_better_is_more_of_something_and_less_of_nothing(family, mean, right, expected):
+    record(family, A, ssim=ssim(mean), object=hits(right))
+    record(family, B, ssim=ssim(0.9), object=hits(30))
+    found = rows.better(MODEL, A, B)
+    assert found.verdict == expected and found.command == ""
+    assert "a minus b: SSIM" in found.evidence and "40 pictures, 1 seed" in found.evidence
+    assert "small, for SDXL" in found.on
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [
+        (38, verdict.REPRODUCED),
+        (39, verdict.REPRODUCED),
+        (36, verdict.OPEN),
+        (10, verdict.NOT_REPRODUCED),
+    ],
+)
+def test_kept_is_within_the_margin(family, right, expected):
+    for seed in range(3):
+        record(family, A, seed, object=hits(right))
+        record(family, B, seed, object=hits(38))
+    assert rows.kept(MODEL, A, B).verdict == expected
+
+
+def test_facts_of_the_judge_come_before_the_probe_and_ssim_stands_in_for_both(family):
+    record(family, A, object=hits(10), facts=hits(38))
+    record(family, B, object=hits(38), facts=hits(38))
+    assert rows.kept(MODEL, A, B).verdict == verdict.REPRODUCED
+    for place, mean in ((A, 0.7), (B, 0.9)):
+        record(family, place, seed=1, ssim=ssim(mean))
+    found = rows.kept(MODEL, A, B)
+    assert found.verdict == verdict.NOT_REPRODUCED and "SSIM -0.1" in found.evidence
+
+
+def test_seeds_are_paired_and_those_of_one_row_alone_left_out(family):
+    record(family, A, seed=0, object=hits(40))
+    record(family, B, seed=1, object=hits(0))
+    found = rows.better(MODEL, A, B)
+    assert found.verdict == verdict.MISSING and found.command == f"python -m ecodiff.studies toy --model {MODEL}"
+    record(family, B, seed=0, object=hits(40))
+    assert rows.better(MODEL, A, B).verdict == verdict.OPEN
+
+
+def test_records_that_are_off_are_not_read(family, monkeypatch):
+    record(family, A)
+    record(family, B)
+    assert rows.better(MODEL, A, B).verdict == verdict.OPEN
+    monkeypatch.setenv("ECODIFF_RECORDS", "off")
+    assert rows.better(MODEL, A, B).verdict == verdict.MISSING
+
+
+def test_a_model_that_is_not_trained_is_trained_first(store):
+    found = rows.kept(rows.DEV, rows.LEARNED, rows.ORIGINAL)
+    assert found.command.startswith("python -m ecodiff.zoo train openmoji-flux-dev && python -m ecodiff.studies main")
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        ([10.0, 10.2, 9.9], verdict.REPRODUCED),
+        ([31.0, 30.0, 30.5], verdict.NOT_REPRODUCED),
+        ([20.0, 25.0, 15.0], verdict.OPEN),
+        ([1.0], verdict.OPEN),
+    ],
+)
+def test_fid_is_lower_by_an_interval_over_seeds(family, ours, expected):
+    for seed, value in enumerate(ours):
+        record(family, A, seed, fid=value)
+        record(family, B, seed, fid=20.0)
+    assert rows.lower_fid(MODEL, A, B).verdict == expected
+
+
+def test_all_of_several_is_as_bad_as_the_worst():
+    yes, no, unclear = (
+        verdict.Decision("x", v, "1") for v in (verdict.REPRODUCED, verdict.NOT_REPRODUCED, verdict.OPEN)
+    )
+    missing = verdict.Decision("x", verdict.MISSING, command="python")
+    for group, expected in (
+        ((yes, yes), yes),
+        ((yes, no, missing), no),
+        ((yes, unclear), unclear),
+        ((yes, unclear, missing), missing),
+    ):
+        assert verdict.together(group, "x").verdict == expected.verdict  # fmt: skip
+
+
+def test_rules_at_their_edges():
+    def interval(low, high):
+        return Interval((low + high) / 2, low, high, 0.95)
+
+    assert verdict.better([interval(0.0, 0.1)]) == verdict.OPEN
+    assert verdict.better([interval(0.1, 0.2), interval(-0.2, -0.1)]) == verdict.OPEN
+    assert verdict.kept([interval(-0.04, 0.1), interval(-0.06, 0.1)]) == verdict.OPEN
+    assert verdict.kept([interval(-0.04, 0.1)], margin=0.02) == verdict.OPEN
+    assert verdict.kept([interval(-0.2, -0.06), interval(0.1, 0.2)]) == verdict.NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    "arguments", [("x", "true"), ("x", verdict.PRINTED), ("x", verdict.COUNTED, "", "python"), ("x", verdict.MISSING)]
+)
+def test_a_verdict_is_one_of_the_list_and_has_its_evidence(arguments):
+    with pytest.raises(EcoDiffError, match="is no verdict|needs its evidence"):
+        verdict.Decision(*arguments)
+
+
+def decisions(function, presets=()):
+    (claim,) = claims.check([function], presets=presets)
+    return claim.decisions
+
+
+def on_family(function):
+    return [d for d in decisions(function) if d.on.startswith(f"`{MODEL}`")]
+
+
+def test_main_claims_on_rows_of_the_main_study(family):
+    for seed in range(3):
+        record(family, rows.ORIGINAL, seed, ssim=[1.0] * 40, object=hits(38), fid=20.0)
+        record(family, rows.LEARNED, seed, ssim=ssim(0.97), object=hits(38), fid=25.0 + seed / 10)
+        for name in studies.METHODS[1:]:
+            record(family, ("main", f"{name}, 20%"), seed, ssim=ssim(0.8), object=hits(20))
+    assert on_family(results.a_fifth_of_sdxl)[0].verdict == verdict.REPRODUCED
+    assert on_family(results.pruned_draws_better)[1].verdict == verdict.NOT_REPRODUCED
+    assert on_family(comparisons.beats_diff_pruning)[0].verdict == verdict.REPRODUCED
+    assert on_family(comparisons.best_of_all)[0].verdict == verdict.REPRODUCED
+    assert on_family(comparisons.no_mimicry)[0].verdict == verdict.NOT_REPRODUCED
+    assert {d.verdict for d in on_family(reviewers.baselines)} == {verdict.REPRODUCED}
+    assert [d.verdict for d in on_family(reviewers.binary)] == [verdict.MISSING, verdict.REPRODUCED]  # no λ is kept
+    record(family, ("main", "obs, 20%"), 0, ssim=ssim(0.8), object=hits(20))
+    assert results.PAIRS == ("pairs", "learned, 20%")
+    assert on_family(results.a_fifth_of_sdxl)[1].verdict == verdict.MISSING  # two objects are another study
+
+
+@pytest.mark.parametrize(
+    ("after", "expected", "text"),
+    [
+        (36, verdict.REPRODUCED, "16 mended, 0 spoiled"),
+        (20, verdict.OPEN, "0 mended, 0 spoiled"),
+        (4, verdict.NOT_REPRODUCED, "0 mended, 16 spoiled"),
+    ],
+)
+def test_mended_pictures_are_weighed_against_spoiled_ones(family, after, expected, text):
+    record(family, ("pairs", "learned, 10%"), facts=hits(after))
+    record(family, ("pairs", "original"), facts=hits(20))
+    found = on_family(comparisons.mends_semantics)[0]
+    assert found.verdict == expected and found.evidence.startswith(text)
+
+
+def updates(pipe, times, peaks, equal=True, published=1.8):
+    """Rows of benchmarks/mask_step.py for T = 2, 4, 8."""
+    for steps in (2, 4, 8):
+        variants = [
+            {"variant": "plain", "peak_bytes": 100 * steps, "times_plain": 1.0, "bit_equal": True},
+            {"variant": "checkpointed", "peak_bytes": peaks(steps), "times_plain": times, "bit_equal": equal},
+            {"variant": "published", "peak_bytes": 110, "times_plain": published, "bit_equal": equal},
+        ]
+        config = {"what": "mask_step", "T": steps, "weights": cache.weights_hash(pipe.unet)}
+        records.measure(config, lambda v=variants: {"variants": v}, name="mask_step", recompute=True)
+
+
+def test_memory_and_time_of_recorded_updates(family):
+    assert on_family(memory.constant_memory)[0].verdict == verdict.MISSING
+    updates(family, 1.4, lambda steps: 100 + steps // 4)
+    flat, slow, exact = (
+        on_family(f)[0] for f in (memory.constant_memory, memory.twice_the_time, method.exact_gradient)
+    )
+    assert {flat.verdict, slow.verdict, exact.verdict} == {verdict.REPRODUCED}
+    assert "plain 4.0 times" in flat.evidence and "the published loop 1.80 to 1.80" in slow.evidence
+    updates(family, 2.1, lambda steps: 50 * steps, equal=False)
+    again = (on_family(f)[0] for f in (memory.constant_memory, memory.twice_the_time, method.exact_gradient))
+    assert {d.verdict for d in again} == {verdict.NOT_REPRODUCED}
+
+
+def test_updates_of_other_weights_say_nothing(family):
+    updates(family, 1.4, lambda steps: 100)
+    with torch.no_grad():
+        next(family.unet.parameters()).add_(1)
+    assert on_family(memory.constant_memory)[0].verdict == verdict.MISSING
+
+
+def test_times_at_full_size_that_differ_by_clock_and_by_processor_decide_nothing(store):
+    def row(ratio, cpu_ratio):
+        flops = {name: {"total": 1} for name in ("original", "pruned")}
+        values = {"variants": {"pruned": {"ratio": ratio, "cpu_ratio": cpu_ratio}}, "flops": flops}
+        config = {
+            "what": "full_size_inference",
+            "model": "sd2",
+            "ratio": 0.2,
+            "round_to": 1,
+            "device": "cpu",
+            "turns": 3,
+        }
+        records.measure(config, lambda: values, name="full_size", recompute=True)
+        return decisions(cost.faster)[0].verdict
+
+    assert row(0.9, 0.8) == verdict.COUNTED
+    assert row(1.1, 1.2) == verdict.NOT_COUNTED
+    assert row(1.1, 0.9) == verdict.OPEN
+    assert decisions(cost.faster)[1].verdict == verdict.MISSING
+
+
+@pytest.fixture
+def counts_kept(store):
+    """The recorded counts, in a folder of the test's own: with other versions they are counted anew there."""
+    (store / "results").mkdir()
+    shutil.copy(data_file("results/cost.jsonl"), store / "results")
+
+
+def verdicts(function, presets=counts.PRESETS):
+    return [d.verdict for d in decisions(function, presets)]
+
+
+HOLDS, FAILS = verdict.COUNTED, verdict.NOT_COUNTED
+
+
+def test_counted_claims_are_exact(counts_kept):
+    sdxl, flux, share = decisions(cost.parameters, counts.PRESETS)
+    assert (sdxl.verdict, flux.verdict, share.verdict) == (HOLDS, HOLDS, FAILS)
+    assert "2.343 B (2.3 B printed), 2.114 B" in sdxl.evidence and "17.7%" in share.evidence
+    assert "10.707 B (10.7 B printed), 10.116 B (10.1 B printed)" in flux.evidence
+    operations = decisions(cost.operations, counts.PRESETS)
+    assert [d.verdict for d in operations] == [HOLDS, FAILS, HOLDS, FAILS]
+    assert operations[0].evidence.startswith("281,004;") and operations[1].evidence.startswith("298,866 or 597,732;")
+    assert verdicts(memory.memory_of_an_update) == [FAILS, HOLDS, FAILS, verdict.NOT_PRINTED]
+    assert verdicts(memory.memory_of_table_12) == [HOLDS] * 4
+    assert verdicts(cost.small_gpus) == [HOLDS, FAILS, HOLDS, verdict.OPEN]
+    assert verdicts(method.occlusion_is_slow) == [HOLDS]
+    assert decisions(method.occlusion_is_slow, counts.PRESETS)[0].evidence.startswith("335,400 units")
+    assert verdicts(cost.hours)[:3] == [HOLDS] * 3
+
+
+def test_structure_of_one_architecture(store):
+    outer = decisions(method.outer_widths, ("sd2",))
+    assert [d.verdict for d in outer] == [HOLDS, verdict.MISSING, verdict.MISSING]
+    assert outer[0].evidence.startswith("0 outer widths change at 48 sites")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (method.exact_gates, "yes"),
+        (method.steeper_by_delta, "no"),
+        (method.start_at_five, "no"),
+        (results.a_fifth_of_sdxl, "yes"),
+        (results.a_fifth_of_flux, "no yes yes"),
+        (results.no_loss, "no"),
+        (results.drops_beyond_a_fifth, "no yes"),
+        (results.distilled, "yes"),
+        (results.stable_diffusion_2, "yes no"),
+        (comparisons.beats_diff_pruning, "yes"),
+        (comparisons.no_mimicry, "yes no"),
+        (comparisons.light_retraining, "yes"),
+        (cost.carbon, "yes"),
+        (cost.retraining_is_dear, "yes yes"),
+        *zip(claims.GROUPS["ablations"], ("yes no", "yes no", "", "yes", "", "yes"), strict=True),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_papers_own_numbers(function, expected, store):
+    words = {verdict.PRINTED: "yes", verdict.NOT_PRINTED: "no"}
+    assert " ".join(words[d.verdict] for d in decisions(function) if d.verdict in words) == expected
+
+
+def test_gates_that_lie_between_are_counted_from_kept_ones(family, monkeypatch):
+    from ecodiff.gates import Gates
+    from ecodiff.sites import find_sites
+
+    gates = Gates.start(find_sites(family.unet), 1.0)
+    path = reviewers.kept_gates(MODEL, 0)
+    path.parent.mkdir(parents=True)
+    gates.save(path)
+    found = reviewers._between(MODEL)
+    assert found.verdict == verdict.REPRODUCED and found.evidence.startswith("100.0% to 100.0% between 0 and 1")
+    learned = []
+    monkeypatch.setattr(experiments, "learn", lambda *a, **k: learned.append(1) or gates)
+    cell = studies.cells("main", MODEL, 0)["learned, 20%"]
+    experiments.learned_gates(family, cell.captions(), replace(cell.config, seed=0))
+    assert not learned  # the file is where learned_gates looks
+
+
+def test_page_numbers_claims_and_groups_what_is_open(store):
+    found = claims.check([results.a_fifth_of_sdxl, results.no_loss], presets=())
+    table = page.lines(found, first=7)
+    assert [line["no."] for line in table if line["no."]] == ["7", "8"]
+    assert len({tuple(line) for line in table}) == 1 and sum("not measured" in line["verdict"] for line in table) == 1
+    assert ".ipynb)" in table[0]["where"] and "20 %" in table[0]["evidence"]
+    waiting = page.waiting(found, first=7)
+    assert all(line["decides claims"] == "7" and line["command"].startswith("`python") for line in waiting)
+
+
+def test_weights_are_hashed_once_inside_and_anew_outside():
+    layer = torch.nn.Linear(2, 2)
+    with cache.hashed_once():
+        before = cache.weights_hash(layer)
+        with torch.no_grad():
+            layer.weight.add_(1)
+        assert cache.weights_hash(layer) == before
+    assert cache.weights_hash(layer) != before
