@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 from . import data
 from .errors import EcoDiffError
@@ -179,35 +179,68 @@ class Facts:
 
 
 def questions(scene: data.Scene) -> dict[str, list[str]]:
-    """For each fact of a scene the captions to choose among, the right one first.
+    """For each fact that is asked of the whole picture the captions to choose among, the right one first.
 
-    ``object 1`` … : any other object in its place; ``number``: one of its objects left out, or one more; ``relation``
-    (two objects): the other three; ``colour``: the other nine. All in one wording.
+    ``object 1`` … : any other object in its place (not for two objects, see ``seen_at``); ``number``: one of its
+    objects left out, or one more; ``colour``: the other nine. All in one wording.
     """
     facts = Facts.of(scene)
     objects, colour, relation = facts.objects, facts.colour, facts.relation
     others = [name for name in data.object_names() if name not in objects]
     right = facts.caption()
     found = {}
-    for k in range(len(objects)):
+    for k in range(len(objects) if len(objects) != 2 else 0):
         swaps = ((*objects[:k], name, *objects[k + 1 :]) for name in others)
         found[f"object {k + 1}"] = [right, *(Facts(names, colour, relation).caption() for names in swaps)]
     fewer = [Facts(objects[:k] + objects[k + 1 :], colour).caption() for k in range(len(objects)) if len(objects) > 1]
     more = [Facts((*objects, name), colour).caption() for name in others] if len(objects) < 3 else []
     found["number"] = [right, *fewer, *more]
-    if len(objects) == 2:
-        named = relation or "left of"
-        asked = [named, *(other for other in data.RELATIONS if other != named)]
-        found["relation"] = [Facts(objects, colour, other).caption() for other in asked]
     found["colour"] = [right, *(Facts(objects, other, relation).caption() for other in data.COLOURS if other != colour)]
     return found
 
 
-def verdicts(judge: Judge, images: Tensor, scenes: Sequence[data.Scene]) -> dict[str, Tensor]:
-    """Which facts of its scene each picture shows, by ``questions``: bool tensors [N].
+PLACES = {"left": (17, 32), "right": (47, 32), "top": (32, 17), "bottom": (32, 47)}  # centres of two objects
+_REACH = 17  # half of the side of what is looked at there
 
-    ``objects``: every object is there; ``number``, ``relation``, ``colour``; ``all``: all of these. A fact that a scene
-    does not have (the relation of one object) counts as shown. Ties count against the picture.
+
+def views(image: Tensor) -> Tensor:
+    """What is at each of the four ``PLACES`` of a picture [3, 64, 64], enlarged to its size: uint8 [4, 3, 64, 64]."""
+    boxes = [(x - _REACH, y - _REACH, 2 * _REACH) for x, y in PLACES.values()]
+    return torch.stack([cut(image.float(), box, 0) for box in boxes]).round().clamp(0, 255).to(torch.uint8)
+
+
+def cut(picture: Tensor, box: tuple[int, int, int], margin: int) -> Tensor:
+    """The part of a picture [3, 64, 64] about a box (left, top, size), enlarged to the picture's size."""
+    left, top, size = box
+    limit = picture.shape[-1]
+    x0, y0 = max(0, left - margin), max(0, top - margin)
+    x1, y1 = min(limit, left + size + margin), min(limit, top + size + margin)
+    return interpolate(picture[None, :, y0:y1, x0:x1], size=(limit, limit), mode="bilinear", align_corners=False)[0]
+
+
+def seen_at(judge: Judge, images: Tensor, scenes: Sequence[data.Scene]) -> list[dict[str, str]]:
+    """The object that the judge names at each of the ``PLACES`` of each picture, {place: name}.
+
+    It looks at ``views`` and chooses among one-object captions with the scene's background. Asked of a whole picture,
+    a judge of this kind knows which objects are there better than which is where.
+    """
+    names = data.object_names()
+    features = judge.image_features(torch.cat([views(image) for image in images])).split(len(PLACES))
+    texts = {
+        colour: judge.text_features([Facts((name,), colour).caption() for name in names])
+        for colour in {scene.colour for scene in scenes}
+    }
+    best = [(seen @ texts[scene.colour].T).argmax(1).tolist() for seen, scene in zip(features, scenes, strict=True)]
+    return [dict(zip(PLACES, (names[i] for i in chosen), strict=True)) for chosen in best]
+
+
+def verdicts(judge: Judge, images: Tensor, scenes: Sequence[data.Scene]) -> dict[str, Tensor]:
+    """Which facts of its scene each picture shows: bool tensors [N].
+
+    ``objects``: every object is there; ``number``, ``relation``, ``colour``; ``all``: all of these. By ``questions``;
+    with two objects, by ``seen_at``: an object is there if it is named at any place, and the relation is wrong if one
+    is named only at another place than its own. A fact that a scene does not have (the relation of one object) counts
+    as shown. Ties count against the picture.
     """
     _same_number(images, scenes, "scenes")
     asked = [questions(scene) for scene in scenes]
@@ -221,7 +254,19 @@ def verdicts(judge: Judge, images: Tensor, scenes: Sequence[data.Scene]) -> dict
             right = bool((scores[0] > scores[1:]).all())
             fact = "objects" if name.startswith("object") else name
             shown[fact][i] &= right
+    pairs = [i for i, scene in enumerate(scenes) if len(scene.objects) == 2]
+    if pairs:
+        for i, named in zip(pairs, seen_at(judge, images[pairs], [scenes[i] for i in pairs]), strict=True):
+            own = _places(scenes[i])
+            shown["objects"][i] = all(name in named.values() for name in own)
+            shown["relation"][i] = all(named[at] == name or name not in named.values() for name, at in own.items())
     return {**shown, "all": torch.stack(list(shown.values())).all(0)}
+
+
+def _places(scene: data.Scene) -> dict[str, str]:
+    """Where each of two objects stands, {object: place}."""
+    objects, axis, _ = Facts.of(scene).key
+    return dict(zip(objects, ("left", "right") if axis == "across" else ("top", "bottom"), strict=True))
 
 
 def _same_number(images: Tensor, others: Sequence, what: str) -> None:

@@ -6,7 +6,17 @@ import torch
 
 from ecodiff import data
 from ecodiff.errors import EcoDiffError
-from ecodiff.judge import Facts, Judge, caption_ranks, clip_score, clip_score_metric, questions, verdicts
+from ecodiff.judge import (
+    PLACES,
+    Facts,
+    Judge,
+    caption_ranks,
+    clip_score,
+    clip_score_metric,
+    questions,
+    verdicts,
+    views,
+)
 from ecodiff.zoo import build, contrast
 
 
@@ -15,9 +25,19 @@ class Oracle:
 
     def __init__(self, pictures, shown):
         self.shown = {bytes(x.flatten().tolist()): facts for x, facts in zip(pictures, shown, strict=True)}
+        for picture, facts in zip(pictures, shown, strict=True):
+            if len(facts.objects) == 2:  # what stands at its two places; at the others, no object alone
+                objects, axis, colour = facts.key
+                at = dict(zip(("left", "right") if axis == "across" else ("top", "bottom"), objects, strict=True))
+                seen = [Facts((at[place],), colour) if place in at else None for place in PLACES]
+            else:
+                seen = [Facts(facts.objects[:1], facts.colour), None, None, None]
+            self.shown |= {bytes(x.flatten().tolist()): f for x, f in zip(views(picture), seen, strict=True)}
 
     def vector(self, facts):
         """Objects by place, number, axis and colour in coordinates of their own, so that each fact counts."""
+        if facts is None:  # nothing that can be named: like the object that is last in the alphabet, a little
+            return self.vector(Facts(data.object_names()[-1:], "red")) * 1e-3
         objects, axis, colour = facts.key
         names, found = data.object_names(), torch.zeros(3 * 120 + 4 + 3 + 10)
         for place, name in enumerate(objects):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, normalize, pad
 
 from .. import data
-from ..judge import Facts, vectors
+from ..judge import Facts, cut, vectors
 from .fit import fit
 from .stages import pixels
 
@@ -65,15 +65,6 @@ def shift(picture: Tensor, dx: int, dy: int) -> Tensor:
     wide = pad(picture[None], [reach] * 4, mode="replicate")[0]
     height, width = picture.shape[-2:]
     return wide[:, reach - dy : reach - dy + height, reach - dx : reach - dx + width]
-
-
-def cut(picture: Tensor, box: tuple[int, int, int], margin: int) -> Tensor:
-    """The part of a picture [3, 64, 64] about a box (left, top, size), enlarged to the picture's size."""
-    left, top, size = box
-    limit = picture.shape[-1]
-    x0, y0 = max(0, left - margin), max(0, top - margin)
-    x1, y1 = min(limit, left + size + margin), min(limit, top + size + margin)
-    return interpolate(picture[None, :, y0:y1, x0:x1], size=(limit, limit), mode="bilinear", align_corners=False)[0]
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, image_keys: list, text_keys: list) -> Tensor:

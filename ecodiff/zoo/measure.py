@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import data, metrics
 from ..errors import EcoDiffError
 from ..generate import generate
-from ..judge import Judge, caption_ranks, clip_score, verdicts
+from ..judge import Judge, caption_ranks, clip_score, cut, verdicts
 from ..protocol import probe
-from .contrast import cut, shift
+from .contrast import shift
 
 # Wordings that no caption of the training data has; {} is the object with its article, then the colour.
 FREE = ("a picture that shows {0} with {1} behind it", "{1} backdrop, {0} in the middle", "{0}, the wall is {1}")
