@@ -45,14 +45,16 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair of pictures, float [N]; ``.mean()`` is the figure the paper reports.
 
     Pictures are uint8, or float in [0, 1], [N, C, H, W] of at least 11x11 pixels. Compared as they are, not resized:
-    Gaussian window of 11 pixels (sigma 1.5), data range 1. Raises EcoDiffError for pictures that do not match.
+    Gaussian window of 11 pixels (sigma 1.5), data range 1; in double precision, because in single precision equal
+    pictures of even colour fall some ten-thousandths short of 1. Raises EcoDiffError for pictures that do not match.
     """
     a, b = _pair(a, b)
     if min(a.shape[-2:]) < 11:
         raise EcoDiffError(
             f"SSIM compares windows of 11x11 pixels: pictures of {a.shape[-2]}x{a.shape[-1]} are too small."
         )
-    return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").reshape(len(a))
+    found = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    return found.reshape(len(a)).float()
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
@@ -63,13 +65,13 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = _pair(a, b)
     whole = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)[1]
-    return whole.mean(1)
+    return whole.mean(1).float()
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair in dB, float [N]; infinite for equal ones. Input as for ``ssim``."""
     a, b = _pair(a, b)
-    return peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
 
 
 def fid(real: Tensor, fake: Tensor, **feature_settings) -> float:
@@ -161,7 +163,7 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         )
     if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
         raise EcoDiffError(f"Pictures are both uint8 or both float in [0, 1], not {a.dtype} and {b.dtype}.")
-    return (a.float() / 255, b.float() / 255) if a.dtype == torch.uint8 else (a.float(), b.float())
+    return (a.double() / 255, b.double() / 255) if a.dtype == torch.uint8 else (a.double(), b.double())
 
 
 @dataclass(frozen=True)

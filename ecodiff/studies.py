@@ -30,7 +30,7 @@ from .protocol import Protocol
 from .retrain_config import RetrainConfig
 
 SEEDS = 3
-METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "occlusion", "obs", "obs+compensation")
+METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "obs", "obs+compensation", "occlusion")
 
 
 def base(model: str, **changes) -> Cell:
@@ -51,6 +51,12 @@ def learning(cell: Cell, **changes) -> Cell:
 def judging(cell: Cell, **changes) -> Cell:
     """The same cell judged by another protocol."""
     return replace(cell, protocol=replace(cell.protocol, **changes))
+
+
+def smaller(cell: Cell, *, updates: int, most_prompts: int, pictures: int) -> Cell:
+    """The same cell with less work: chapters take their parameters in so."""
+    cell = replace(cell, prompts=min(cell.prompts, most_prompts))
+    return judging(learning(cell, updates=updates), pictures=pictures)
 
 
 def _main(model: str) -> dict[str, Cell]:
