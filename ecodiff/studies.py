@@ -302,8 +302,8 @@ def _pipe(model: str):
 def _estimate(todo: Sequence) -> float:
     """Seconds, from what recorded cells took: those that learned a mask, and those that did not."""
     rows = records.rows("compare")
-    drawn = [row["seconds"] for row in rows if not row["config"]["learned"]] or [45.0]
-    learned = [row["seconds"] for row in rows if row["config"]["learned"]] or [180.0]
+    drawn = [row["seconds"] for row in rows if not row["config"].get("learned")] or [45.0]
+    learned = [row["seconds"] for row in rows if row["config"].get("learned")] or [180.0]
     typical = {True: statistics.mean(learned), False: statistics.mean(drawn)}
     return sum(typical[cell.method.startswith("learned")] for _, _, cell in todo)
 

@@ -134,3 +134,14 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
 def test_the_command_names_a_study_that_is_none(capsys):
     assert studies.main(["nonsense"]) == 2
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
+
+
+def test_the_estimate_knows_cells_that_learn_from_those_that_do_not(toy):
+    assert studies._estimate(studies.missing(toy, ["toy"], "tiny", seeds=1)) == 45 + 45 + 180  # nothing measured yet
+    for _, _, cell in studies.missing(toy, ["toy"], "tiny", seeds=1):
+        experiments.compare(toy, cell)
+    rows = records.rows("compare")
+    again = studies.missing(toy, ["toy"], "tiny", seeds=2)
+    learned = [row["seconds"] for row in rows if row["config"]["method"] == "learned"]
+    others = [row["seconds"] for row in rows if row["config"]["method"] != "learned"]
+    assert studies._estimate(again) == pytest.approx(2 * statistics.mean(others) + learned[0])
