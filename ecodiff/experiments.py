@@ -6,6 +6,7 @@ depend on, weights included, so a row is read where nothing has changed and meas
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
@@ -13,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import data, metrics, records
-from .cache import key, weights_hash
+from .cache import cached, key, weights_hash
 from .errors import EcoDiffError
 from .gates import Gates
 from .generate import generate
@@ -27,7 +29,7 @@ from .methods.deepcache import deepcache
 from .paths import data_dir
 from .pipelines import denoiser
 from .prompts import mix
-from .protocol import Protocol, draw, judge, judge_pictures, pictures_folder
+from .protocol import Protocol, cache_folder, draw, judge, judge_pictures
 from .resume import describe
 from .retrain import retrain
 from .retrain_config import RetrainConfig
@@ -104,9 +106,18 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
         return learned_gates(pipe, captions, replace(config, seed=seed), recompute=recompute).scores()
     if method not in METHODS:
         raise EcoDiffError(f"Unknown method {method!r}: take learned, {', '.join(METHODS)}.")
-    return METHODS[method](
-        pipe, calibration(method, captions), kinds=config.kinds, progress=False, **_sampling(config, seed)
-    )
+    seen, settings = calibration(method, captions), {"kinds": config.kinds, **_sampling(config, seed)}
+
+    def compute() -> Tensor:
+        found = METHODS[method](pipe, seen, progress=False, **settings)
+        return torch.cat([found[name] for name in sorted(found)])
+
+    request = {"method": method, "captions": seen, **settings, "version": 1}
+    request |= {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    request |= {"scheduler": json.loads(json.dumps(dict(pipe.scheduler.config), default=repr))}
+    sites = find_sites(denoiser(pipe), config.kinds)
+    scores = cached(cache_folder("scores"), "scores", request, compute)  # for other ratios and evaluation sets
+    return dict(zip(sorted(sites), scores.split([sites[name].units for name in sorted(sites)]), strict=True))
 
 
 UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no picture: their rows depend on no captions
@@ -195,7 +206,7 @@ def smaller_model(pipe, cell: Cell, recompute: bool = False):
         return smaller
     captions, settings = cell.captions(), cell.protocol.sampling
     seeds = [mix(cell.seed, i) for i in range(len(captions))]
-    pictures = generate(pipe, captions, seeds, cache_dir=pictures_folder(), progress=False, **settings)
+    pictures = generate(pipe, captions, seeds, cache_dir=cache_folder("pictures"), progress=False, **settings)
     call = {name: value for name, value in settings.items() if name != "num_inference_steps"}
     config = replace(cell.retrain, seed=cell.seed, call=call)
     return retrain(smaller, pictures, captions, config, progress=False)

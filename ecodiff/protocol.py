@@ -112,13 +112,13 @@ def draw(pipe, scenes: Sequence[data.Scene], seed: int, protocol: Protocol, keep
         pipe,
         [scene.caption for scene in scenes],
         [1_000_000 * (seed + 1) + scene.index for scene in scenes],
-        cache_dir=pictures_folder() if keep else None,
+        cache_dir=cache_folder("pictures") if keep else None,
         progress=False,
         **protocol.sampling,
     )
 
 
-def pictures_folder() -> Path | None:
-    """Drawn pictures are kept outside git, so that cells share the original's; none with ECODIFF_RECORDS=off."""
+def cache_folder(name: str) -> Path | None:
+    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off."""
     off = os.environ.get("ECODIFF_RECORDS", "").lower() == "off"
-    return None if off else data_dir() / ".cache" / "pictures"
+    return None if off else data_dir() / ".cache" / name

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import torch
 from pipelines import tiny_sd
 
 from ecodiff import experiments, protocol, records, studies
@@ -145,3 +146,14 @@ def test_the_estimate_knows_cells_that_learn_from_those_that_do_not(toy):
     learned = [row["seconds"] for row in rows if row["config"]["method"] == "learned"]
     others = [row["seconds"] for row in rows if row["config"]["method"] != "learned"]
     assert studies._estimate(again) == pytest.approx(2 * statistics.mean(others) + learned[0])
+
+
+def test_scores_are_computed_once_for_all_ratios(store, monkeypatch):
+    pipe, calls = tiny_sd(), []
+    real = experiments.METHODS["wanda"]
+    monkeypatch.setitem(experiments.METHODS, "wanda", lambda *a, **k: calls.append(1) or real(*a, **k))
+    scores = [experiments.scores_of(pipe, "wanda", ["a cat", "a pizza"], CONFIG, seed) for seed in (0, 0, 1)]
+    assert len(calls) == 2
+    for name, value in real(pipe, ["a cat", "a pizza"], **experiments._sampling(CONFIG, 0), kinds=CONFIG.kinds).items():
+        assert torch.equal(scores[0].pop(name), value) and torch.equal(scores[1].pop(name), value)
+    assert not scores[0] and not scores[1]
