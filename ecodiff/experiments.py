@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -112,12 +112,17 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
         found = METHODS[method](pipe, seen, progress=False, **settings)
         return torch.cat([found[name] for name in sorted(found)])
 
-    request = {"method": method, "captions": seen, **settings, "version": 1}
+    sites = find_sites(denoiser(pipe), config.kinds)
+    scores = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute)
+    return dict(zip(sorted(sites), scores.split([sites[name].units for name in sorted(sites)]), strict=True))
+
+
+def _computed_once(pipe, request: dict, compute: Callable[[], Tensor]) -> Tensor:
+    """Scores, kept beside pictures: other ratios and evaluation sets need the same ones."""
+    request = {**request, "version": 1}
     request |= {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     request |= {"scheduler": json.loads(json.dumps(dict(pipe.scheduler.config), default=repr))}
-    sites = find_sites(denoiser(pipe), config.kinds)
-    scores = cached(cache_folder("scores"), "scores", request, compute)  # for other ratios and evaluation sets
-    return dict(zip(sorted(sites), scores.split([sites[name].units for name in sorted(sites)]), strict=True))
+    return cached(cache_folder("scores"), "scores", request, compute)
 
 
 UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no picture: their rows depend on no captions
@@ -221,8 +226,14 @@ def _pruned(pipe, cell: Cell, recompute: bool):
     captions = cell.captions()
     if method == "blocks":
         seen, settings = calibration(method, captions), _sampling(cell.config, cell.seed)
-        errors = blocks.scores(pipe, seen, progress=False, **settings)
-        return blocks.remove(pipe, blocks.choose(errors, blocks.candidates(denoiser(pipe)), cell.ratio))
+        sizes = blocks.candidates(denoiser(pipe))
+
+        def compute() -> Tensor:
+            found = blocks.scores(pipe, seen, progress=False, **settings)
+            return torch.tensor([found[name] for name in sizes], dtype=torch.float64)
+
+        errors = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute)
+        return blocks.remove(pipe, blocks.choose(dict(zip(sizes, errors.tolist(), strict=True)), sizes, cell.ratio))
     scores = scores_of(pipe, method, captions, cell.config, cell.seed, recompute)
     mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
     return pruned_by(pipe, method, mask, captions, cell.config, cell.seed)
