@@ -280,3 +280,8 @@ def test_stored_models_load_and_draw_their_fixed_picture():
 def test_a_recipe_of_an_unknown_class_is_refused_in_one_sentence():
     with pytest.raises(EcoDiffError, match="asks for NoSuchPipeline: take one of StableDiffusionPipeline"):
         build.build({**recipes.load_recipe("openmoji-sd2"), "pipeline": "NoSuchPipeline"})
+
+
+def test_a_saved_model_names_no_folder_of_the_machine_that_trained_it(family):
+    configs = list(family[1].rglob("config.json"))
+    assert len(configs) > 10 and not [path for path in configs if "_name_or_path" in path.read_text()]
