@@ -255,13 +255,15 @@ def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     }
 
 
-def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0) -> str:
-    """Mean over all seeds' values with its 95 % interval (bootstrap over pictures), as "0.812 (0.798 to 0.825)"."""
+def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digits: int | None = None) -> str:
+    """Mean over all seeds' values with its 95 % interval (bootstrap over pictures), as "0.812 (0.798 to 0.825)"; with
+    three digits, or one for values that are scaled up, unless told otherwise."""
     values = [scale * value for seed_values in per_seed for value in seed_values]
     if not values:
         return "–"
     interval = metrics.bootstrap_interval(values)
-    digits = 1 if scale > 1 else 3
+    if digits is None:
+        digits = 1 if scale > 1 else 3
     return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 

@@ -28,7 +28,7 @@ from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
 from .running import epoch_batch, in_words, on_device
 from .sites import find_sites
-from .trajectory import final_latents, replaced_forward
+from .trajectory import final_latents, prediction, replaced_forward
 
 
 def learn(
@@ -217,10 +217,10 @@ class _Task:
             @wraps(forward)
             def both(*args, **kwargs):
                 result = forward(*args, **kwargs)
-                target = _first(result).detach().float()
+                target = prediction(result).detach().float()
                 scale = target.var() if self.config.normalize else 1.0
                 with torch.enable_grad(), apply_gates(self.denoiser, leaves, gates.sites):
-                    loss = (_first(forward(*args, **kwargs)).float() - target).square().mean() / scale
+                    loss = (prediction(forward(*args, **kwargs)).float() - target).square().mean() / scale
                     loss.backward()
                 losses.append(loss.item())
                 return result
@@ -239,10 +239,6 @@ class _Task:
             return (student - teacher).square().mean() / self.scale
         size = teacher[0].numel() if self.config.normalize else 1
         return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
-
-
-def _first(output) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _within(memory_budget: int | str, pipe, prompt, config: LearnConfig, progress: bool) -> LearnConfig:

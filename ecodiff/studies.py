@@ -19,12 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-from . import metrics, pipelines, records
-from .cache import key
+from . import pipelines, records
+from .cache import hashed_once, key
 from .errors import EcoDiffError
-from .experiments import Cell, compare, describe_cell, measure_cell
+from .experiments import Cell, compare, describe_cell, interval_text, measure_cell
 from .learn_config import LearnConfig
 from .protocol import Protocol
 from .retrain_config import RetrainConfig
@@ -247,23 +246,19 @@ def _shown(column: str, per_seed: Sequence[dict]) -> str:
         values = [scale * cell[name] for cell in per_seed if name in cell]
         return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "–"
     name, scale, digits = MEASURES[column]
-    values = [scale * value for cell in per_seed for value in cell.get(name, [])]
-    if not values:
-        return "–"
-    i = metrics.bootstrap_interval(values)
-    return f"{i.mean:.{digits}f} ({i.low:.{digits}f} to {i.high:.{digits}f})"
+    return interval_text([cell.get(name, []) for cell in per_seed], scale, digits)
 
 
 def missing(pipe, names: Sequence[str], model: str, seeds: int = SEEDS) -> list[tuple[str, str, Cell]]:
     """Cells that are not recorded, (study, row, cell): seed 0 of all studies, then seed 1, ... Each cell once."""
     todo, known = [], set()
-    for seed in range(seeds):
-        for study in names:
-            for row, cell in cells(study, model, seed).items():
-                name = key(describe_cell(pipe, cell))
-                if name not in known and compare(pipe, cell, only_recorded=True) is None:
-                    todo.append((study, row, cell))
-                known.add(name)
+    asked = [(study, *item) for seed in range(seeds) for study in names for item in cells(study, model, seed).items()]
+    with hashed_once():
+        for study, row, cell in asked:
+            name = key(describe_cell(pipe, cell))
+            if name not in known and compare(pipe, cell, only_recorded=True) is None:
+                todo.append((study, row, cell))
+            known.add(name)
     return todo
 
 
@@ -293,11 +288,6 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
                 )
         lines.append(f"{study}, {row}: as recorded (SSIM {statistics.mean(after['ssim']):.3f})")
     return lines
-
-
-@lru_cache(maxsize=2)
-def _pipe(model: str):
-    return pipelines.load(model)
 
 
 def _estimate(todo: Sequence) -> float:
@@ -330,7 +320,7 @@ def _run(options: argparse.Namespace) -> int:
     names, end = options.studies or list(STUDIES), time.monotonic() + 60 * options.minutes
     for name in names:
         cells(name, options.model)
-    pipe = _pipe(options.model)
+    pipe = pipelines.load(options.model)
     if options.verify:
         found = verify(pipe, names, options.model, options.verify, options.draw)
         print("\n".join(found) or "nothing is recorded")

@@ -27,6 +27,11 @@ from .pipelines import sampling_loop
 from .recompute import frozen, frozen_inside, kept, recomputed
 
 
+def prediction(output) -> Tensor:
+    """The tensor that a denoiser's call predicts: what it returned, or the first part of it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def final_latents(
     pipe,
     prompt: str | list[str] | None = None,
@@ -102,8 +107,7 @@ def final_latents(
                 result = recomputed(frozen_forward, gates, *args, preserve_rng_state=preserve_rng_state, **kwargs)
             else:
                 result = kept(frozen_forward, gates, *args, **kwargs)
-            first = result if isinstance(result, Tensor) else result[0]
-            watch["gradients"] |= first.requires_grad
+            watch["gradients"] |= prediction(result).requires_grad
             return result
 
         return step

@@ -184,8 +184,8 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
         def correct(self, images, names, progress):
             return torch.ones(len(names), dtype=torch.bool)
 
-    monkeypatch.setattr(measure, "probe", Probe)
-    monkeypatch.setattr(measure, "_judge_if_trained", lambda: family[0]["openmoji-clip"])
+    monkeypatch.setattr(measure.protocol, "probe", Probe)
+    monkeypatch.setattr(measure.protocol, "judge", lambda: family[0]["openmoji-clip"])
     trained = json.loads((family[1] / name / "recipe.json").read_text())
     if name == "openmoji-clip":
         measured = measure.measure_judge(family[0][name], prompts=3)

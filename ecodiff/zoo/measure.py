@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import data, metrics
-from ..errors import EcoDiffError
+from .. import data, metrics, protocol
 from ..generate import generate
 from ..judge import Judge, caption_ranks, clip_score, cut, verdicts
-from ..protocol import probe
 from .contrast import shift
 
 # Wordings that no caption of the training data has; {} is the object with its article, then the colour.
@@ -33,7 +31,7 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
     with all objects, with all facts (``ecodiff.judge.verdicts``), and whose caption ranks first among 100 (or all, if
     fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling.
     """
-    judge, sets = _judge_if_trained(), scene_sets(prompts)
+    judge, sets = protocol.judge(), scene_sets(prompts)
     asked = {name: (scenes, [scene.caption for scene in scenes]) for name, scenes in sets.items()}
     one = sets["one object"]
     asked["free wording"] = (one, free_wordings(one))
@@ -92,13 +90,6 @@ def measure_judge(judge: Judge, prompts: int = 500) -> dict[str, str]:
     return rows | {"scenes a set": str(prompts)}
 
 
-def _judge_if_trained() -> Judge | None:
-    try:
-        return Judge.load()
-    except EcoDiffError:
-        return None
-
-
 def _judged(judge: Judge, sets: list[Tensor], scenes: list[data.Scene]) -> list[dict[str, Tensor]]:
     """What the judge finds in each of several sets of pictures of the same scenes: bool [N] each."""
     shown = verdicts(judge, torch.cat(sets), scenes * len(sets))  # together, for the captions are the same
@@ -128,7 +119,7 @@ def _probed(images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
     right = metrics.background_correct(images, [scene.colour for scene in scenes], data.COLOURS)
     if len(scenes[0].objects) != 1:
         return {"background right": right}
-    named = probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
+    named = protocol.probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
     return {"object named by the probe": named, "background right": right}
 
 
