@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import data, metrics, records
+from . import data, metrics, pipelines, records
 from .cache import cached, key, weights_hash
 from .errors import EcoDiffError
 from .gates import Gates
@@ -34,18 +35,18 @@ from .resume import describe
 from .retrain import retrain
 from .retrain_config import RetrainConfig
 from .sites import find_sites
-from .surgery import prune
+from .surgery import fold_gates, prune
 
 
 @dataclass(frozen=True)
 class Cell:
     """One cell of a table: how the units to go are chosen, and how the smaller model is judged.
 
-    ``method`` is "original" (nothing goes), "learned", one of ``ecodiff.methods`` (with "blocks" and "sparse24"), or
-    any of these with "+compensation" (the weights that stay are adapted) and "+deepcache" (every other step reuses
-    deep features; U-Nets only). ``seed`` is that of learning (or of the method's scores) and of
-    the noise pictures are drawn from. ``prompts`` captions of ``split`` are what learning or calibration sees.
-    ``scope`` and ``count`` are ``make_mask``'s.
+    ``method`` is "original" (nothing goes), "learned", one of ``ecodiff.methods`` (with "blocks", "blocks-clip" and
+    "sparse24"), or any of these with "+compensation" (the weights that stay are adapted), "+soft" (learned: the units
+    that stay keep their gates as factors) and "+deepcache" (every other step reuses deep features; U-Nets only).
+    ``seed`` is that of learning (or of the method's scores) and of the noise pictures are drawn from. ``prompts``
+    captions of ``split`` are what learning or calibration sees. ``scope`` and ``count`` are ``make_mask``'s.
     """
 
     method: str = "learned"
@@ -59,6 +60,8 @@ class Cell:
     count: str = "units"
     retrain: RetrainConfig | None = None
     """Retrain the smaller model so, on pictures that the original draws for the same captions."""
+    learned_on: str = ""
+    """Id of another model with the same sites, whose scores are taken; ``config`` is then for drawing with that one."""
 
     def captions(self) -> list[str]:
         """The captions that learning or calibration sees."""
@@ -77,22 +80,26 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     The file's name is the hash of configuration, captions, scheduler and the denoiser's weights. ECODIFF_RECORDS=off
     neither reads nor writes.
     """
-    model = denoiser(pipe)
-    name = key({**describe(pipe, list(captions), config), "updates": config.updates})
-    path = data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
-    if name in _learned_here:
-        return _learned_here[name]
+    path = kept_gates(pipe, captions, config)
+    if path in _learned_here:
+        return _learned_here[path]
     kept = os.environ.get("ECODIFF_RECORDS", "").lower() != "off"
     if kept and path.exists() and not (recompute or os.environ.get("ECODIFF_RECOMPUTE")):
-        return Gates.load(path, model)
-    gates = _learned_here[name] = learn(pipe, captions, config, progress=False)
+        return Gates.load(path, denoiser(pipe))
+    gates = _learned_here[path] = learn(pipe, captions, config, progress=False)
     if kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         gates.save(path)
     return gates
 
 
-_learned_here: dict[str, Gates] = {}  # so that a process that recomputes learns each mask once
+def kept_gates(pipe, captions: Sequence[str], config: LearnConfig) -> Path:
+    """The file in which ``learned_gates`` keeps the gates of this configuration."""
+    name = key({**describe(pipe, list(captions), config), "updates": config.updates})
+    return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
+
+
+_learned_here: dict[Path, Gates] = {}  # so that a process that recomputes learns each mask once
 
 
 def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, recompute: bool = False):
@@ -101,7 +108,7 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
     Methods that watch the model draw see the first captions (``calibration``), with the steps, guidance, kinds and call
     arguments of ``config``.
     """
-    method = method.removesuffix(COMPENSATED)
+    method, _ = apart(method)
     if method == "learned":
         return learned_gates(pipe, captions, replace(config, seed=seed), recompute=recompute).scores()
     if method not in METHODS:
@@ -126,13 +133,23 @@ def _computed_once(pipe, request: dict, compute: Callable[[], Tensor]) -> Tensor
 
 
 UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no picture: their rows depend on no captions
-REUSED = "+deepcache"  # at the end of a method's name: every other step reuses deep features
-COMPENSATED = "+compensation"  # after a method's name: the weights that stay are adapted by second moments
+EXTRAS = ("compensation", "soft", "deepcache")  # what a method's name may have after it
+
+
+def apart(method: str) -> tuple[str, list[str]]:
+    """A method's name and its extras. Raises EcoDiffError for an extra that is none, or one that does not fit."""
+    name, *extras = method.split("+")
+    for extra in extras:
+        if extra not in EXTRAS:
+            raise EcoDiffError(f"Method {method!r}: +{extra} is not known: take +{', +'.join(EXTRAS)}.")
+    if "soft" in extras and (name != "learned" or "compensation" in extras):
+        raise EcoDiffError(f"Method {method!r}: only learned masks have gates to keep, without compensation.")
+    return name, extras
 
 
 def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[str], config: LearnConfig, seed: int):
     """The smaller pipeline for a mask: cut and, for a method "...+compensation", adapted to what has gone."""
-    if not method.endswith(COMPENSATED):
+    if "compensation" not in apart(method)[1]:
         return prune(pipe, mask)
     kinds = tuple(kind for kind in config.kinds if kind != "modulation")
     seen = calibration("obs", captions)
@@ -177,8 +194,8 @@ def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = 
 def describe_cell(pipe, cell: Cell) -> dict:
     """Everything that the values of a cell depend on: what its row is found by."""
     captions, config = cell.captions(), replace(cell.config, seed=cell.seed)
-    method = cell.method.removesuffix(REUSED)
-    base, judged_by = method.removesuffix(COMPENSATED), judge()
+    (base, extras), judged_by = apart(cell.method), judge()
+    source = _source(pipe, cell)
     described = {
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
@@ -191,10 +208,12 @@ def describe_cell(pipe, cell: Cell) -> dict:
         "protocol": asdict(cell.protocol),
     }
     if base == "learned":
-        described["learned"] = {**describe(pipe, captions, config), "updates": config.updates}
+        described["learned"] = {**describe(source, captions, config), "updates": config.updates}
+    elif cell.learned_on:
+        described["scores of"] = weights_hash(denoiser(source))
     if cell.retrain:
         described["retrain"] = {**asdict(cell.retrain), "captions": key(captions)}
-    if method.endswith(COMPENSATED) or base not in ("original", "learned", *UNSEEING):
+    if "compensation" in extras or base not in ("original", "learned", *UNSEEING):
         described["calibration"] = {
             **_sampling(config, cell.seed),
             "captions": key({name: calibration(name, captions) for name in (base, "obs")}),
@@ -202,6 +221,22 @@ def describe_cell(pipe, cell: Cell) -> dict:
             "version": 1,
         }
     return described
+
+
+@lru_cache(maxsize=2)
+def _other(model: str):
+    return pipelines.load(model)
+
+
+def _source(pipe, cell: Cell):
+    """The pipeline whose units are scored."""
+    return _other(cell.learned_on) if cell.learned_on else pipe
+
+
+def finds_its_mask(pipe, cell: Cell) -> bool:
+    """Whether a cell of learned masks finds its gates kept, and need not learn them."""
+    config = replace(cell.config, seed=cell.seed)
+    return kept_gates(_source(pipe, cell), cell.captions(), config).is_file()
 
 
 def smaller_model(pipe, cell: Cell, recompute: bool = False):
@@ -218,32 +253,51 @@ def smaller_model(pipe, cell: Cell, recompute: bool = False):
 
 
 def _pruned(pipe, cell: Cell, recompute: bool):
-    method = cell.method.removesuffix(REUSED)
+    method, extras = apart(cell.method)
     if method == "original":
         return pipe
     if method == "sparse24":
         return sparse24.sparsify(pipe)
     captions = cell.captions()
-    if method == "blocks":
-        seen, settings = calibration(method, captions), _sampling(cell.config, cell.seed)
-        sizes = blocks.candidates(denoiser(pipe))
-
-        def compute() -> Tensor:
-            found = blocks.scores(pipe, seen, progress=False, **settings)
-            return torch.tensor([found[name] for name in sizes], dtype=torch.float64)
-
-        errors = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute)
-        return blocks.remove(pipe, blocks.choose(dict(zip(sizes, errors.tolist(), strict=True)), sizes, cell.ratio))
-    scores = scores_of(pipe, method, captions, cell.config, cell.seed, recompute)
+    if method in BLOCKS:
+        return _without_blocks(pipe, method, calibration(method, captions), cell)
+    source = _source(pipe, cell)
+    scores = scores_of(source, method, captions, cell.config, cell.seed, recompute)
     mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
-    return pruned_by(pipe, method, mask, captions, cell.config, cell.seed)
+    if "soft" in extras:
+        gates = learned_gates(source, captions, replace(cell.config, seed=cell.seed))
+        pipe = fold_gates(pipe, gates.deterministic())
+    return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
+
+
+BLOCKS = ("blocks", "blocks-clip")  # whole blocks by the prediction's error (LAPTOP-Diff), by CLIP score (SnapFusion)
+
+
+def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
+    model, settings = denoiser(pipe), _sampling(cell.config, cell.seed)
+    sizes = blocks.candidates(model)
+    if method == "blocks-clip" and judge() is None:
+        raise EcoDiffError("blocks-clip needs the judge: run python -m ecodiff.zoo train openmoji-clip.")
+
+    def compute() -> Tensor:
+        if method == "blocks":
+            found = blocks.scores(pipe, captions, progress=False, **settings)
+        else:
+            found = blocks.clip_scores(pipe, captions, judge(), progress=False, **settings)
+        return torch.tensor([found[name] for name in sizes], dtype=torch.float64)
+
+    by = {"judge": weights_hash(judge().model)} if method == "blocks-clip" else {}
+    values = _computed_once(pipe, {"method": method, "captions": captions, **by, **settings}, compute)
+    scores = dict(zip(sizes, values.tolist(), strict=True))
+    choose = blocks.choose if method == "blocks" else blocks.choose_in_order
+    return blocks.remove(pipe, choose(scores, sizes, cell.ratio))
 
 
 def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     """The values of a cell, measured now; gates that are kept are read, unless ``recompute``."""
     protocol, scenes, smaller = cell.protocol, cell.protocol.scenes(), smaller_model(pipe, cell, recompute)
     drawn = original = draw(pipe, scenes, cell.seed, protocol)
-    if cell.method.endswith(REUSED):
+    if "deepcache" in apart(cell.method)[1]:
         with deepcache(smaller, interval=2):
             drawn = draw(smaller, scenes, cell.seed, protocol, keep=False)
     elif smaller is not pipe:

@@ -12,6 +12,7 @@ load with `ecodiff.load`.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -79,6 +80,28 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name in trained)
     return pruned.train(denoiser.training)
+
+
+def fold_gates(pipe, gates: Mapping[str, Tensor]):
+    """A pipeline (a copy of the denoiser; the rest is shared) whose weights have these gates in them (Eq. 9, 10).
+
+    gates: {site name: float tensor [units]}. The columns that read a unit are multiplied by its gate, so that it draws
+    what the original draws under `apply_gates`, to rounding. Raises EcoDiffError for unknown sites, wrong lengths, and
+    sites that no layer reads.
+    """
+    folded = copy.deepcopy(find_denoiser(pipe))
+    sites = find_sites(folded, KINDS)
+    for name, gate in gates.items():
+        if name not in sites or not sites[name].readers:
+            raise EcoDiffError(f"fold_gates: {name!r} is not a site of this denoiser whose units a layer reads.")
+        if tuple(gate.shape) != (sites[name].units,):
+            raise EcoDiffError(f"fold_gates: {name!r} has {sites[name].units} units, its gates {list(gate.shape)}.")
+        for span in sites[name].readers:
+            weight = folded.get_submodule(span.layer).weight
+            channels = gate.to(weight.device, weight.dtype).repeat_interleave(span.size)
+            with torch.no_grad():
+                weight[:, span.offset : span.offset + len(channels)] *= channels
+    return with_denoiser(pipe, folded)
 
 
 def save(pipe, path: str | os.PathLike, **kwargs) -> None:

@@ -5,10 +5,14 @@ from itertools import combinations
 import pytest
 import torch
 from pipelines import PROMPTS, TINY, latents, tiny_sd, tiny_sdxl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.methods.blocks import candidates, choose, errors, left_out, remove, scores
+from ecodiff.generate import generate
+from ecodiff.methods.blocks import candidates, choose, choose_in_order, clip_scores, errors, left_out, remove, scores
 from ecodiff.pipelines import denoiser
+from ecodiff.prompts import mix
 
 
 def settings(pipe, **more):
@@ -80,9 +84,49 @@ def test_choice_is_the_cheapest_set_that_is_large_enough():
         assert best - 1e-9 <= sum(costs[b] for b in chosen) <= min(sum(costs[b] for b in s) for s in nearby) + 1e-9
 
 
+class Redness:
+    """A judge that likes red pictures, whatever the caption: features are the mean colour and a constant."""
+
+    def image_features(self, images):
+        return images.double().mean((2, 3)) / 255
+
+    def text_features(self, captions):
+        return torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.double).repeat(len(captions), 1)
+
+
+@pytest.mark.parametrize("model", [tiny_sd, TINY["flux"]])
+def test_clip_score_of_a_block_is_what_pictures_lose_for_the_work_it_costs(model):
+    pipe = model()
+    options = settings(pipe)
+    found = clip_scores(pipe, PROMPTS[:2], Redness(), seed=3, **options)
+    assert found.keys() == candidates(denoiser(pipe)).keys()
+    name = list(found)[-1]
+    steps = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    drawn = [
+        generate(p, PROMPTS[:2], [mix(3, 0), mix(3, 1)], progress=False, **steps, **options["call"])
+        for p in (pipe, remove(pipe, [name]))
+    ]
+    lost = 100 * (drawn[0][:, 0].double().mean() - drawn[1][:, 0].double().mean()) / 255
+    work = []
+    for p in (pipe, remove(pipe, [name])):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            latents(p, steps=1, guidance_scale=3.0)
+        work.append(counter.get_total_flops())
+    assert found[name] == pytest.approx(lost.item() / ((work[0] - work[1]) / 1e9), rel=1e-3)
+
+
+def test_blocks_go_in_order_until_enough_are_gone():
+    costs, sizes = {"a": 3.0, "b": -1.0, "c": 0.5, "d": 9.0}, {"a": 10, "b": 20, "c": 30, "d": 40}
+    assert choose_in_order(costs, sizes, 0) == []
+    assert choose_in_order(costs, sizes, 0.2) == ["b"]
+    assert choose_in_order(costs, sizes, 0.55) == ["a", "b", "c"]
+
+
 def test_bad_input_is_named():
     pipe = tiny_sd()
     with pytest.raises(EcoDiffError, match="'conv_in' is no block that can be left out"):
         remove(pipe, ["conv_in"])
     with pytest.raises(EcoDiffError, match="ratio=1 is the share"):
         choose({"a": 1.0}, {"a": 1}, 1)
+    with pytest.raises(EcoDiffError, match="ratio=-0.1 is the share"):
+        choose_in_order({"a": 1.0}, {"a": 1}, -0.1)

@@ -1,19 +1,22 @@
 """Studies: what each needs, and that what is recorded is read, missing is found, and a wrong row is noticed."""
 
 import json
+import re
 import statistics
 from dataclasses import replace
 
 import pytest
 import torch
-from pipelines import tiny_sd
+from pipelines import latents, tiny_sd
 
 from ecodiff import experiments, protocol, records, studies
 from ecodiff.errors import EcoDiffError
 from ecodiff.experiments import Cell
+from ecodiff.gates import apply_gates
 from ecodiff.learn_config import LearnConfig
 from ecodiff.protocol import Protocol
 from ecodiff.retrain_config import RetrainConfig
+from ecodiff.surgery import prune
 
 CALL = {"height": 16, "width": 16}
 SMALL = Protocol(model="tiny", pictures=3, num_inference_steps=1, guidance_scale=1.0, call=CALL, features=False)
@@ -137,15 +140,51 @@ def test_the_command_names_a_study_that_is_none(capsys):
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
 
 
-def test_the_estimate_knows_cells_that_learn_from_those_that_do_not(toy):
-    assert studies._estimate(studies.missing(toy, ["toy"], "tiny", seeds=1)) == 45 + 45 + 180  # nothing measured yet
-    for _, _, cell in studies.missing(toy, ["toy"], "tiny", seeds=1):
+def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, store):
+    todo = studies.missing(toy, ["toy"], "tiny", seeds=1)
+    assert studies._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
+    for _, _, cell in todo:
         experiments.compare(toy, cell)
-    rows = records.rows("compare")
+    took = {row["config"]["method"]: row["seconds"] for row in records.rows("compare")}
     again = studies.missing(toy, ["toy"], "tiny", seeds=2)
-    learned = [row["seconds"] for row in rows if row["config"]["method"] == "learned"]
-    others = [row["seconds"] for row in rows if row["config"]["method"] != "learned"]
-    assert studies._estimate(again) == pytest.approx(2 * statistics.mean(others) + learned[0])
+    assert studies._estimate(toy, again) == pytest.approx(sum(took.values()))
+    learned = [item for item in again if item[1] == "learned"]
+    experiments.learned_gates(toy, learned[0][2].captions(), replace(CONFIG, seed=1))
+    assert studies._estimate(toy, learned) == took["original"]
+
+
+def test_gates_of_units_that_stay_can_stay_too(toy):
+    config = replace(CONFIG, log_alpha_start=0.5)  # where gates are neither 0 nor 1
+    cut = Cell("learned", 0.5, protocol=SMALL, config=config, prompts=2)
+    soft = replace(cut, method="learned+soft")
+    gates = experiments.learned_gates(toy, cut.captions(), config)
+    mask = gates.mask(0.5)
+    by_hand = {name: gate * mask[name] for name, gate in gates.deterministic().items()}
+    assert any(((gate > 0) & (gate < 1)).any() for gate in by_hand.values())
+    small = experiments.smaller_model(toy, soft)
+    assert sum(p.numel() for p in small.unet.parameters()) == experiments.compare(toy, cut)["parameters"]
+    with apply_gates(toy.unet, by_hand):
+        torch.testing.assert_close(latents(small), latents(toy), rtol=1e-4, atol=1e-5)
+    whole = experiments.compare(toy, replace(soft, ratio=0.0))
+    assert whole["parameters"] == sum(p.numel() for p in toy.unet.parameters())
+    for method in ("random+soft", "learned+soft+compensation", "learned+magic"):
+        with pytest.raises(EcoDiffError, match=f"Method '{re.escape(method)}'"):
+            experiments.compare(toy, replace(cut, method=method))
+
+
+def test_a_mask_can_come_from_another_model(toy, monkeypatch):
+    other = tiny_sd()
+    with torch.no_grad():
+        other.unet.conv_in.weight.mul_(1.5)
+    monkeypatch.setattr(experiments, "_other", {"other": other}.__getitem__)
+    own = Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
+    borrowed = replace(own, learned_on="other")
+    mask = experiments.learned_gates(other, own.captions(), CONFIG).mask(0.5)
+    small = experiments.smaller_model(toy, borrowed)
+    assert torch.equal(latents(small), latents(prune(toy, mask)))
+    assert experiments.describe_cell(toy, own) != experiments.describe_cell(toy, borrowed)
+    schnell = studies._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
+    assert schnell.learned_on == "openmoji-flux-dev" and schnell.config == studies.base("openmoji-flux-dev").config
 
 
 def test_scores_are_computed_once_for_all_ratios(store, monkeypatch):

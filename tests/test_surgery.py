@@ -15,7 +15,7 @@ from test_sites import SDXL, full_size, parameters
 import ecodiff
 from ecodiff import EcoDiffError, Gates, apply_gates, denoiser, find_sites, make_mask, prune
 from ecodiff.sites import KINDS
-from ecodiff.surgery import NoHeads, prune_denoiser, pruned_class
+from ecodiff.surgery import NoHeads, fold_gates, prune_denoiser, pruned_class
 
 HAS_MODULATION = ("sd3", "flux")
 
@@ -48,6 +48,27 @@ def assert_removed_is_masked(pipe, mask):
     assert (masked - removed).abs().max() <= 1e-5
     assert (outputs(pipe) - removed).abs().max() > 1e-3  # the mask does something
     return pruned
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_folded_gates_draw_what_gates_do(name):
+    pipe = TINY[name]()
+    generator = torch.Generator().manual_seed(3)
+    gates = {n: torch.rand(s.units, generator=generator) for n, s in find_sites(denoiser(pipe)).items()}
+    before = outputs(pipe)
+    with apply_gates(denoiser(pipe), gates):
+        gated = outputs(pipe)
+    assert (outputs(fold_gates(pipe, gates)) - gated).abs().max() <= 1e-5 < (before - gated).abs().max()
+    assert torch.equal(outputs(pipe), before)
+
+
+def test_gates_that_cannot_be_folded_are_named():
+    pipe = tiny_flux()
+    site = next(iter(find_sites(pipe.transformer)))
+    modulation = next(n for n, s in find_sites(pipe.transformer, KINDS).items() if s.kind == "modulation")
+    for name, gate in (("nowhere", torch.ones(2)), (modulation, torch.ones(2)), (site, torch.ones(99))):
+        with pytest.raises(EcoDiffError, match=f"fold_gates: '{name}'"):
+            fold_gates(pipe, {name: gate})
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 
 from .. import studies
-from ..cache import key
 from ..errata import algebra
+from ..experiments import kept_gates
 from ..gates import Gates
 from ..paper import claim
-from ..paths import data_dir
 from ..pipelines import denoiser
-from ..resume import describe
 from . import rows
 from .rows import DEV, LEARNED, ORIGINAL, SD2, SDXL, better, kept
 from .verdict import NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted, printed
@@ -46,17 +44,22 @@ def binary() -> Claim:
     return Claim(
         "masks that are not binary",
         "Learned gates may lie between 0 and 1, and cutting them to 0 and 1 costs nothing.",
-        "Share of learned gates, without noise, between 0 and 1: above zero. All models here are judged after units "
-        "are removed, so the cut is in the result: SSIM and right pictures, learned at 20 % minus original, above "
-        "minus the margin.",
-        ("03_where_masks_go", "05_a_smaller_model"),
-        (_between(SDXL), *(kept(model, LEARNED, ORIGINAL, BOTH, "the cut") for model in (SDXL, SD2, DEV))),
+        "Share of learned gates, without noise, between 0 and 1: above zero. The same units cut, those that stay at 1 "
+        "minus those that stay at their gates: SSIM and right pictures above minus the margin. All models here are "
+        "judged after the cut: learned at 20 % minus original likewise.",
+        ("13_settings", "03_where_masks_go"),
+        (
+            _between(SDXL),
+            *(kept(model, ("soft", "cut"), ("soft", "cut, the rest times its gates"), BOTH, "0 and 1 against gates")
+              for model in (SDXL, SD2, DEV)),
+            *(kept(model, LEARNED, ORIGINAL, BOTH, "the cut") for model in (SDXL, SD2, DEV)),
+        ),
     )
 
 
 def _between(model: str) -> Decision:
     """Share of gates of kept λ that are neither 0 nor 1 without noise. Nothing is learned here."""
-    files = [kept_gates(model, seed) for seed in range(studies.SEEDS)] if rows.readable(model) else []
+    files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)] if rows.readable(model) else []
     gates = [Gates.load(path, denoiser(rows.pipe(model))) for path in files if path.is_file()]
     if not gates:
         return rows.missing(model, "main", "learned gates")
@@ -68,13 +71,11 @@ def _between(model: str) -> Decision:
     return Decision(rows.on(model, "learned gates"), outcome, f"{shown}; seeds: {len(gates)}")
 
 
-def kept_gates(model: str, seed: int) -> Path:
-    """The file in which ``ecodiff.experiments.learned_gates`` keeps λ of the main study."""
+def _kept_gates(model: str, seed: int) -> Path:
+    """The file with λ of the main study."""
     study, row = LEARNED
     cell = studies.cells(study, model, seed)[row]
-    config = replace(cell.config, seed=seed)
-    name = key({**describe(rows.pipe(model), cell.captions(), config), "updates": config.updates})
-    return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
+    return kept_gates(rows.pipe(model), cell.captions(), replace(cell.config, seed=seed))
 
 
 def baselines() -> Claim:
