@@ -2,7 +2,8 @@
 
 The denoiser learns its own training objective (``objective``) on a hundred pictures of the original model, either
 through low-rank adapters (LoRA, Hu et al. 2021) beside the layers of its attentions and feed-forwards, or in all its
-weights. Adapters are merged at the end, so that the result is again an ordinary, equally small pipeline::
+weights; or in all its weights while half of them are zero (SparseDM, ``methods.sparse24``). Adapters are merged at the
+end, so that the result is again an ordinary, equally small pipeline::
 
     pictures = ecodiff.generate(pipe, prompts, seeds=range(len(prompts)))
     better = ecodiff.retrain(ecodiff.prune(pipe, mask), pictures, prompts)
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import EcoDiffError
+from .methods import sparse24
 from .objective import conditioning, encode, join, training_loss
 from .pipelines import denoiser as find_denoiser
 from .pipelines import with_denoiser
@@ -81,7 +83,8 @@ def retrain(
             _add_adapters(network, config)
         else:
             network.requires_grad_(True)
-        _train(task, network, config, history, progress)
+        with sparse24.trainable(network) if config.method == "2:4" else nullcontext():
+            _train(task, network, config, history, progress)
         weights = _merged(network, config)
     result = copy.deepcopy(original)  # its dtypes, flags and modes; load_state_dict rounds to them
     result.load_state_dict(weights)

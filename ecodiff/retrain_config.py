@@ -20,7 +20,7 @@ class RetrainConfig:
 
     method: str = "lora"
     """lora (App. J): adapters beside the layers of attentions and feed-forwards, merged at the end; full: all weights
-    of the denoiser."""
+    of the denoiser; 2:4: all weights, of every four in a row two are zero, by SparseDM's straight-through estimator."""
     steps: int = 10_000
     """App. J. 0 gives the pipeline back as it was."""
     batch_size: int = 32
@@ -28,7 +28,7 @@ class RetrainConfig:
     micro_batch_size: int | None = None
     """Pictures a call of the denoiser (None: all of a step): smaller needs less memory."""
     lr: float | None = None
-    """None: 1e-6 for lora, 1e-7 for full (authors' code)."""
+    """None: 1e-6 for lora, 1e-7 for full (authors' code) and 2:4."""
     rank: int = 16
     """Rank of the adapters (authors' code)."""
     alpha: float | None = None
@@ -46,7 +46,7 @@ class RetrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in {"method": ("lora", "full"), "mixed_precision": ("no", "bf16")}.items():
+        for name, choices in {"method": ("lora", "full", "2:4"), "mixed_precision": ("no", "bf16")}.items():
             if getattr(self, name) not in choices:
                 raise EcoDiffError(f"RetrainConfig: {name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
         counts = {"steps": 0, "batch_size": 1, "rank": 1, "micro_batch_size": 1}
@@ -68,4 +68,4 @@ class RetrainConfig:
     @property
     def learning_rate(self) -> float:
         """``lr``, or the published one of the method."""
-        return self.lr if self.lr is not None else {"lora": 1e-6, "full": 1e-7}[self.method]
+        return self.lr if self.lr is not None else {"lora": 1e-6}.get(self.method, 1e-7)

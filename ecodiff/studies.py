@@ -174,6 +174,8 @@ def _retraining(model: str) -> dict[str, Cell]:
             rows[name] = cell
             rows[f"{name}, LoRA"] = replace(cell, retrain=lora)
             rows[f"{name}, all weights"] = replace(cell, retrain=full)
+    rows["2:4 weights"] = base(model, method="sparse24", ratio=0.5)
+    rows["2:4 weights, straight through"] = base(model, method="original", retrain=replace(full, method="2:4"))
     return rows
 
 

@@ -12,6 +12,7 @@ from pipelines import PROMPTS, TINY, TOKENS, latents, tiny_flux, tiny_sd, tiny_s
 
 from ecodiff import objective
 from ecodiff.errors import EcoDiffError
+from ecodiff.methods import sparse24
 from ecodiff.pipelines import denoiser
 from ecodiff.retrain import RetrainConfig, _add_adapters, _Task, retrain
 from ecodiff.sites import find_sites
@@ -65,6 +66,20 @@ def test_the_loss_falls_on_every_pipeline_also_where_a_site_has_no_unit_left(mod
     better = quiet(pipe, method=method, steps=8, batch_size=4, lr=rate, rank=4)
     assert set_loss(better) < 0.95 * before
     assert not changed(plain, weights(pipe)) and set_loss(pipe) == before
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_straight_through_ends_in_2_4_weights_that_are_better_than_cut_ones(model):
+    pipe = smaller(TINY[model]())
+    cut = set_loss(sparse24.sparsify(pipe))
+    better = quiet(pipe, method="2:4", steps=8, batch_size=4, lr=3e-3)
+    assert weights(better).keys() == weights(pipe).keys()
+    layers = sparse24.layers_2_4(denoiser(better))
+    assert layers
+    for layer in layers.values():
+        groups = layer.weight.movedim(1, -1).reshape(-1, 4)
+        assert ((groups == 0).sum(1) >= 2).all()
+    assert set_loss(better) < 0.95 * cut
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, tiny_flux])

@@ -2,7 +2,8 @@
 
 It is not unit pruning. The shapes stay, so no parameter is saved in a dense checkpoint; half of the multiplications of
 these layers can be skipped by hardware that knows the pattern. The published method then trains on with a
-straight-through estimator; `trainable` is that layer, with SR-STE's pull (Zhou et al., 2021) on the weights masked out:
+straight-through estimator (`ecodiff.retrain` with method "2:4"); `trainable` is that layer, with SR-STE's pull (Zhou et
+al., 2021) on the weights masked out:
 
     forward  y = (m ∘ W) x,        gradient of W  =  ∂L/∂(m ∘ W)  +  pull · (1 - m) ∘ W.
 """
@@ -44,7 +45,7 @@ def layers_2_4(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
-        and module.weight.ndim >= 2
+        and module.weight.numel()
         and module.weight.shape[1] % GROUP == 0
     }
 
