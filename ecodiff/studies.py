@@ -2,6 +2,7 @@
 
     python -m ecodiff.studies                       # everything that is not recorded yet; stop and go on as you like
     python -m ecodiff.studies beta data_size --model openmoji-sd2 --minutes 30
+    python -m ecodiff.studies --model all           # all embedded pipelines, seed 0 of all of them first
     python -m ecodiff.studies --list                # what there is, what is recorded, what the rest would take
     python -m ecodiff.studies --verify 2            # measure two recorded cells again and compare
 
@@ -27,6 +28,7 @@ from .experiments import Cell, apart, compare, describe_cell, finds_its_mask, in
 from .learn_config import LearnConfig
 from .protocol import Protocol
 from .retrain_config import RetrainConfig
+from .zoo.store import stored_pipelines
 
 SEEDS = 3
 METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "obs", "obs+compensation", "occlusion")
@@ -163,6 +165,24 @@ def _transfer(model: str) -> dict[str, Cell]:
     return rows | {"learned on held-out pairs": replace(cell, split="heldout")}
 
 
+def _best(model: str) -> dict[str, Cell]:
+    """Can the best scores be beaten? Longer learning, adapting what stays, budgets of parameters; where more goes."""
+    rows = {}
+    for ratio in (0.2, 0.3, 0.5):
+        cell = base(model, ratio=ratio)
+        longer = learning(cell, updates=3 * cell.config.updates)
+        rows |= {
+            f"learned, {ratio:.0%}": cell,
+            f"learned three times as long, {ratio:.0%}": longer,
+            f"learned+compensation, {ratio:.0%}": replace(cell, method="learned+compensation"),
+            f"both, {ratio:.0%}": replace(longer, method="learned+compensation"),
+            f"obs+compensation, {ratio:.0%}": replace(cell, method="obs+compensation"),
+            f"occlusion, {ratio:.0%}": replace(cell, method="occlusion"),
+            f"occlusion+compensation, {ratio:.0%}": replace(cell, method="occlusion+compensation"),
+        }
+    return rows
+
+
 def _retraining(model: str) -> dict[str, Cell]:
     """Light retraining on 100 pictures of the original: settings for models of this size, not the published ones."""
     lora = RetrainConfig(steps=300, batch_size=16, lr=1e-3)
@@ -198,6 +218,7 @@ STUDIES = {
     "kinds": Study("Heads only, neurons only", "Figure 13", _kinds),
     "choices": Study("As published, and corrected", "§2.2, Algorithm 1", _choices),
     "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation),
+    "best": Study("What could be better than the best", "not in the paper", _best),
     "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft),
     "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining),
     "transfer": Study("Masks used elsewhere than where they were learned", "not in the paper", _transfer),
@@ -340,7 +361,7 @@ def _estimate(pipe, todo: Sequence) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ecodiff.studies", description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)} (default: all)")
-    parser.add_argument("--model", default="openmoji-sdxl")
+    parser.add_argument("--model", default="openmoji-sdxl", help="an id; all: every embedded pipeline that is trained")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
@@ -356,32 +377,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     names, end = options.studies or list(STUDIES), time.monotonic() + 60 * options.minutes
+    models = stored_pipelines() if options.model == "all" else [options.model]
     for name in names:
-        cells(name, options.model)
-    pipe = pipelines.load(options.model)
+        cells(name, models[0])
+    pipes = {model: pipelines.load(model) for model in models}
     if options.verify:
-        found = verify(pipe, names, options.model, options.verify, options.draw)
+        found = [
+            line
+            for model, pipe in pipes.items()
+            for line in verify(pipe, names, model, options.verify, options.draw)
+        ]
         print("\n".join(found) or "nothing is recorded")
         return 0
-    todo = missing(pipe, names, options.model, options.seeds)
-    if options.list:
-        for name in names:
-            left = [item for item in todo if item[0] == name]
-            minutes = _estimate(pipe, left) / 60
-            print(f"{name:12} {STUDIES[name].title:52} {len(left):3} cells to go, {minutes:4.0f} minutes")
-    print(f"{options.model}: {len(todo)} cells to go, about {_estimate(pipe, todo) / 60:.0f} minutes", flush=True)
+    todo, seconds = [], 0.0
+    for model, pipe in pipes.items():
+        left = missing(pipe, names, model, options.seeds)
+        if options.list:
+            _list(pipe, names, left)
+        took = _estimate(pipe, left)
+        print(f"{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
+        todo, seconds = todo + left, seconds + took
+    if len(models) > 1:
+        print(f"together {len(todo)} cells, about {seconds / 3600:.1f} hours", flush=True)
+    todo.sort(key=lambda item: item[2].seed)
     for done, (study, row, cell) in enumerate([] if options.list else todo):
         if time.monotonic() > end:
             print(f"{len(todo) - done} cells left; run again to go on")
             break
         started = time.perf_counter()
-        values = compare(pipe, cell)
+        values = compare(pipes[cell.protocol.model], cell)
+        where = f"{cell.protocol.model}, " if len(models) > 1 else ""
         print(
-            f"[{done + 1}/{len(todo)}] {study}, {row}, seed {cell.seed}: SSIM {statistics.mean(values['ssim']):.3f}, "
-            f"{time.perf_counter() - started:.0f} s",
+            f"[{done + 1}/{len(todo)}] {where}{study}, {row}, seed {cell.seed}: SSIM "
+            f"{statistics.mean(values['ssim']):.3f}, {time.perf_counter() - started:.0f} s",
             flush=True,
         )
     return 0
+
+
+def _list(pipe, names: Sequence[str], todo: Sequence) -> None:
+    for name in names:
+        left = [item for item in todo if item[0] == name]
+        minutes = _estimate(pipe, left) / 60
+        print(f"{name:12} {STUDIES[name].title:52} {len(left):3} cells to go, {minutes:4.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,24 @@ def test_the_command_names_a_study_that_is_none(capsys):
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
 
 
+def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, capsys):
+    small = {"original": Cell("original", protocol=SMALL, config=CONFIG, prompts=2)}
+
+    def rows(model):
+        return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
+
+    monkeypatch.setattr(studies, "STUDIES", {"toy": studies.Study("A toy", "no table", rows)})
+    monkeypatch.setattr(studies, "stored_pipelines", lambda: ["first", "second"])
+    monkeypatch.setattr(studies.pipelines, "load", lambda model: toy)
+    assert studies.main(["--model", "all", "--seeds", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "first: 2 cells to go" in told and "together 4 cells, about 0.1 hours" in told
+    order = [line.split("] ")[1].split(":")[0] for line in told.splitlines() if line.startswith("[")]
+    assert order == [f"{m}, toy, original, seed {s}" for s in (0, 1) for m in ("first", "second")]
+    assert studies.main(["--model", "all", "--seeds", "2"]) == 0
+    assert "together 0 cells" in capsys.readouterr().out
+
+
 def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, store):
     todo = studies.missing(toy, ["toy"], "tiny", seeds=1)
     assert studies._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
