@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import data, metrics
@@ -71,7 +72,7 @@ def judge_pictures(drawn: Tensor, scenes: Sequence[data.Scene], features: bool =
     sets = {}
     if features:
         seen = metrics.inception_features(drawn, progress=False)
-        real = _real_features(tuple(scene.index for scene in scenes), scenes[0].split, len(scenes[0].objects))
+        real = real_features(scenes)
         sets = {"fid": metrics.fid(real, seen), "kid": metrics.kid(real, seen)[0]}
         if all(len(scene.objects) == 1 for scene in scenes):
             found["object"] = probe().correct(seen, [scene.objects[0] for scene in scenes], progress=False)
@@ -83,9 +84,16 @@ def judge_pictures(drawn: Tensor, scenes: Sequence[data.Scene], features: bool =
     return {**{name: [int(hit) for hit in hits] for name, hits in found.items()}, **sets}
 
 
-@lru_cache(maxsize=4)
-def _real_features(indices: tuple[int, ...], split: str, count: int) -> Tensor:
-    return metrics.inception_features(data.images([data.scene(i, split, count) for i in indices]), progress=False)
+def real_features(scenes: Sequence[data.Scene]) -> Tensor:
+    """Inception features [N, 2048] of the scenes themselves, each computed once in a process."""
+    new = [scene for scene in scenes if scene not in _known_features]
+    if new:
+        seen = metrics.inception_features(data.images(new), progress=False)
+        _known_features.update(zip(new, seen, strict=True))
+    return torch.stack([_known_features[scene] for scene in scenes])
+
+
+_known_features: dict[data.Scene, Tensor] = {}
 
 
 @lru_cache(maxsize=1)

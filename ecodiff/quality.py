@@ -16,7 +16,7 @@ from . import data, metrics, records
 from .errors import EcoDiffError
 from .experiments import Cell, describe_cell, smaller_model
 from .judge import clip_score
-from .protocol import draw, judge, probe
+from .protocol import draw, judge, probe, real_features
 
 NETWORK = "inception-2015-12-05"
 
@@ -76,7 +76,8 @@ def halves(scenes: int, sizes: Sequence[int], draws: int, seed: int = 0, recompu
     config = {"measurement": "halves", "scenes": scenes, "sizes": sizes, "draws": draws, "seed": seed, **_judged_by()}
 
     def measured() -> dict:
-        features = real_features(scenes)
+        shown = list(data.scenes("seen", scenes, count=1))
+        features = real_features(shown)
         generator = torch.Generator().manual_seed(seed)
         found: dict = {"fid": {}, "kid": {}}
         for n in sizes:
@@ -84,8 +85,7 @@ def halves(scenes: int, sizes: Sequence[int], draws: int, seed: int = 0, recompu
             pairs = [(features[order[:n]], features[order[n : 2 * n]]) for order in orders]
             found["fid"][n] = [round(metrics.fid(*pair), 4) for pair in pairs]
             found["kid"][n] = [round(kid(*pair), 8) for pair in pairs]
-        names = [scene.objects[0] for scene in data.scenes("seen", scenes, count=1)]
-        return found | {"object": probe().correct(features, names).int()}
+        return found | {"object": probe().correct(features, [scene.objects[0] for scene in shown]).int()}
 
     return records.measure(config, measured, name="quality", recompute=recompute)
 
@@ -120,7 +120,7 @@ def _known_sets(pipe, cell: Cell, recompute: bool) -> dict:
     scenes = cell.protocol.scenes()
     n = len(scenes)
     others = [data.scene(i, cell.protocol.split, cell.protocol.count) for i in range(n, 2 * n)]
-    features = real_features(2 * n, cell.protocol.split, cell.protocol.count)
+    features = real_features([*scenes, *others])
     own = data.images(scenes)
     pictures = {"bicubic": resized(own, 512), "vae": through_vae(pipe.vae, own), **drawn_sets(pipe, cell, recompute)}
     references = {"vae": own} | dict.fromkeys(("again", "pruned"), pictures["original"])
@@ -182,17 +182,3 @@ def _scores(images: Tensor, captions: Sequence[str]) -> dict:
         "score": round(clip_score(images, captions, judge()), 3),
         "each": [round(100 * value, 2) for value in cosines.tolist()],
     }
-
-
-def real_features(n: int, split: str = "seen", count: int = 1) -> Tensor:
-    """Inception features [n, 2048] of the first scenes of a split, each computed once in a process."""
-    known = _known_features.get((split, count))
-    have = 0 if known is None else len(known)
-    if have < n:
-        images = data.images([data.scene(i, split, count) for i in range(have, n)])
-        new = metrics.inception_features(images, progress=False)
-        known = _known_features[split, count] = new if known is None else torch.cat([known, new])
-    return known[:n]
-
-
-_known_features: dict[tuple[str, int], Tensor] = {}

@@ -129,6 +129,12 @@ def test_taylor_is_the_slope_of_the_loss_in_a_gate(make):
         assert scores[site.name][best].item() == pytest.approx(abs(slope), rel=0.02)
 
 
+def test_taylor_needs_no_gradients_switched_on_by_the_caller():
+    expected = score("taylor", tiny_sd())
+    with torch.no_grad():
+        close(score("taylor", tiny_sd()), expected, rtol=0, atol=0)
+
+
 def test_taylor_in_gates_is_weight_times_gradient_of_the_reading_layer():
     pipe = tiny_sd()
     scores = score("taylor", pipe, threshold=0.0)

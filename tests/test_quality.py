@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ecodiff import data, metrics, quality
+from ecodiff import data, metrics, protocol, quality
 from ecodiff.errors import EcoDiffError
 from ecodiff.experiments import Cell
 from ecodiff.protocol import Protocol
@@ -23,7 +23,7 @@ class Probe:
 def without_networks(monkeypatch):
     monkeypatch.setenv("ECODIFF_RECORDS", "off")
     monkeypatch.setattr(quality, "probe", Probe)
-    monkeypatch.setattr(quality, "_known_features", {})
+    monkeypatch.setattr(protocol, "_known_features", {})
     monkeypatch.setattr(quality, "describe_cell", lambda pipe, cell: {"judge": None})
     thumbnails = lambda images, progress: torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)  # noqa: E731
     monkeypatch.setattr(metrics, "inception_features", thumbnails)
@@ -46,18 +46,20 @@ def test_changes_are_what_they_say():
 
 
 def test_features_of_real_scenes_are_computed_once(monkeypatch):
-    first = quality.real_features(5)
+    scenes = list(data.scenes("seen", 8, count=1))
+    first = protocol.real_features(scenes[:5])
     seen = []
     compute = metrics.inception_features
     monkeypatch.setattr(metrics, "inception_features", lambda x, progress: seen.append(len(x)) or compute(x, progress))
-    more = quality.real_features(8)
-    assert seen == [3] and torch.equal(more[:5], first) and torch.equal(quality.real_features(4), first[:4])
-    assert torch.equal(more, compute(data.images(list(data.scenes("seen", 8, count=1))), False))
+    more = protocol.real_features(scenes)
+    assert seen == [3] and torch.equal(more[:5], first)
+    assert torch.equal(protocol.real_features(scenes[:4][::-1]), first[:4].flip(0)) and seen == [3]
+    assert torch.equal(more, compute(data.images(scenes), False))
 
 
 def test_between_halves_fid_is_biased_and_kid_is_not(monkeypatch):
     features = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(quality, "real_features", lambda n: features[:n])
+    monkeypatch.setattr(quality, "real_features", lambda scenes: features[: len(scenes)])
     row = quality.halves(400, [25, 50, 100], draws=20)["values"]
     fid, kid = ({n: torch.tensor(v) for n, v in row[name].items()} for name in ("fid", "kid"))
     assert list(fid) == list(kid) == ["25", "50", "100"] and len(row["object"]) == 400

@@ -61,7 +61,7 @@ def scores(
             if gradient is not None:
                 totals[name] = totals[name] + gradient.float() if name in totals else gradient.float()
 
-    with frozen(model), apply_gates(model, gates, sites):
+    with torch.enable_grad(), frozen(model), apply_gates(model, gates, sites):
         for weight in weights.values():
             weight.requires_grad_(elementwise)
         try:
