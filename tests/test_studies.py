@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from ecodiff.gates import apply_gates
 from ecodiff.learn_config import LearnConfig
 from ecodiff.protocol import Protocol
 from ecodiff.retrain_config import RetrainConfig
+from ecodiff.studies import run
 from ecodiff.surgery import prune
 
 CALL = {"height": 16, "width": 16}
@@ -67,14 +69,14 @@ def test_a_model_is_drawn_as_its_recipe_says(store):
 
 
 def test_missing_cells_are_measured_once_and_then_read(toy):
-    todo = studies.missing(toy, ["toy"], "tiny", seeds=2)
+    todo = run.missing(toy, ["toy"], "tiny", seeds=2)
     assert [(row, cell.seed) for _, row, cell in todo] == [
         (row, seed) for seed in (0, 1) for row in ("original", "random", "learned")
     ]
     assert experiments.compare(toy, todo[0][2], only_recorded=True) is None
     first = [experiments.compare(toy, cell) for _, _, cell in todo]
     assert first[0]["ssim"] == [1.0] * 3 and first[1]["parameters"] < first[0]["parameters"]
-    assert studies.missing(toy, ["toy"], "tiny", seeds=2) == []
+    assert run.missing(toy, ["toy"], "tiny", seeds=2) == []
     assert [experiments.compare(toy, cell, only_recorded=True) for _, _, cell in todo] == first
     found = studies.recorded(toy, "toy", "tiny", seeds=3, only=["random", "learned"])
     assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
@@ -99,7 +101,7 @@ def test_a_cell_can_retrain_what_it_pruned(toy):
 
 
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
-    for _, _, cell in studies.missing(toy, ["toy"], "tiny", seeds=1):
+    for _, _, cell in run.missing(toy, ["toy"], "tiny", seeds=1):
         experiments.compare(toy, cell)
     lines = studies.table(studies.recorded(toy, "toy", "tiny"), ["SSIM to the original", "object named (%)", "FID"])
     assert [line[""] for line in lines] == ["original", "random", "learned"]
@@ -111,15 +113,15 @@ def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
 
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
-    assert studies.verify(toy, ["toy"], "tiny", 1, seed=0) == []
+    assert run.verify(toy, ["toy"], "tiny", 1, seed=0) == []
     experiments.compare(toy, cell)
-    assert studies.verify(toy, ["toy"], "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
+    assert run.verify(toy, ["toy"], "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
     path = store / "results" / "compare.jsonl"
     row = json.loads(path.read_text())
     row["values"]["ssim"] = [value - 0.5 for value in row["values"]["ssim"]]
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(EcoDiffError, match="toy, random: ssim is .* and was recorded as"):
-        studies.verify(toy, ["toy"], "tiny", 1, seed=0)
+        run.verify(toy, ["toy"], "tiny", 1, seed=0)
 
 
 def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
@@ -136,7 +138,7 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
 
 
 def test_the_command_names_a_study_that_is_none(capsys):
-    assert studies.main(["nonsense"]) == 2
+    assert run.main(["nonsense"]) == 2
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
 
 
@@ -147,28 +149,38 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
         return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
 
     monkeypatch.setattr(studies, "STUDIES", {"toy": studies.Study("A toy", "no table", rows)})
-    monkeypatch.setattr(studies, "stored_pipelines", lambda: ["first", "second"])
-    monkeypatch.setattr(studies.pipelines, "load", lambda model: toy)
-    assert studies.main(["--model", "all", "--seeds", "2"]) == 0
+    monkeypatch.setattr(run, "stored_pipelines", lambda: ["first", "second"])
+    monkeypatch.setattr(run, "_pipe", lambda model: toy)
+    assert run.main(["--model", "all", "--seeds", "2"]) == 0
     told = capsys.readouterr().out
     assert "first: 2 cells to go" in told and "together 4 cells, about 0.1 hours" in told
     order = [line.split("] ")[1].split(":")[0] for line in told.splitlines() if line.startswith("[")]
     assert order == [f"{m}, toy, original, seed {s}" for s in (0, 1) for m in ("first", "second")]
-    assert studies.main(["--model", "all", "--seeds", "2"]) == 0
+    assert run.main(["--model", "all", "--seeds", "2"]) == 0
     assert "together 0 cells" in capsys.readouterr().out
 
 
+def test_cells_can_be_measured_side_by_side(toy, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_pipe", lambda model: toy)
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    assert run.main(["--model", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
+    assert run.missing(toy, ["toy"], "tiny", seeds=1) == []
+    assert run.main(["--model", "tiny", "--seeds", "2", "--jobs", "2", "--minutes", "-1"]) == 0
+    assert "3 cells left; run again to go on" in capsys.readouterr().out
+
+
 def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, store):
-    todo = studies.missing(toy, ["toy"], "tiny", seeds=1)
-    assert studies._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
+    todo = run.missing(toy, ["toy"], "tiny", seeds=1)
+    assert run._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
     for _, _, cell in todo:
         experiments.compare(toy, cell)
     took = {row["config"]["method"]: row["seconds"] for row in records.rows("compare")}
-    again = studies.missing(toy, ["toy"], "tiny", seeds=2)
-    assert studies._estimate(toy, again) == pytest.approx(sum(took.values()))
+    again = run.missing(toy, ["toy"], "tiny", seeds=2)
+    assert run._estimate(toy, again) == pytest.approx(sum(took.values()))
     learned = [item for item in again if item[1] == "learned"]
     experiments.learned_gates(toy, learned[0][2].captions(), replace(CONFIG, seed=1))
-    assert studies._estimate(toy, learned) == took["original"]
+    assert run._estimate(toy, learned) == took["original"]
 
 
 def test_gates_of_units_that_stay_can_stay_too(toy):

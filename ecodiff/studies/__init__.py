@@ -13,22 +13,15 @@ picture and a long one its intervals.
 
 from __future__ import annotations
 
-import argparse
-import random
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import pipelines, records
-from .cache import hashed_once, key
-from .errors import EcoDiffError
-from .experiments import Cell, apart, compare, describe_cell, finds_its_mask, interval_text, measure_cell
-from .learn_config import LearnConfig
-from .protocol import Protocol
-from .retrain_config import RetrainConfig
-from .zoo.store import stored_pipelines
+from ..errors import EcoDiffError
+from ..experiments import Cell, compare, interval_text
+from ..learn_config import LearnConfig
+from ..protocol import Protocol
+from ..retrain_config import RetrainConfig
 
 SEEDS = 3
 METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "obs", "obs+compensation", "occlusion")
@@ -294,133 +287,3 @@ def _shown(column: str, per_seed: Sequence[dict]) -> str:
         return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "–"
     name, scale, digits = MEASURES[column]
     return interval_text([cell.get(name, []) for cell in per_seed], scale, digits)
-
-
-def missing(pipe, names: Sequence[str], model: str, seeds: int = SEEDS) -> list[tuple[str, str, Cell]]:
-    """Cells that are not recorded, (study, row, cell): seed 0 of all studies, then seed 1, ... Each cell once."""
-    todo, known = [], set()
-    asked = [(study, *item) for seed in range(seeds) for study in names for item in cells(study, model, seed).items()]
-    with hashed_once():
-        for study, row, cell in asked:
-            name = key(describe_cell(pipe, cell))
-            if name not in known and compare(pipe, cell, only_recorded=True) is None:
-                todo.append((study, row, cell))
-            known.add(name)
-    return todo
-
-
-def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[str]:
-    """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare; a sentence each.
-
-    Gates are those that are kept. Raises EcoDiffError where a mean of SSIM or of a share differs by more than 0.02:
-    another processor rounds otherwise, and a picture near a threshold may fall to its other side.
-    """
-    found = [
-        (study, row, cell)
-        for study in names
-        for row, cell in cells(study, model).items()
-        if compare(pipe, cell, only_recorded=True)
-    ]
-    lines = []
-    for study, row, cell in random.Random(seed).sample(found, min(number, len(found))):
-        before, after = compare(pipe, cell, only_recorded=True), measure_cell(pipe, cell)
-        for name in ("ssim", "object", "found", "colour"):
-            if not before.get(name):
-                continue
-            means = [statistics.mean(values[name]) for values in (before, after)]
-            if abs(means[0] - means[1]) > 0.02:
-                raise EcoDiffError(
-                    f"{study}, {row}: {name} is {means[1]:.3f} now and was recorded as {means[0]:.3f}; measure it "
-                    f"again with ECODIFF_RECOMPUTE=1 python -m ecodiff.studies {study} --model {model}."
-                )
-        lines.append(f"{study}, {row}: as recorded (SSIM {statistics.mean(after['ssim']):.3f})")
-    return lines
-
-
-def _estimate(pipe, todo: Sequence) -> float:
-    """Seconds, from the longest that recorded cells of the same method took, on the same model where there are any.
-
-    The longest one found no scores kept. A cell that finds its learned mask kept takes what others take.
-    """
-    took: dict[str, list[float]] = {}
-    rows = records.rows("compare")
-    for model in {cell.protocol.model for _, _, cell in todo}:
-        for row in [row for row in rows if row["config"]["protocol"]["model"] == model] or rows:
-            took.setdefault(apart(row["config"]["method"])[0], []).append(row["seconds"])
-
-    def seconds(cell: Cell) -> float:
-        method = apart(cell.method)[0]
-        if method == "learned" and finds_its_mask(pipe, cell):
-            method = "original"
-        return max(took.get(method, [180.0 if method == "learned" else 45.0]))
-
-    with hashed_once():
-        return sum(seconds(cell) for _, _, cell in todo)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ecodiff.studies", description=__doc__.splitlines()[0])
-    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)} (default: all)")
-    parser.add_argument("--model", default="openmoji-sdxl", help="an id; all: every embedded pipeline that is trained")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
-    parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
-    parser.add_argument("--verify", type=int, metavar="N", help="measure N recorded cells again and compare")
-    parser.add_argument("--draw", type=int, default=0, help="seed that draws the cells of --verify")
-    options = parser.parse_args(arguments)
-    try:
-        return _run(options)
-    except EcoDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(options: argparse.Namespace) -> int:
-    names, end = options.studies or list(STUDIES), time.monotonic() + 60 * options.minutes
-    models = stored_pipelines() if options.model == "all" else [options.model]
-    for name in names:
-        cells(name, models[0])
-    pipes = {model: pipelines.load(model) for model in models}
-    if options.verify:
-        found = [
-            line
-            for model, pipe in pipes.items()
-            for line in verify(pipe, names, model, options.verify, options.draw)
-        ]
-        print("\n".join(found) or "nothing is recorded")
-        return 0
-    todo, seconds = [], 0.0
-    for model, pipe in pipes.items():
-        left = missing(pipe, names, model, options.seeds)
-        if options.list:
-            _list(pipe, names, left)
-        took = _estimate(pipe, left)
-        print(f"{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
-        todo, seconds = todo + left, seconds + took
-    if len(models) > 1:
-        print(f"together {len(todo)} cells, about {seconds / 3600:.1f} hours", flush=True)
-    todo.sort(key=lambda item: item[2].seed)
-    for done, (study, row, cell) in enumerate([] if options.list else todo):
-        if time.monotonic() > end:
-            print(f"{len(todo) - done} cells left; run again to go on")
-            break
-        started = time.perf_counter()
-        values = compare(pipes[cell.protocol.model], cell)
-        where = f"{cell.protocol.model}, " if len(models) > 1 else ""
-        print(
-            f"[{done + 1}/{len(todo)}] {where}{study}, {row}, seed {cell.seed}: SSIM "
-            f"{statistics.mean(values['ssim']):.3f}, {time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
-    return 0
-
-
-def _list(pipe, names: Sequence[str], todo: Sequence) -> None:
-    for name in names:
-        left = [item for item in todo if item[0] == name]
-        minutes = _estimate(pipe, left) / 60
-        print(f"{name:12} {STUDIES[name].title:52} {len(left):3} cells to go, {minutes:4.0f} minutes")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
