@@ -10,11 +10,12 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help book test lint pair ci clean distclean environment
+.PHONY: help book test measure lint pair ci clean distclean environment
 
 help:  ## show this list
 	@echo "make book [PROFILE=default|smoke] [OUT=folder]   run stale notebooks, build the HTML (warnings are errors)"
 	@echo "make test [JOBS=2] [ARGS='-k gates']             run the tests"
+	@echo "make measure                                     measure what no recorded row has yet, all models; hours, resumable"
 	@echo "make lint                                        ruff over the package, the tests and the build"
 	@echo "make pair                                        rewrite notebooks/*.ipynb from notebooks/*.md"
 	@echo "make ci                                          what continuous integration runs"
@@ -27,6 +28,9 @@ book: $(STAMP)  ## run stale notebooks, build the HTML
 
 test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
+
+measure: $(STAMP)
+	$(PY) -m ecodiff.studies --model all --jobs $(JOBS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
