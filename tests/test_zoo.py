@@ -148,6 +148,38 @@ def test_a_killed_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch,
     assert all(torch.equal(value, exact[name][key]) for key, value in resumed.items())
 
 
+def longer(name):
+    """The tiny recipe with one more stage of the denoiser, on later scenes."""
+    recipe = tiny(name)
+    recipe["denoiser_2"] = {"train": {**recipe["denoiser"]["train"], "first_scene": 1000}}
+    recipe["stages"] = [*recipe["stages"], "denoiser_2"]
+    return recipe
+
+
+@pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-dev"])
+def test_a_stored_model_is_trained_on_by_a_stage_that_is_new(family, tmp_path, monkeypatch, name):
+    folder, seen = family[1], []
+    real = fit.data.scenes
+    monkeypatch.setattr(fit.data, "scenes", lambda split, n, start=0: seen.append(start) or real(split, n, start=start))
+    model, log = train(longer(name), tmp_path, folder, go_on=True)
+    assert list(log)[:-2] == longer(name)["stages"] and seen == [1000, 1002]
+    assert not list(tmp_path.glob("denoiser.pt")) and list(tmp_path.glob("denoiser_2.pt"))
+    before, after = weights(ecodiff.load(folder / name)), weights(model)
+    moved = {key.partition(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved >= {"transformer" if "flux" in name else "unet", "text_encoder"} and "vae" not in moved
+
+
+def test_going_on_says_what_it_cannot_go_on_from(family, tmp_path):
+    with pytest.raises(EcoDiffError, match="has all stages of its recipe: add one"):
+        train(tiny("openmoji-sd2"), tmp_path, family[1], go_on=True)
+    other = longer("openmoji-sd2")
+    other["denoiser"]["train"] = {**other["denoiser"]["train"], "lr": 9.0}
+    with pytest.raises(EcoDiffError, match="trained by another recipe .stage 'denoiser' differs"):
+        train(other, tmp_path, family[1], go_on=True)
+    with pytest.raises(EcoDiffError, match="openmoji-sd2 is not in .*: train it first"):
+        train(longer("openmoji-sd2"), tmp_path, tmp_path, go_on=True)
+
+
 def test_dev_follows_its_guidance_number_and_schnell_starts_as_dev_at_three(family):
     dev = deepcopy(family[0]["openmoji-flux-dev"].transformer)
     generator = torch.Generator().manual_seed(0)

@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     judge = commands.add_parser("judge", help=f"train {SHORT['judge']}, then fit the object probe, on real scenes")
     for command in (train, distil, judge):
         command.add_argument("--smoke", action="store_true", help="a few steps of everything: shows that it runs")
+        command.add_argument("--go-on", action="store_true", help="train a stored model by its new stages")
         command.add_argument("--runs", type=Path, default=root() / ".runs", help="checkpoints (default: .runs)")
         command.add_argument("--models", type=Path, help="trained models to start from (default: data/models)")
         command.add_argument("--out", type=Path, help="folder of the result (default: ID in the folder of the models)")
@@ -81,7 +82,7 @@ def _train(name: str, options: argparse.Namespace) -> None:
     if options.smoke:
         shutil.rmtree(checkpoints, ignore_errors=True)
     print(plan(recipe), flush=True)
-    model, log = train(recipe, checkpoints, models)
+    model, log = train(recipe, checkpoints, models, options.go_on)
     folder = options.out or models / name
     store.save(model, recipe, log, folder)
     print(f"saved to {folder}{'' if options.smoke else f'; next: python -m ecodiff.zoo evaluate {name}'}", flush=True)

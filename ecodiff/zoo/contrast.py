@@ -82,9 +82,9 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, image_keys: lis
     return (cross_entropy(logits, target) + cross_entropy(logits[:, :n].T, target)) / 2
 
 
-def train_contrast(judge, recipe: dict, folder: Path) -> dict:
+def train_contrast(judge, recipe: dict, folder: Path, name: str) -> dict:
     """The judge, from nothing, on real scenes alone."""
-    options, model = recipe["contrast"]["train"], judge.model
+    options, model = recipe[name]["train"], judge.model
 
     def loss_of(step, scenes, generator):
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
@@ -101,4 +101,4 @@ def train_contrast(judge, recipe: dict, folder: Path) -> dict:
             normalize(image, dim=-1), normalize(text, dim=-1), scale, keys, keys + [f.key for f in false]
         )
 
-    return fit("contrast", [model], loss_of, options, folder, recipe["seed"])
+    return fit(name, [model], loss_of, options, folder, recipe["seed"])

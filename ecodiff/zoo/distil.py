@@ -16,14 +16,14 @@ def _frozen(transformer):
     return deepcopy(transformer).requires_grad_(False).eval()
 
 
-def train_guidance(pipe, recipe: dict, folder: Path) -> dict:
+def train_guidance(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """Teach the transformer what classifier-free guidance of itself would predict (Meng et al. 2023, stage one).
 
     With a frozen copy v of it (at guidance 1), a caption c and a scale w drawn uniformly from the recipe's range, the
     new prediction at guidance w goes to v(∅) + w (v(c) - v(∅)). Text encoders stay as they are. Afterwards one call a
     step draws what took two.
     """
-    options, student = recipe["guidance"]["train"], pipe.transformer
+    options, student = recipe[name]["train"], pipe.transformer
     teacher = _frozen(student)
     pipe.to(pipe.vae.device)
     student_of, teacher_of = compiled(student, options), compiled(teacher, options)
@@ -42,10 +42,10 @@ def train_guidance(pipe, recipe: dict, folder: Path) -> dict:
         predicted = student_of(noisy, timestep=sigma, guidance=scale, **with_caption).sample
         return torch.nn.functional.mse_loss(predicted.float(), target)
 
-    return fit("guidance", [student], loss_of, options, folder, recipe["seed"])
+    return fit(name, [student], loss_of, options, folder, recipe["seed"])
 
 
-def train_distil(pipe, recipe: dict, folder: Path) -> dict:
+def train_distil(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """Teach the transformer to cross in one step the stretch of the flow that takes its teacher several.
 
     From noise, the student walks its own few steps of the recipe's schedule. At each of them the teacher (the
@@ -53,7 +53,7 @@ def train_distil(pipe, recipe: dict, folder: Path) -> dict:
     to the next σ′, reaching y; the student's velocity at x goes to (x - y) / (σ - σ′), the mean velocity of that
     stretch. States are the student's own, so it also learns to go on from its own errors.
     """
-    options, student = recipe["distil"]["train"], pipe.transformer
+    options, student = recipe[name]["train"], pipe.transformer
     teacher = _frozen(student)
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False)
@@ -78,4 +78,4 @@ def train_distil(pipe, recipe: dict, folder: Path) -> dict:
             x = (x - stretch * velocity).detach()
         return loss
 
-    return fit("distil", [student], loss_of, options, folder, recipe["seed"])
+    return fit(name, [student], loss_of, options, folder, recipe["seed"])

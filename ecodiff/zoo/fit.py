@@ -1,8 +1,8 @@
 """The training loop that every stage of every recipe runs.
 
 All randomness of a step comes from a generator seeded by (recipe seed, stage, step), and step ``s`` reads the scenes
-``s * batch … (s + 1) * batch - 1``. So a run that was killed goes on from its last checkpoint to the same weights as
-one that was not, and no random state needs saving.
+``s * batch … (s + 1) * batch - 1``, counted from the stage's ``first_scene``. So a run that was killed goes on from its
+last checkpoint to the same weights as one that was not, and no random state needs saving.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def fit(
         os.replace(path.with_suffix(".tmp"), path)
 
     def scenes_of(step: int) -> list[data.Scene]:
-        batch = list(data.scenes("train", options["batch_size"], start=step * options["batch_size"]))
+        start = options.get("first_scene", 0) + step * options["batch_size"]
+        batch = list(data.scenes("train", options["batch_size"], start=start))
         data.images(batch)  # drawn here, in the other thread
         return batch
 

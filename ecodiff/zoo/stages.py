@@ -1,6 +1,7 @@
 """Training stages of the pipelines: the VAE, the denoiser with its text encoders, the VAE's decoder again.
 
-A stage is a function ``(pipe, recipe, folder) -> log`` that trains parts of ``pipe`` in place.
+A stage is a function ``(pipe, recipe, folder, name) -> log`` that trains parts of ``pipe`` in place, by the options
+that the recipe has under the stage's name.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def pixels(scenes: list[data.Scene], device) -> Tensor:
     return data.images(scenes).to(device).float() / 127.5 - 1
 
 
-def train_vae(pipe, recipe: dict, folder: Path) -> dict:
+def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """The VAE, by absolute plus squared error and a slight KL term; then sets its scaling factor to 1/std."""
-    vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe["vae"]["train"]
+    vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe[name]["train"]
 
     def loss_of(step, scenes, generator):
         x = pixels(scenes, vae.device)
@@ -32,14 +33,14 @@ def train_vae(pipe, recipe: dict, folder: Path) -> dict:
         error = vae.decode(posterior.mean + posterior.std * noise).sample - x
         return error.abs().mean() + error.square().mean() + options["kl"] * posterior.kl().mean()
 
-    result = fit("vae", [vae], loss_of, options, folder, recipe["seed"])
+    result = fit(name, [vae], loss_of, options, folder, recipe["seed"])
     with torch.no_grad():
         latents = vae.encode(pixels(list(data.scenes("train", 256)), vae.device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return result
 
 
-def train_decoder(pipe, recipe: dict, folder: Path) -> dict:
+def train_decoder(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """The VAE's decoder goes on by squared error alone, its encoder fixed, so that no latent changes.
 
     (As the published ``sd-vae-ft-mse`` went on from Stable Diffusion's VAE.)
@@ -55,15 +56,15 @@ def train_decoder(pipe, recipe: dict, folder: Path) -> dict:
     parts = [vae.post_quant_conv, vae.decoder]
     for part in parts:
         part.requires_grad_(True)
-    return fit("decoder", parts, loss_of, recipe["decoder"]["train"], folder, recipe["seed"])
+    return fit(name, parts, loss_of, recipe[name]["train"], folder, recipe["seed"])
 
 
-def train_denoiser(pipe, recipe: dict, folder: Path) -> dict:
+def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """Denoiser and text encoders together, on the objective of the pipeline's scheduler, with dropped captions.
 
     The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ.
     """
-    options, model = recipe["denoiser"]["train"], denoiser(pipe)
+    options, model = recipe[name]["train"], denoiser(pipe)
     pipe.vae.requires_grad_(False).eval()
     pipe.to(pipe.vae.device)
     if hasattr(pipe, "unet"):
@@ -76,8 +77,8 @@ def train_denoiser(pipe, recipe: dict, folder: Path) -> dict:
         keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
         return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
 
-    encoders = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
-    return fit("denoiser", [model, *encoders], loss_of, options, folder, recipe["seed"])
+    encoders = [getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)]
+    return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"])
 
 
 def encode(pipe, scenes: list[data.Scene]) -> Tensor:

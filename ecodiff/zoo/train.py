@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
+from .. import pipelines
 from ..cache import key, weights_hash
+from ..errors import EcoDiffError
+from ..judge import Judge
+from ..paths import data_dir
 from ..records import commit, machine
 from .build import build
 from .contrast import train_contrast
@@ -39,21 +44,46 @@ def plan(recipe: dict) -> str:
     )
 
 
-def train(recipe: dict, folder: Path, models: Path | None = None):
+def train(recipe: dict, folder: Path, models: Path | None = None, go_on: bool = False):
     """Run the stages of a recipe, with checkpoints in ``folder``; returns the trained pipeline (or judge) and a log.
 
-    ``models`` is the folder with the trained models it starts from (left out: ``data/models``). Raises EcoDiffError
-    where one is missing, and where a checkpoint belongs to other options or to another start.
+    ``models`` is the folder with the trained models it starts from (left out: ``data/models``). ``go_on`` starts from
+    the stored model of this recipe itself and runs the stages that its log does not have: for longer training, add a
+    stage such as ``denoiser_2``. Raises EcoDiffError where a model is missing, where it was trained by another recipe
+    or has all stages, and where a checkpoint belongs to other options or to another start.
     """
     from accelerate import PartialState
 
-    model = build(recipe, models)
-    if needs(recipe):
+    stages, before = recipe["stages"], {}
+    if go_on:
+        model, before = _stored(recipe, models)
+        stages = [stage for stage in stages if stage not in before]
+    else:
+        model = build(recipe, models)
+    if needs(recipe) or go_on:
         # A checkpoint made from another VAE or teacher must not be taken up: its options name the weights.
         parts = {n: weights_hash(m) for n, m in model.components.items() if isinstance(m, torch.nn.Module)}
-        for stage in recipe["stages"]:
+        for stage in stages:
             recipe = {**recipe, stage: {**recipe[stage], "train": {**recipe[stage]["train"], "origin": key(parts)}}}
     model.to(PartialState().device)
-    log = {stage: STAGES[stage](model, recipe, folder) for stage in recipe["stages"]}
+    log = {stage: STAGES[stage.partition("_")[0]](model, recipe, folder, stage) for stage in stages}
     model.to("cpu")
-    return model, {**log, "machine": machine(), "commit": commit()}
+    return model, {**before, **log, "machine": machine(), "commit": commit()}
+
+
+def _stored(recipe: dict, models: Path | None):
+    """The stored model of a recipe in fp32, and the log of the stages that trained it."""
+    folder = (models or data_dir() / "models") / recipe["id"]
+    if not (folder / "recipe.json").is_file():
+        raise EcoDiffError(f"{recipe['id']} is not in {folder.parent}: train it first, without --go-on.")
+    kept = json.loads((folder / "recipe.json").read_text())
+    before = {stage: entry for stage, entry in kept["log"].items() if stage in kept["recipe"]["stages"]}
+    for stage in before:
+        if stage not in recipe["stages"] or kept["recipe"][stage] != recipe[stage]:
+            raise EcoDiffError(
+                f"{folder} was trained by another recipe (stage {stage!r} differs): a stage that is over must stay as "
+                "it was; add a new one, such as denoiser_2."
+            )
+    if len(before) == len(recipe["stages"]):
+        raise EcoDiffError(f"{folder} has all stages of its recipe: add one, such as denoiser_2, to go on.")
+    return (Judge.load(folder) if recipe["pipeline"] == "CLIPModel" else pipelines.load(folder)), before
