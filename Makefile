@@ -30,7 +30,7 @@ test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 measure: $(STAMP)
-	$(PY) -m ecodiff.studies --model all --jobs $(JOBS)
+	$(PY) -m ecodiff.studies --model all
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -31,6 +31,7 @@ _HOME = {
     "RetrainConfig": "retrain",
     "make_mask": "mask",
     "prune": "surgery",
+    "prune_adapted": "methods.obs",
     "save": "surgery",
 }
 _SAME_NAME = ("learn", "generate", "retrain")  # functions in modules of their own name

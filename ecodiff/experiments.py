@@ -25,7 +25,7 @@ from .gates import Gates
 from .generate import generate
 from .learn import LearnConfig, learn
 from .mask import make_mask
-from .methods import METHODS, blocks, prune_compensated, second_moments, sparse24
+from .methods import METHODS, blocks, prune_adapted, sparse24
 from .methods.deepcache import deepcache
 from .paths import data_dir
 from .pipelines import denoiser
@@ -153,9 +153,7 @@ def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[
         return prune(pipe, mask)
     kinds = tuple(kind for kind in config.kinds if kind != "modulation")
     seen = calibration("obs", captions)
-    return prune_compensated(
-        pipe, mask, second_moments(pipe, seen, kinds=kinds, progress=False, **_sampling(config, seed))
-    )
+    return prune_adapted(pipe, mask, seen, kinds=kinds, progress=False, **_sampling(config, seed))
 
 
 def calibration(method: str, captions: Sequence[str]) -> list[str]:

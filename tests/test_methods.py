@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from pipelines import PROMPTS, TINY, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from pipelines import PROMPTS, TINY, latents, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
+import ecodiff
 from ecodiff import experiments
 from ecodiff.errors import EcoDiffError
 from ecodiff.gates import apply_gates
@@ -294,6 +295,17 @@ def test_compensation_lowers_the_error_of_every_layer(make):
     unread = denoiser(better).state_dict()
     same = [torch.equal(value, unread[key]) for key, value in denoiser(plain).state_dict().items()]
     assert same.count(False) == len(moments)  # only the reading layers' weights differ
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])
+def test_a_pruned_model_is_adapted_to_prompts_in_one_call(make, tmp_path):
+    pipe = make()
+    mask = {name: torch.arange(site.units) % 3 > 0 for name, site in find_sites(denoiser(pipe)).items()}
+    small = ecodiff.prune_adapted(pipe, mask, PROMPTS[:3], **settings(pipe))
+    moments = second_moments(pipe, PROMPTS[:3], **settings(pipe))
+    close(denoiser(small).state_dict(), denoiser(prune_compensated(pipe, mask, moments)).state_dict(), rtol=0, atol=0)
+    small.save_pretrained(tmp_path / "small")
+    assert torch.equal(latents(ecodiff.load(tmp_path / "small")), latents(small))
 
 
 def _columns_left(weight, smaller):

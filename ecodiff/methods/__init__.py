@@ -9,7 +9,7 @@ weights), `blocks` (whole blocks go).
 """
 
 from .magnitude import scores as magnitude
-from .obs import prune_compensated, second_moments
+from .obs import prune_adapted, prune_compensated, second_moments
 from .obs import scores as obs
 from .occlusion import scores as occlusion
 from .random import scores as random
@@ -26,4 +26,4 @@ METHODS = {
     "obs": obs,
 }
 
-__all__ = [*METHODS, "METHODS", "Sampling", "prune_compensated", "second_moments"]
+__all__ = [*METHODS, "METHODS", "Sampling", "prune_adapted", "prune_compensated", "second_moments"]

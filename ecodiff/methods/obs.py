@@ -144,6 +144,15 @@ def prune_compensated(pipe, mask: Mapping[str, Tensor], moments: Mapping[str, Te
     return small
 
 
+def prune_adapted(pipe, mask: Mapping[str, Tensor], prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, **sampling):
+    """`prune`, with the weights that stay adapted to what these prompts put through the model: no gradients, no labels.
+
+    `second_moments` of the prompts, then `prune_compensated`. A few dozen prompts do. The mask may be learned: what it
+    chose stays chosen, and the layers that read the units make up for the others. ``sampling``: fields of ``Sampling``.
+    """
+    return prune_compensated(pipe, mask, second_moments(pipe, prompts, kinds=kinds, **sampling))
+
+
 def compensated(weight: Tensor, moments: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:
     """The weights of the kept columns, fp32 [out, kept], that come closest to the whole layer's output.
 

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="openmoji-sdxl", help="an id; all: every embedded pipeline that is trained")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cores (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cores (default: 1, as fast on 2)")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
     parser.add_argument("--verify", type=int, metavar="N", help="measure N recorded cells again and compare")
     parser.add_argument("--draw", type=int, default=0, help="seed that draws the cells of --verify")
