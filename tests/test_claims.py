@@ -26,7 +26,7 @@ OPEN_VERDICTS = {verdict.CHECKPOINT, verdict.MISSING}
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Records in an empty folder."""
-    for module in (records, experiments, protocol, rows, reviewers):
+    for module in (records, experiments, protocol, rows):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
     monkeypatch.setattr(experiments, "judge", lambda: None)
     monkeypatch.delenv("ECODIFF_RECORDS", raising=False)
@@ -229,7 +229,11 @@ def test_main_claims_on_rows_of_the_main_study(family):
     assert on_family(comparisons.best_of_all)[0].verdict == verdict.REPRODUCED
     assert on_family(comparisons.no_mimicry)[0].verdict == verdict.NOT_REPRODUCED
     assert {d.verdict for d in on_family(reviewers.baselines)} == {verdict.REPRODUCED}
-    assert [d.verdict for d in on_family(reviewers.binary)] == [verdict.MISSING, verdict.REPRODUCED]  # no λ is kept
+    no_gates = [verdict.MISSING, verdict.MISSING, verdict.REPRODUCED]  # no λ is kept, nothing drawn with soft gates
+    assert [d.verdict for d in on_family(reviewers.binary)] == no_gates
+    for seed in range(3):
+        record(family, ("soft", "cut, the rest times its gates"), seed, ssim=ssim(0.97), object=hits(38))
+    assert [d.verdict for d in on_family(reviewers.binary)][1] == verdict.REPRODUCED
     record(family, ("main", "obs, 20%"), 0, ssim=ssim(0.8), object=hits(20))
     assert results.PAIRS == ("pairs", "learned, 20%")
     assert on_family(results.a_fifth_of_sdxl)[1].verdict == verdict.MISSING  # two objects are another study
@@ -370,7 +374,7 @@ def test_gates_that_lie_between_are_counted_from_kept_ones(family, monkeypatch):
     from ecodiff.sites import find_sites
 
     gates = Gates.start(find_sites(family.unet), 1.0)
-    path = reviewers.kept_gates(MODEL, 0)
+    path = reviewers._kept_gates(MODEL, 0)
     path.parent.mkdir(parents=True)
     gates.save(path)
     found = reviewers._between(MODEL)
