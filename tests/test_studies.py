@@ -56,6 +56,15 @@ def test_a_study_has_rows_that_differ_and_share_what_they_do_not_vary(study, mod
     assert len(steps) == 1
 
 
+def test_a_chapter_scales_learning_and_keeps_what_learns_longer():
+    rows = studies.cells("best", "openmoji-flux-dev")
+    short, long = (rows[f"{name}, 20%"] for name in ("learned", "learned three times as long"))
+    for updates in (2, LearnConfig().updates):
+        asked = [studies.smaller(c, updates=updates, most_prompts=8, pictures=3) for c in (short, long)]
+        assert [c.config.updates for c in asked] == [updates, 3 * updates] and asked[0].protocol.pictures == 3
+    assert studies.smaller(long, updates=LearnConfig().updates, most_prompts=10_000, pictures=200) == long
+
+
 def test_a_model_is_drawn_as_its_recipe_says(store):
     folder = store / "models" / "mine"
     folder.mkdir(parents=True)

@@ -48,7 +48,9 @@ def judging(cell: Cell, **changes) -> Cell:
 
 
 def smaller(cell: Cell, *, updates: int, most_prompts: int, pictures: int) -> Cell:
-    """The same cell with less work: chapters take their parameters in so."""
+    """The same cell with less work: chapters take their parameters in so. ``updates`` in the place of the default
+    number; cells that learn longer do so in proportion."""
+    updates = round(updates * cell.config.updates / LearnConfig().updates)
     cell = replace(cell, prompts=min(cell.prompts, most_prompts))
     return judging(learning(cell, updates=updates), pictures=pictures)
 
