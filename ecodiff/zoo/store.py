@@ -48,7 +48,8 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
         for path in (*temporary.glob("text_encoder*/config.json"), *temporary.glob("config.json")):
             # transformers loads in the dtype its config names, diffusers in fp32: without this they would differ
             path.write_text(json.dumps(_loaded_in_fp32(json.loads(path.read_text())), indent=2) + "\n")
-        for path in temporary.rglob("config.json"):  # a borrowed part names the folder it was loaded from
+        for path in (*temporary.rglob("config.json"), *temporary.glob("model_index.json")):
+            # a borrowed part, and a pipeline made from another, name the folder they were loaded from
             config = json.loads(path.read_text())
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n")
