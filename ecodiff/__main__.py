@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from .errors import EcoDiffError
+from .errors import EcoDiffError, exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,11 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (add, _) in COMMANDS.items():
         add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
     options = parser.parse_args(arguments)
-    try:
-        return COMMANDS[options.command][1](options)
-    except EcoDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: COMMANDS[options.command][1](options))
 
 
 def _add_cost(parser: argparse.ArgumentParser) -> None:

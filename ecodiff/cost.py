@@ -289,7 +289,7 @@ def _count(
     }
     total = parameters(network)
     width = s.dtype.itemsize
-    encoders = [size if s.loaded else size * width for size in s.text_encoders.values()]
+    encoders = [size if s.pipe is not None else size * width for size in s.text_encoders.values()]
     vae_bytes, decode = decoding or _decoding(s, batch, geometry(s, batch))
     return Cost(
         model=s.title,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import data, metrics, pipelines, records
+from . import data, metrics, records
 from .cache import cached, key, weights_hash
 from .errors import EcoDiffError
 from .gates import Gates
@@ -28,7 +28,7 @@ from .mask import make_mask
 from .methods import METHODS, blocks, prune_adapted, sparse24
 from .methods.deepcache import deepcache
 from .paths import data_dir
-from .pipelines import denoiser
+from .pipelines import denoiser, load_once
 from .prompts import mix
 from .protocol import Protocol, cache_folder, draw, judge, judge_pictures
 from .resume import describe
@@ -63,6 +63,11 @@ class Cell:
     learned_on: str = ""
     """Id of another model with the same sites, whose scores are taken; ``config`` is then for drawing with that one."""
 
+    @property
+    def seeded(self) -> LearnConfig:
+        """``config`` with the cell's own seed: what a mask is learned with."""
+        return replace(self.config, seed=self.seed)
+
     def captions(self) -> list[str]:
         """The captions that learning or calibration sees."""
         return list(_captions(self.split, self.prompts))
@@ -80,7 +85,7 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     The file's name is the hash of configuration, captions, scheduler and the denoiser's weights. ECODIFF_RECORDS=off
     neither reads nor writes.
     """
-    path = kept_gates(pipe, captions, config)
+    path = _kept_gates(pipe, captions, config)
     if path in _learned_here:
         return _learned_here[path]
     kept = os.environ.get("ECODIFF_RECORDS", "").lower() != "off"
@@ -93,7 +98,7 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     return gates
 
 
-def kept_gates(pipe, captions: Sequence[str], config: LearnConfig) -> Path:
+def _kept_gates(pipe, captions: Sequence[str], config: LearnConfig) -> Path:
     """The file in which ``learned_gates`` keeps the gates of this configuration."""
     name = key({**describe(pipe, list(captions), config), "updates": config.updates})
     return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
@@ -191,7 +196,7 @@ def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = 
 
 def describe_cell(pipe, cell: Cell) -> dict:
     """Everything that the values of a cell depend on: what its row is found by."""
-    captions, config = cell.captions(), replace(cell.config, seed=cell.seed)
+    captions, config = cell.captions(), cell.seeded
     (base, extras), judged_by = apart(cell.method), judge()
     source = _source(pipe, cell)
     described = {
@@ -221,20 +226,14 @@ def describe_cell(pipe, cell: Cell) -> dict:
     return described
 
 
-@lru_cache(maxsize=2)
-def _other(model: str):
-    return pipelines.load(model)
-
-
 def _source(pipe, cell: Cell):
     """The pipeline whose units are scored."""
-    return _other(cell.learned_on) if cell.learned_on else pipe
+    return load_once(cell.learned_on) if cell.learned_on else pipe
 
 
-def finds_its_mask(pipe, cell: Cell) -> bool:
-    """Whether a cell of learned masks finds its gates kept, and need not learn them."""
-    config = replace(cell.config, seed=cell.seed)
-    return kept_gates(_source(pipe, cell), cell.captions(), config).is_file()
+def gates_file(pipe, cell: Cell) -> Path:
+    """Where the gates of a cell of learned masks are kept once they are learned."""
+    return _kept_gates(_source(pipe, cell), cell.captions(), cell.seeded)
 
 
 def smaller_model(pipe, cell: Cell, recompute: bool = False):
@@ -263,7 +262,7 @@ def _pruned(pipe, cell: Cell, recompute: bool):
     scores = scores_of(source, method, captions, cell.config, cell.seed, recompute)
     mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
     if "soft" in extras:
-        gates = learned_gates(source, captions, replace(cell.config, seed=cell.seed))
+        gates = learned_gates(source, captions, cell.seeded)
         pipe = fold_gates(pipe, gates.deterministic())
     return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
 

@@ -111,7 +111,7 @@ class Gates:
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_units(self.log_alpha, self.sites, "gates")
+        check_units(self.log_alpha, self.sites, "gates")
         if set(self.log_alpha) != set(self.sites):
             missing = next(name for name in self.sites if name not in self.log_alpha)
             raise EcoDiffError(f"gates: no λ for site {missing!r}; λ of another model?")
@@ -129,7 +129,7 @@ class Gates:
     def from_tensors(cls, log_alpha: Mapping[str, Tensor], denoiser: nn.Module, distribution=None) -> "Gates":
         """Gates from λ of any origin, checked against the denoiser: every name must be a site, every size its units."""
         found = find_sites(denoiser, KINDS)
-        _check_units(log_alpha, found, "gates")
+        check_units(log_alpha, found, "gates")
         sites = {name: site for name, site in found.items() if name in log_alpha}
         return cls(sites, {name: log_alpha[name] for name in sites}, distribution or HardConcrete())
 
@@ -229,7 +229,7 @@ def apply_gates(
         chosen, current, learned = dict(sites), {}, tuple(learned)
     else:
         sites = find_sites(denoiser, KINDS) if sites is None else sites
-        _check_units(values, sites, "apply_gates")
+        check_units(values, sites, "apply_gates")
         chosen, current, learned = {name: sites[name] for name in values}, dict(values), None
 
     handles = []
@@ -319,7 +319,8 @@ def _multiply(x: Tensor, gate: Tensor, span) -> Tensor:
     return x * nn.functional.pad(channels, (span.offset, rest), value=1.0).to(x.dtype)
 
 
-def _check_units(values: Mapping[str, Tensor], sites: Mapping[str, Site], where: str) -> None:
+def check_units(values: Mapping[str, Tensor], sites: Mapping[str, Site], where: str) -> None:
+    """Raises EcoDiffError, beginning with ``where``, for a name that is no site or a number of units that is wrong."""
     for name, value in values.items():
         if name not in sites:
             raise EcoDiffError(f"{where}: {name!r} is not a site of this denoiser; find_sites lists them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from torch import nn
@@ -23,10 +24,9 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
 
     name = os.fspath(id_or_path)
     models = data_dir() / "models"
-    embedded = models / name
     is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
-    if is_plain_name and (embedded / "model_index.json").is_file():
-        source = embedded
+    if is_plain_name and (models / name / "model_index.json").is_file():
+        source = models / name
     elif name and Path(name).is_dir():
         source = Path(name)
         if not (source / "model_index.json").is_file():
@@ -36,9 +36,8 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name  # owner/name on the Hub
     else:
-        known = sorted(path.parent.name for path in models.glob("*/model_index.json"))
         raise EcoDiffError(
-            f"{name!r} is no embedded pipeline ({', '.join(known) or 'none is built yet'}), "
+            f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
             "no folder and no Hub id (owner/name)."
         )
     try:
@@ -51,6 +50,17 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
         if isinstance(part, nn.Module):
             align(part)
     return pipe
+
+
+@lru_cache(maxsize=4)
+def load_once(id_or_path: str):
+    """`load`, the same pipeline again for the same name: for readers of many cells, who leave it as it is."""
+    return load(id_or_path)
+
+
+def embedded() -> list[str]:
+    """Names of the embedded pipelines that are trained: folders of ``data/models``."""
+    return sorted(path.parent.name for path in (data_dir() / "models").glob("*/model_index.json"))
 
 
 def align(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +25,13 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(fullsize.Setting):
     """A model and the setting it is counted in."""
 
-    title: str
     network: nn.Module
     vae: nn.Module | None
     text_encoders: Mapping[str, int]  # bytes where they are loaded, else parameters
-    loaded: bool
-    size: tuple[int, int]
-    frames: int | None
-    text_tokens: int
-    steps: int
-    guidance: float
-    guided: str
-    dtype: torch.dtype
-    pipe: object = None
+    pipe: object = None  # where it is loaded
 
 
 def subject_of(model) -> Subject:
@@ -53,10 +44,8 @@ def subject_of(model) -> Subject:
                 return _from_pipeline(pipelines.load(model))
             except EcoDiffError as error:
                 raise EcoDiffError(f"{unknown} It could not be loaded either: {error}") from error
-        return Subject(
-            p.title, p.build(), p.build_vae(), p.text_encoders, False, p.size, p.frames, p.text_tokens, p.steps,
-            p.guidance, p.guided, p.dtype,
-        )  # fmt: skip
+        setting = {field.name: getattr(p, field.name) for field in fields(fullsize.Setting)}
+        return Subject(**setting, network=p.build(), vae=p.build_vae(), text_encoders=p.text_encoders)
     if not hasattr(model, "components"):
         raise EcoDiffError(f"cost: a preset's name, an id or a pipeline is needed, not {type(model).__name__}.")
     return _from_pipeline(model)
@@ -88,11 +77,19 @@ def _from_pipeline(pipe) -> Subject:
         if isinstance(part, nn.Module) and part not in (denoiser, vae)
     }
     return Subject(
-        type(pipe).__name__, denoiser, vae, encoders, True, (sides[0] * factor, sides[1] * factor),
-        default("num_frames", None),
-        tokens or clip, default("num_inference_steps", 50), default("guidance_scale", 0.0), guided, denoiser.dtype,
-        pipe,
-    )  # fmt: skip
+        title=type(pipe).__name__,
+        size=(sides[0] * factor, sides[1] * factor),
+        frames=default("num_frames", None),
+        text_tokens=tokens or clip,
+        steps=default("num_inference_steps", 50),
+        guidance=default("guidance_scale", 0.0),
+        guided=guided,
+        dtype=denoiser.dtype,
+        network=denoiser,
+        vae=vae,
+        text_encoders=encoders,
+        pipe=pipe,
+    )
 
 
 def overridden(subject: Subject, *, size, frames, steps, guidance, dtype, text_tokens) -> Subject:

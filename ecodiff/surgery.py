@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .gates import check_units
 from .pipelines import align, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .sites import KINDS, Site, find_sites, skipped_modules
@@ -91,11 +92,10 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
     """
     folded = copy.deepcopy(find_denoiser(pipe))
     sites = find_sites(folded, KINDS)
+    check_units(gates, sites, "fold_gates")
     for name, gate in gates.items():
-        if name not in sites or not sites[name].readers:
-            raise EcoDiffError(f"fold_gates: {name!r} is not a site of this denoiser whose units a layer reads.")
-        if tuple(gate.shape) != (sites[name].units,):
-            raise EcoDiffError(f"fold_gates: {name!r} has {sites[name].units} units, its gates {list(gate.shape)}.")
+        if not sites[name].readers:
+            raise EcoDiffError(f"fold_gates: {name!r} has units that no layer reads: leave this site out.")
         for span in sites[name].readers:
             weight = folded.get_submodule(span.layer).weight
             channels = gate.to(weight.device, weight.dtype).repeat_interleave(span.size)

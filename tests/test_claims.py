@@ -38,7 +38,7 @@ def store(tmp_path, monkeypatch):
 def family(store, monkeypatch):
     """A tiny pipeline in the place of every embedded one, and a study "toy" with two rows."""
     pipe = tiny_sd()
-    monkeypatch.setattr(rows, "pipe", lambda model: pipe)
+    monkeypatch.setattr(rows, "load_once", lambda model: pipe)
     monkeypatch.setattr(rows, "trained", lambda model: True)
     toy = {name: Cell("random", ratio, protocol=SMALL, config=CONFIG) for name, ratio in (("a", 0.2), ("b", 0.3))}
     monkeypatch.setitem(studies.STUDIES, "toy", studies.Study("A toy", "no table", lambda model: toy))

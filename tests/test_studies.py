@@ -158,8 +158,8 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
         return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
 
     monkeypatch.setattr(studies, "STUDIES", {"toy": studies.Study("A toy", "no table", rows)})
-    monkeypatch.setattr(run, "stored_pipelines", lambda: ["first", "second"])
-    monkeypatch.setattr(run, "_pipe", lambda model: toy)
+    monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
+    monkeypatch.setattr(run, "load_once", lambda model: toy)
     assert run.main(["--model", "all", "--seeds", "2"]) == 0
     told = capsys.readouterr().out
     assert "first: 2 cells to go" in told and "together 4 cells, about 0.1 hours" in told
@@ -170,7 +170,7 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
 
 
 def test_cells_can_be_measured_side_by_side(toy, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_pipe", lambda model: toy)
+    monkeypatch.setattr(run, "load_once", lambda model: toy)
     monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     assert run.main(["--model", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
@@ -215,7 +215,7 @@ def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     other = tiny_sd()
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.5)
-    monkeypatch.setattr(experiments, "_other", {"other": other}.__getitem__)
+    monkeypatch.setattr(experiments, "load_once", {"other": other}.__getitem__)
     own = Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
     borrowed = replace(own, learned_on="other")
     mask = experiments.learned_gates(other, own.captions(), CONFIG).mask(0.5)

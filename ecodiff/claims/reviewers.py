@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import studies
 from ..errata import algebra
-from ..experiments import kept_gates
+from ..experiments import gates_file
 from ..gates import Gates
 from ..paper import claim
 from ..pipelines import denoiser
@@ -60,7 +59,7 @@ def binary() -> Claim:
 def _between(model: str) -> Decision:
     """Share of gates of kept λ that are neither 0 nor 1 without noise. Nothing is learned here."""
     files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)] if rows.readable(model) else []
-    gates = [Gates.load(path, denoiser(rows.pipe(model))) for path in files if path.is_file()]
+    gates = [Gates.load(path, denoiser(rows.load_once(model))) for path in files if path.is_file()]
     if not gates:
         return rows.missing(model, "main", "learned gates")
     values = [torch.cat(list(one.deterministic().values())) for one in gates]
@@ -74,8 +73,7 @@ def _between(model: str) -> Decision:
 def _kept_gates(model: str, seed: int) -> Path:
     """The file with λ of the main study."""
     study, row = LEARNED
-    cell = studies.cells(study, model, seed)[row]
-    return kept_gates(rows.pipe(model), cell.captions(), replace(cell.config, seed=seed))
+    return gates_file(rows.load_once(model), studies.cells(study, model, seed)[row])
 
 
 def baselines() -> Claim:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 
-from .. import pipelines, records, studies
+from .. import records, studies
 from ..cache import hashed_once, weights_hash
 from ..errors import EcoDiffError
 from ..experiments import compare, difference
 from ..metrics import Interval, mean_interval
 from ..paths import data_dir
+from ..pipelines import denoiser, load_once
 from . import verdict
 from .verdict import MISSING, Decision
 
@@ -38,12 +38,6 @@ Place = tuple[str, str]
 def trained(model: str) -> bool:
     """Whether an embedded model is there."""
     return (data_dir() / "models" / model / "model_index.json").is_file()
-
-
-@lru_cache(maxsize=4)
-def pipe(model: str):
-    """The embedded pipeline, loaded once."""
-    return pipelines.load(model)
 
 
 def readable(model: str) -> bool:
@@ -82,7 +76,7 @@ def _values(model: str, place: Place, seed: int) -> dict | None:
         study, row = place
         if (cell := studies.cells(study, model, seed).get(row)) is None:
             raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
-        values = compare(pipe(model), cell, only_recorded=True) if readable(model) else None
+        values = compare(load_once(model), cell, only_recorded=True) if readable(model) else None
         if seen is None:
             return values
         seen[model, place, seed] = values
@@ -177,6 +171,6 @@ def updates(model: str = SDXL) -> dict[int, dict[str, dict]]:
     """Recorded mask updates of an embedded model as it is now (benchmarks/mask_step.py): {T: {variant: values}}."""
     if not readable(model) or not (rows := records.rows("mask_step")):
         return {}
-    weights = weights_hash(pipelines.denoiser(pipe(model)))
+    weights = weights_hash(denoiser(load_once(model)))
     mine = [row for row in rows if row["config"]["weights"] == weights]
     return {row["config"]["T"]: {v["variant"]: v for v in row["values"]["variants"]} for row in mine}

@@ -26,16 +26,11 @@ FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One published model. ``text_encoders``: {name: parameters}; ``size``: height and width in pixels."""
+class Setting:
+    """How a model draws. ``size``: height and width in pixels; ``guided``: where guidance is, in the batch, in calls of
+    its own, or an embedded number."""
 
-    name: str
     title: str
-    id: str
-    component: str
-    denoiser_class: str
-    config: Mapping
-    parameters: int
     size: tuple[int, int]
     frames: int | None
     text_tokens: int
@@ -43,6 +38,18 @@ class Preset:
     guidance: float
     guided: str
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Preset(Setting):
+    """One published model. ``text_encoders``: {name: parameters}."""
+
+    name: str
+    id: str
+    component: str
+    denoiser_class: str
+    config: Mapping
+    parameters: int
     text_encoders: Mapping[str, int]
     vae_class: str
     vae_config: Mapping

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import EcoDiffError
-from ..experiments import Cell, compare, interval_text
+from ..experiments import Cell, compare, difference, interval_text
 from ..learn_config import LearnConfig
 from ..protocol import Protocol
 from ..retrain_config import RetrainConfig
@@ -280,6 +280,16 @@ def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[d
             line[column] = _shown(column, per_seed)
         lines.append(line)
     return lines
+
+
+def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str) -> str:
+    """SSIM of a row minus that of another, paired by picture over the seeds that both have, with its 95 % interval; a
+    dash for the reference itself and where it is not recorded."""
+    both = min(len(rows[row]), len(rows.get(reference, [])))
+    if row == reference or not both:
+        return "–"
+    d = difference(*([cell["ssim"] for cell in rows[name][:both]] for name in (row, reference)))
+    return f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
 
 
 def _shown(column: str, per_seed: Sequence[dict]) -> str:

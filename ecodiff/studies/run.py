@@ -7,20 +7,19 @@ import multiprocessing
 import os
 import random
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
-from .. import pipelines, records, studies
+from .. import records, studies
 from ..cache import hashed_once, key
-from ..errors import EcoDiffError
-from ..experiments import Cell, apart, compare, describe_cell, finds_its_mask, measure_cell
-from ..zoo.store import stored_pipelines
+from ..errors import EcoDiffError, exit_status
+from ..experiments import Cell, apart, compare, describe_cell, gates_file, measure_cell
+from ..pipelines import embedded, load_once
 from . import SEEDS, cells
 
 
@@ -71,14 +70,13 @@ def _estimate(pipe, todo: Sequence) -> float:
     The longest one found no scores kept. A cell that finds its learned mask kept takes what others take.
     """
     took: dict[str, list[float]] = {}
-    rows = records.rows("compare")
-    for model in {cell.protocol.model for _, _, cell in todo}:
-        for row in [row for row in rows if row["config"]["protocol"]["model"] == model] or rows:
-            took.setdefault(apart(row["config"]["method"])[0], []).append(row["seconds"])
+    rows, models = records.rows("compare"), {cell.protocol.model for _, _, cell in todo}
+    for row in [row for row in rows if row["config"]["protocol"]["model"] in models] or rows:
+        took.setdefault(apart(row["config"]["method"])[0], []).append(row["seconds"])
 
     def seconds(cell: Cell) -> float:
         method = apart(cell.method)[0]
-        if method == "learned" and finds_its_mask(pipe, cell):
+        if method == "learned" and gates_file(pipe, cell).is_file():
             method = "original"
         return max(took.get(method, [180.0 if method == "learned" else 45.0]))
 
@@ -97,19 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", type=int, metavar="N", help="measure N recorded cells again and compare")
     parser.add_argument("--draw", type=int, default=0, help="seed that draws the cells of --verify")
     options = parser.parse_args(arguments)
-    try:
-        return _run(options)
-    except EcoDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
     names, end = options.studies or list(studies.STUDIES), time.monotonic() + 60 * options.minutes
-    models = stored_pipelines() if options.model == "all" else [options.model]
+    models = embedded() if options.model == "all" else [options.model]
     for name in names:
         cells(name, models[0])
-    pipes = {model: _pipe(model) for model in models}
+    pipes = {model: load_once(model) for model in models}
     if options.verify:
         found = [
             line
@@ -172,13 +166,8 @@ def _side_by_side(todo: Sequence, end: float, told: Callable, *, jobs: int) -> i
 def _measured(cell: Cell) -> tuple[float, float]:
     """Measure a cell; its mean SSIM and the seconds it took."""
     started = time.perf_counter()
-    values = compare(_pipe(cell.protocol.model), cell)
+    values = compare(load_once(cell.protocol.model), cell)
     return statistics.mean(values["ssim"]), time.perf_counter() - started
-
-
-@lru_cache(maxsize=4)
-def _pipe(model: str):
-    return pipelines.load(model)
 
 
 def _list(pipe, names: Sequence[str], todo: Sequence) -> None:

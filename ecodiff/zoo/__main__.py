@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..errors import EcoDiffError
+from ..errors import EcoDiffError, exit_status
 from ..paths import data_dir, root
 
 SHORT = {"distill": "openmoji-flux-schnell", "judge": "openmoji-clip"}  # commands that train one model
@@ -36,11 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="verify checksums, load plainly, redraw one fixed picture each")
     check.add_argument("id", nargs="?", help="only this model")
     options = parser.parse_args(arguments)
-    try:
-        return _run(options)
-    except EcoDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

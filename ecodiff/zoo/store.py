@@ -27,11 +27,6 @@ def stored_ids() -> list[str]:
     return sorted(path.parent.name for path in (data_dir() / "models").glob("*/recipe.json"))
 
 
-def stored_pipelines() -> list[str]:
-    """Ids of the trained pipelines under ``data/models``."""
-    return [name for name in stored_ids() if (data_dir() / "models" / name / "model_index.json").is_file()]
-
-
 def is_judge(recipe: dict) -> bool:
     """Whether a recipe makes the judge and no pipeline."""
     return recipe["pipeline"] == "CLIPModel"
