@@ -6,6 +6,7 @@ the functions here only draw.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -77,14 +78,21 @@ def picture_grid(pictures, rows: Sequence[str] = (), columns: Sequence[str] = ()
 
 
 def table(rows: Sequence[Mapping[str, object]], caption: str, name: str) -> None:
-    """Show rows as a numbered table that `{numref}` can name; numbers are shown as the strings they are given as."""
+    """Show rows as a numbered table that `{numref}` can name; numbers are shown as the strings they are given as.
+
+    An interval "(a to b)" stays on one line: narrow columns break before it.
+    """
     from IPython.display import Markdown, display
 
     heads = list(rows[0])
     right = [all(_is_number(row[head]) for row in rows) for head in heads]
     lines = [heads, ["---:" if flush else "---" for flush in right], *([row[head] for head in heads] for row in rows)]
-    body = "\n".join("| " + " | ".join(str(entry).replace("|", r"\|") for entry in line) + " |" for line in lines)
+    body = "\n".join("| " + " | ".join(_cell(entry) for entry in line) + " |" for line in lines)
     display(Markdown(f":::{{table}} {caption}\n:name: {name}\n\n{body}\n:::"))
+
+
+def _cell(entry: object) -> str:
+    return re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", str(entry).replace("|", r"\|"))
 
 
 def _is_number(entry: object) -> bool:

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from doit.doit_cmd import DoitMain
 
-from ecodiff import book
+from ecodiff import book, plotting
 from ecodiff.errors import EcoDiffError
 from ecodiff.paths import root
 
@@ -221,3 +221,11 @@ def test_html_warnings_fail_and_leave_the_old_html(project):
         book.build_html(project / "out", project)
     assert "nowhere" not in html.read_text()
     assert (project / "out" / "html" / "notebooks" / "01_a.html").exists()
+
+
+def test_an_interval_in_a_table_stays_on_one_line(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
+    plotting.table([{"a|b": "0.9 (0.8 to 1.0)", "words": "right (go to the next page)"}], "A caption", "tab-name")
+    assert r"| a\|b | words |" in shown[0] and ":name: tab-name" in shown[0]
+    assert "| 0.9 (0.8\u00a0to\u00a01.0) | right (go to the next page) |" in shown[0]
