@@ -148,6 +148,53 @@ def test_a_killed_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch,
     assert all(torch.equal(value, exact[name][key]) for key, value in resumed.items())
 
 
+def fit_once(folder, **options):
+    """A matrix and a bias, fitted for three steps to predict a fixed map of random numbers."""
+    layer = torch.nn.Linear(4, 3)
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+
+    def loss_of(step, scenes, generator):
+        x = torch.randn(8, 4, generator=generator)
+        return (layer(x) - x[:, :3].roll(1, 1) - 1).square().mean()
+
+    options = {"steps": 3, "batch_size": 1, "lr": 0.01, "warmup": 0, "ema": 0.0, **options}
+    fit.fit("layer", [layer], loss_of, options, folder, seed=0)
+    return layer.weight.detach(), layer.bias.detach()
+
+
+def test_muon_steps_along_an_orthogonal_matrix_and_leaves_the_rest_to_adamw(tmp_path):
+    adamw = fit_once(tmp_path / "adamw", steps=1)
+    muon = fit_once(tmp_path / "muon", steps=1, optimizer="muon")
+    torch.testing.assert_close(muon[1], adamw[1])
+    # From zero, the first step is an orthogonal matrix times 0.2 √4 times the learning rate. Muon's five Newton-Schulz
+    # steps bring singular values only near 1, by its own design (0.68 to 1.13).
+    singular = torch.linalg.svdvals(muon[0]) / (0.2 * 2 * 0.01)
+    assert 0.6 < singular.min() and singular.max() < 1.2
+    torch.testing.assert_close(adamw[0].abs(), torch.full((3, 4), 0.01))  # AdamW's first step is the sign alone
+
+
+def test_a_killed_run_with_muon_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    exact = fit_once(tmp_path / "exact", optimizer="muon")
+    monkeypatch.setattr(fit, "SAVE_EVERY", 1)
+    replace = fit.os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit_once(tmp_path, optimizer="muon")
+    monkeypatch.setattr(fit.os, "replace", replace)
+    assert torch.load(tmp_path / "layer.pt", weights_only=True)["state"]["step"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(fit_once(tmp_path, optimizer="muon"), exact, strict=True))
+
+
+def test_an_unknown_optimizer_is_named(tmp_path):
+    with pytest.raises(EcoDiffError, match="no optimizer 'sgd'"):
+        fit_once(tmp_path, optimizer="sgd")
+
+
 def longer(name):
     """The tiny recipe with one more stage of the denoiser, on later scenes."""
     recipe = tiny(name)

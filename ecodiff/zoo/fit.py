@@ -62,6 +62,26 @@ def estimate(name: str, left: int, took: list[float]) -> str:
     return f"{name}: {left} steps to go, about {minutes:.0f} minutes at the {seconds:.2f} s a step measured here."
 
 
+def optimizers_of(modules: list[torch.nn.Module], options: dict) -> list[torch.optim.Optimizer]:
+    """AdamW for all that learns; with ``optimizer: muon`` the matrices of linear layers have Muon instead.
+
+    Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it steps along it; its step has the
+    root mean square of AdamW's (Liu et al. 2025), so that one learning rate serves both. Raises EcoDiffError for
+    another name.
+    """
+    name = options.get("optimizer", "adamw")
+    if name not in ("adamw", "muon"):
+        raise EcoDiffError(f"There is no optimizer {name!r} in training: take adamw or muon.")
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    linear = {layer.weight for module in modules for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
+    rest = [p for p in parameters if name == "adamw" or p not in linear]
+    optimizers = [torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.99), weight_decay=0.01)]
+    if name == "muon":
+        matrices = [p for p in parameters if p in linear]
+        optimizers.append(torch.optim.Muon(matrices, options["lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 def fit(
     name: str,
     modules: list[torch.nn.Module],
@@ -72,19 +92,20 @@ def fit(
 ) -> dict:
     """Train ``modules`` on ``loss_of(step, scenes, generator)`` and leave their moving averages in them.
 
-    AdamW, warm-up and cosine decay, gradient norm clipped to 1, exponential moving average of the weights. A checkpoint
-    ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary name, then renamed) and picked up again.
-    After the first ``MEASURED`` steps a line says how long the rest takes on this machine. Returns the seconds spent
-    and the mean loss of the last hundred steps.
+    The optimizer of the options (``optimizers_of``), warm-up and cosine decay, gradient norm clipped to 1, exponential
+    moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary
+    name, then renamed) and picked up again. After the first ``MEASURED`` steps a line says how long the rest takes on
+    this machine. Returns the seconds spent and the mean loss of the last hundred steps.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=fast_precision())
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options["lr"], betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = optimizers_of(modules, options)
     # A recipe may stop before its cosine has come down: the moving average makes up for much of the rest.
     length = options.get("schedule_steps", options["steps"])
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=options["warmup"], num_training_steps=length)
+    timing = {"num_warmup_steps": options["warmup"], "num_training_steps": length}
+    schedules = [get_scheduler("cosine", optimizer, **timing) for optimizer in optimizers]
     ema = EMAModel(parameters, decay=options["ema"], use_ema_warmup=True, inv_gamma=1.0, power=3 / 4, foreach=True)
     for module in modules:
         module.to(accelerator.device).train()
@@ -101,8 +122,8 @@ def fit(
         with torch.no_grad():
             for parameter, value in zip(parameters, saved["parameters"], strict=True):
                 parameter.copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+        for part, value in zip([*optimizers, *schedules], saved["optimizers"] + saved["schedules"], strict=True):
+            part.load_state_dict(value)
         ema.load_state_dict(saved["ema"])
         state = saved["state"]
 
@@ -111,8 +132,8 @@ def fit(
         content = {
             "options": options,
             "parameters": [p.detach() for p in parameters],
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "schedules": [schedule.state_dict() for schedule in schedules],
             "ema": ema.state_dict(),
             "state": state,
         }
@@ -140,9 +161,10 @@ def fit(
                 loss = loss_of(step, batch, generator(seed, stage, step))
             accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            for part in [*optimizers, *schedules]:
+                part.step()
+            for parameter in parameters:
+                parameter.grad = None
             ema.step(parameters)
             state["losses"] = (state["losses"] + [loss.item()])[-100:]
             took.append(time.perf_counter() - start)
