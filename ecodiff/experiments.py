@@ -7,10 +7,10 @@ depend on, weights included, so a row is read where nothing has changed and meas
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from .methods.deepcache import deepcache
 from .paths import data_dir
 from .pipelines import denoiser, load_once
 from .prompts import mix
-from .protocol import Protocol, cache_folder, draw, judge, judge_pictures
+from .protocol import Protocol, anew, cache_folder, draw, judge, judge_pictures
 from .resume import describe
 from .retrain import retrain
 from .retrain_config import RetrainConfig
@@ -88,8 +88,8 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     path = _kept_gates(pipe, captions, config)
     if path in _learned_here:
         return _learned_here[path]
-    kept = os.environ.get("ECODIFF_RECORDS", "").lower() != "off"
-    if kept and path.exists() and not (recompute or os.environ.get("ECODIFF_RECOMPUTE")):
+    kept = records.enabled()
+    if kept and path.exists() and not (recompute or records.recompute_asked()):
         return Gates.load(path, denoiser(pipe))
     gates = _learned_here[path] = learn(pipe, captions, config, progress=False)
     if kept:
@@ -210,6 +210,8 @@ def describe_cell(pipe, cell: Cell) -> dict:
         "seed": cell.seed,
         "protocol": asdict(cell.protocol),
     }
+    if base in UNSEEING and config.kinds != LearnConfig().kinds:
+        described["kinds"] = config.kinds
     if base == "learned":
         described["learned"] = {**describe(source, captions, config), "updates": config.updates}
     elif cell.learned_on:
@@ -291,7 +293,12 @@ def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
 
 
 def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
-    """The values of a cell, measured now; gates that are kept are read, unless ``recompute``."""
+    """The values of a cell, measured now; gates, scores and pictures that are kept are read, unless ``recompute``."""
+    with anew() if recompute else nullcontext():
+        return _measured(pipe, cell, recompute)
+
+
+def _measured(pipe, cell: Cell, recompute: bool) -> dict:
     protocol, scenes, smaller = cell.protocol, cell.protocol.scenes(), smaller_model(pipe, cell, recompute)
     drawn = original = draw(pipe, scenes, cell.seed, protocol)
     if "deepcache" in apart(cell.method)[1]:
@@ -307,21 +314,21 @@ def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
 
 
 def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digits: int | None = None) -> str:
-    """Mean over all seeds' values with its 95 % interval (bootstrap over pictures), as "0.812 (0.798 to 0.825)"; with
-    three digits, or one for values that are scaled up, unless told otherwise."""
-    values = [scale * value for seed_values in per_seed for value in seed_values]
+    """Mean over all seeds' values with its 95 % interval (bootstrap over seeds and pictures) as text, such as
+    "0.812 (0.798 to 0.825)"; with three digits, or one for values that are scaled up, unless told otherwise."""
+    values = [[scale * value for value in seed_values] for seed_values in per_seed if seed_values]
     if not values:
         return "–"
-    interval = metrics.bootstrap_interval(values)
+    interval = metrics.nested_interval(values)
     if digits is None:
         digits = 1 if scale > 1 else 3
     return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
 def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> metrics.Interval:
-    """Mean difference first - second with its 95 % interval, paired by picture and seed."""
-    pairs = [a - b for xs, ys in zip(first, second, strict=True) for a, b in zip(xs, ys, strict=True)]
-    return metrics.bootstrap_interval(pairs)
+    """Mean difference first - second with its 95 % interval over seeds and pictures, paired by both."""
+    pairs = [[a - b for a, b in zip(xs, ys, strict=True)] for xs, ys in zip(first, second, strict=True)]
+    return metrics.nested_interval(pairs)
 
 
 def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: str = "learned") -> str:

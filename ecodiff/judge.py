@@ -240,9 +240,12 @@ def verdicts(judge: Judge, images: Tensor, scenes: Sequence[data.Scene]) -> dict
     ``objects``: every object is there; ``number``, ``relation``, ``colour``; ``all``: all of these. By ``questions``;
     with two objects, by ``seen_at``: an object is there if it is named at any place, and the relation is wrong if one
     is named only at another place than its own. A fact that a scene does not have (the relation of one object) counts
-    as shown. Ties count against the picture.
+    as shown. Ties count against the picture. Pictures of another size are brought to that of the scenes first.
     """
     _same_number(images, scenes, "scenes")
+    if images.shape[-2:] != (data.SIZE, data.SIZE):  # ``PLACES`` are those of a scene
+        images = interpolate(images.float(), size=(data.SIZE, data.SIZE), mode="area")
+        images = images.round().clamp(0, 255).to(torch.uint8)
     asked = [questions(scene) for scene in scenes]
     captions = sorted({caption for answers in asked for options in answers.values() for caption in options})
     place = {caption: i for i, caption in enumerate(captions)}

@@ -26,8 +26,8 @@ from .gates import Gates, apply_gates
 from .learn_config import LearnConfig
 from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
-from .running import epoch_batch, in_words, on_device
-from .sites import find_sites
+from .running import epoch_batch, in_words, not_half, on_device, without_adapters
+from .sites import find_sites, skipped_modules
 from .trajectory import final_latents, prediction, replaced_forward
 
 
@@ -62,12 +62,17 @@ def learn(
         gradient_norm, seconds, open_<kind>) and ``snapshots`` {update: λ}.
 
     Raises:
-        EcoDiffError: no prompts, no sites, a sampling loop that is not differentiable, another run in ``resume_dir``,
-            a memory budget that even one step exceeds, or a loss that is not finite; the error's ``gates`` then holds
-            the last λ that was good.
+        EcoDiffError: no prompts, no sites, a denoiser with adapters or in float16, a sampling loop that is not
+            differentiable, another run in ``resume_dir``, a memory budget that even one step exceeds, or a loss that is
+            not finite; the error's ``gates`` then holds the last λ that was good.
     """
     prompts = checked_prompts(prompts, "learn")
+    without_adapters(find_denoiser(pipe), "learn")
+    not_half(pipe, "learn")
     sites = find_sites(find_denoiser(pipe), config.kinds)
+    if progress and (skipped := skipped_modules(find_denoiser(pipe))):
+        name, why = next(iter(skipped.items()))
+        tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
     _warn_where_gradient_is_zero(config)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import EcoDiffError
@@ -30,6 +33,36 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path):
+    """A folder to write to, which becomes `path` when the context ends without an error."""
+    path = path.absolute()
+    if path.is_file():
+        raise EcoDiffError(f"{path}: is a file; give a folder to save to.")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in _SAVED_MODEL):
+        raise EcoDiffError(f"{path}: this folder holds something else than a saved model; give a new or empty one.")
+    workshop = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        folder = workshop / path.name
+        yield str(folder)
+        if path.exists():
+            path.rename(workshop / "earlier")
+        folder.rename(path)
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or, from tokenizers, a bare Exception
+        cause = error.__cause__ if isinstance(error, EcoDiffError) and error.__cause__ else error
+        raise EcoDiffError(f"{path}: saving failed ({cause}); nothing was written.") from cause
+    finally:
+        if workshop is not None:
+            if (workshop / "earlier").exists() and not path.exists():
+                (workshop / "earlier").rename(path)
+            shutil.rmtree(workshop, ignore_errors=True)
+
+
+_SAVED_MODEL = ("model_index.json", "config.json")
 
 
 def data_file(name: str) -> Path:

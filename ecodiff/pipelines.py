@@ -88,12 +88,15 @@ def denoiser(pipe) -> nn.Module:
 
 
 def with_denoiser(pipe, network: nn.Module):
-    """A pipeline of the same class with ``network`` as its denoiser; all other components are shared."""
+    """A pipeline of the same class with ``network`` as its denoiser; all other components are shared. Where ``pipe``
+    offloads whole components, the new one does so, too."""
     parts = {**pipe.components, denoiser_name(pipe): network}
     arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
     given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
     result = type(pipe)(**given)
     result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    if getattr(pipe, "_all_hooks", None):
+        result.enable_model_cpu_offload(device=pipe._offload_device)
     return result
 
 

@@ -6,16 +6,18 @@ One protocol for all methods: the same captions, and for each caption and seed t
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from . import data, metrics
+from . import data, metrics, records
 from .errors import EcoDiffError
 from .generate import generate
 from .judge import Judge, verdicts
@@ -127,6 +129,30 @@ def draw(pipe, scenes: Sequence[data.Scene], seed: int, protocol: Protocol, keep
 
 
 def cache_folder(name: str) -> Path | None:
-    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off."""
-    off = os.environ.get("ECODIFF_RECORDS", "").lower() == "off"
-    return None if off else data_dir() / ".cache" / name
+    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off. With
+    ECODIFF_RECOMPUTE=1 and inside ``anew`` a folder of this process, which goes when it ends."""
+    if not records.enabled():
+        return None
+    return (_own_folder() if records.recompute_asked() or _anew.get() else data_dir() / ".cache") / name
+
+
+@contextmanager
+def anew() -> Iterator[None]:
+    """Inside, only pictures and scores that this process made are read: what is measured again is drawn again."""
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
+
+
+_anew: ContextVar[bool] = ContextVar("anew", default=False)
+
+
+def _own_folder() -> Path:
+    if not _own:
+        _own.append(TemporaryDirectory(prefix="ecodiff-"))
+    return Path(_own[0].name)
+
+
+_own: list[TemporaryDirectory] = []  # made when it is needed

@@ -44,11 +44,16 @@ def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: b
 
     shape: dict = {}
     inputs = [*gates.values, *gates.learned, *(leaves[i] for i in moving)]
+    on_devices = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + inputs  # gates may lie elsewhere than the call
     if not inputs:  # nothing known needs a gradient here: then nothing else may
         outputs = run(inputs)
         _refuse_others([output for output in outputs if isinstance(output, Tensor)], inputs)
         return tree_unflatten(outputs, shape["of"])
-    outputs = _Recomputed.apply(run, gates, preserve_rng_state, *inputs)
+    before = (
+        [_autocast(kind) for kind in sorted({"cpu", *(tensor.device.type for tensor in on_devices)})],
+        (torch.get_rng_state(), *get_device_states(*on_devices)) if preserve_rng_state else None,
+    )
+    outputs = _Recomputed.apply(run, gates, before, *inputs)
     return tree_unflatten(list(outputs), shape["of"])
 
 
@@ -66,10 +71,9 @@ def _with_a_node(leaf):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, gates, preserve_rng_state, *inputs):
+    def forward(ctx, run, gates, before, *inputs):
         ctx.run, ctx.gates = run, gates
-        ctx.autocast = [_autocast(kind) for kind in {inputs[-1].device.type, "cpu"}]
-        ctx.random = (torch.get_rng_state(), *get_device_states(*inputs)) if preserve_rng_state else None
+        ctx.autocast, ctx.random = before
         ctx.save_for_backward(*inputs)
         return tuple(run(list(inputs)))
 

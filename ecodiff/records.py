@@ -72,11 +72,9 @@ def measure(
     path = _path(name, folder)
     config = json.loads(canonical(dict(config)))
     filed = key(config)
-    enabled = _enabled()
-    again = recompute or os.environ.get("ECODIFF_RECOMPUTE", "").lower() not in ("", "0", "off", "no")
-    if enabled:
+    if enabled():
         found = find(config, name=name, folder=folder)  # even if it is to be replaced: damage shows before the work
-        if found and not again:
+        if found and not (recompute or recompute_asked()):
             return found | {"recorded": True}
     started = time.perf_counter()
     values = _values(function(), name)
@@ -91,7 +89,7 @@ def measure(
         "seconds": round(time.perf_counter() - started, 3),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    if enabled:
+    if enabled():
         _write(path, row)
     return row | {"recorded": False}
 
@@ -99,12 +97,18 @@ def measure(
 def find(config: Mapping, *, name: str, folder: str | os.PathLike | None = None) -> dict | None:
     """The recorded row of a configuration, or None; what ``measure`` would read. None with ECODIFF_RECORDS=off."""
     filed = key(json.loads(canonical(dict(config))))
-    found = [row for row in _read(_path(name, folder)) if row["key"] == filed] if _enabled() else []
+    found = [row for row in _read(_path(name, folder)) if row["key"] == filed] if enabled() else []
     return found[-1] if found else None
 
 
-def _enabled() -> bool:
+def enabled() -> bool:
+    """Whether results are kept and read: not with ECODIFF_RECORDS=off (or 0, no)."""
     return os.environ.get("ECODIFF_RECORDS", "").lower() not in ("off", "0", "no")
+
+
+def recompute_asked() -> bool:
+    """Whether everything is measured anew: with ECODIFF_RECOMPUTE=1 (anything but off, 0, no)."""
+    return os.environ.get("ECODIFF_RECOMPUTE", "").lower() not in ("", "0", "off", "no")
 
 
 def rows(name: str, folder: str | os.PathLike | None = None) -> list[dict]:

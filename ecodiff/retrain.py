@@ -32,7 +32,7 @@ from .pipelines import denoiser as find_denoiser
 from .pipelines import with_denoiser
 from .prompts import checked_prompts, mix
 from .retrain_config import RetrainConfig
-from .running import epoch_batch, in_words, on_device
+from .running import epoch_batch, in_words, on_device, without_adapters
 from .sites import find_sites
 from .surgery import save
 
@@ -210,5 +210,4 @@ def _check_pictures(pictures: Tensor, captions: list) -> None:
 def _check_denoiser(pipe, denoiser: nn.Module) -> None:
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         raise EcoDiffError("retrain trains on one device: load the pipeline without offloading or a device map.")
-    if getattr(denoiser, "peft_config", None):
-        raise EcoDiffError("The denoiser has adapters: fuse and unload them before retraining.")
+    without_adapters(denoiser, "retrain")

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from .errors import EcoDiffError
+from .pipelines import denoiser as find_denoiser
 from .prompts import mix
 
 
@@ -24,7 +25,7 @@ def epoch_batch(samples: int, batch_size: int, seed: int, update: int) -> list[i
 @contextmanager
 def on_device(pipe, caller: str):
     """Inside, the pipeline is on accelerate's device, unless it was placed by offloading or a device map; then it
-    stays."""
+    stays. An offloaded one has its components off the device again afterwards."""
     state = PartialState()
     if state.num_processes > 1:
         raise EcoDiffError(f"{caller} runs in one process, not in {state.num_processes}: start it without a launcher.")
@@ -38,6 +39,27 @@ def on_device(pipe, caller: str):
     finally:
         if device != home and not placed:
             pipe.to(home)
+        elif getattr(pipe, "_all_hooks", None):
+            pipe.maybe_free_model_hooks()
+
+
+def not_half(pipe, caller: str) -> None:
+    """EcoDiffError for a denoiser in float16: the gradient of a mean over latents is too small for its range."""
+    network = find_denoiser(pipe)
+    if next(network.parameters()).dtype == torch.float16:
+        raise EcoDiffError(
+            f"{caller}: {type(network).__name__} is in float16, where gradients of this loss underflow to zero: load "
+            "the pipeline with torch_dtype=torch.bfloat16 or torch.float32."
+        )
+
+
+def without_adapters(network: torch.nn.Module, caller: str) -> None:
+    """EcoDiffError for a denoiser with adapters, whose layers are not those of its class."""
+    if getattr(network, "peft_config", None):
+        raise EcoDiffError(
+            f"{caller}: {type(network).__name__} has adapters ({', '.join(network.peft_config)}): fuse and unload them "
+            "first."
+        )
 
 
 def in_words(seconds: float) -> str:

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import contextmanager
 from functools import cache, partial, wraps
 from pathlib import Path
 
@@ -26,8 +23,10 @@ from torch import Tensor, nn
 
 from .errors import EcoDiffError
 from .gates import check_units
+from .paths import whole_folder
 from .pipelines import align, with_denoiser
 from .pipelines import denoiser as find_denoiser
+from .running import without_adapters
 from .sites import KINDS, Site, find_sites, skipped_modules
 
 # How attention processors call and what they return decides what may stand in for an attention without heads.
@@ -48,8 +47,8 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay. The
     result's `save_pretrained` is `save`. A pruned pipeline can be pruned again (its modulation layers excepted).
 
-    Raises EcoDiffError for unknown sites, wrong lengths or dtypes, and for an attention whose processor is unknown here
-    and that would lose its last head.
+    Raises EcoDiffError for unknown sites, wrong lengths or dtypes, a denoiser with adapters or with other layers than
+    its class makes, and for an attention whose processor is unknown here and that would lose its last head.
     """
     pruned = with_denoiser(pipe, prune_denoiser(find_denoiser(pipe), mask))
     pruned.save_pretrained = partial(save, pruned)
@@ -62,6 +61,7 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
 
     if not hasattr(denoiser, "config"):
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
+    without_adapters(denoiser, "prune")
     sites = find_sites(denoiser, KINDS)
     _check_mask(mask, sites, skipped_modules(denoiser))
     removing = {name: int(keep.sum()) for name, keep in mask.items() if not keep.all()}
@@ -70,7 +70,13 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
     with init_empty_weights():
         pruned = cls.from_config(dict(denoiser.config))
     # Same shapes as the original up to here: borrow its tensors, cut them, then copy what is still shared.
-    pruned.load_state_dict(denoiser.state_dict(), assign=True)
+    try:
+        pruned.load_state_dict(denoiser.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise EcoDiffError(
+            f"prune: {type(denoiser).__name__} has other layers than its class makes, such as fused projections or "
+            f"those of an IP-Adapter: undo that first ({str(error).splitlines()[-1].strip()[:200]})."
+        ) from error
     for name, buffer in denoiser.named_buffers():
         owner, _, leaf = name.rpartition(".")
         pruned.get_submodule(owner)._buffers[leaf] = buffer
@@ -111,38 +117,8 @@ def save(pipe, path: str | os.PathLike, **kwargs) -> None:
     EcoDiffError where writing fails (disk full, no permission); then nothing is left of the attempt and the earlier
     folder stays.
     """
-    with _all_or_nothing(Path(path)) as folder:
+    with whole_folder(Path(path)) as folder:
         type(pipe).save_pretrained(pipe, folder, **kwargs)
-
-
-@contextmanager
-def _all_or_nothing(path: Path):
-    """A folder to write to, which becomes `path` when the context ends without an error."""
-    path = path.absolute()
-    if path.is_file():
-        raise EcoDiffError(f"{path}: is a file; give a folder to save to.")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in _SAVED_MODEL):
-        raise EcoDiffError(f"{path}: this folder holds something else than a saved model; give a new or empty one.")
-    workshop = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        folder = workshop / path.name
-        yield str(folder)
-        if path.exists():
-            path.rename(workshop / "earlier")
-        folder.rename(path)
-    except Exception as error:  # a full disk is an OSError, a SafetensorError or, from tokenizers, a bare Exception
-        cause = error.__cause__ if isinstance(error, EcoDiffError) and error.__cause__ else error
-        raise EcoDiffError(f"{path}: saving failed ({cause}); nothing was written.") from cause
-    finally:
-        if workshop is not None:
-            if (workshop / "earlier").exists() and not path.exists():
-                (workshop / "earlier").rename(path)
-            shutil.rmtree(workshop, ignore_errors=True)
-
-
-_SAVED_MODEL = ("model_index.json", "config.json")
 
 
 class _Pruned:
@@ -190,7 +166,7 @@ def pruned_class(name: str) -> type:
 
     @wraps(base.save_pretrained)  # pipelines look at its signature
     def save_pretrained(self, save_directory, *args, **kwargs):
-        with _all_or_nothing(Path(save_directory)) as folder:
+        with whole_folder(Path(save_directory)) as folder:
             base.save_pretrained(self, folder, *args, **kwargs)
 
     body = {"__module__": "ecodiff", "__doc__": f"{name} with units removed.", "save_pretrained": save_pretrained}

@@ -89,6 +89,8 @@ def final_latents(
         call_kwargs["prompt"] = prompt
 
     runner = private_copy(pipe)
+    if gradients:  # an offloaded pipeline sends its weights away as its call ends, but backward needs them
+        runner.__dict__["maybe_free_model_hooks"] = lambda: None
     denoiser, scheduler = find_denoiser(pipe), runner.scheduler
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     watch, gates = count_steps(scheduler), OpenGates(denoiser)

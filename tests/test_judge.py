@@ -97,6 +97,13 @@ def test_an_oracle_finds_every_fact_of_right_pictures(scenes):
     assert set(found) == {"objects", "number", "relation", "colour", "all"}
 
 
+def test_larger_pictures_are_judged_as_the_scenes_they_show(scenes):
+    pictures = data.images(scenes)
+    judge = Oracle(pictures, [Facts.of(s) for s in scenes])
+    larger = pictures.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    assert verdicts(judge, larger, scenes)["all"].all()
+
+
 @pytest.mark.parametrize("kind, fact", [(0, "colour"), (1, "objects")])
 def test_an_oracle_misses_exactly_the_fact_that_is_wrong(scenes, kind, fact):
     pictures, rng = data.images(scenes), np.random.default_rng(0)

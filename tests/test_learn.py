@@ -208,6 +208,36 @@ def test_prompts_may_be_mappings_of_call_arguments():
     assert all(torch.allclose(a.log_alpha[name], b.log_alpha[name], atol=1e-3) for name in a.log_alpha)
 
 
+def test_a_denoiser_that_cannot_be_learned_on_is_named(capsys):
+    pipe = tiny_sd()
+    pipe.unet.half()
+    with pytest.raises(EcoDiffError, match="learn: UNet2DConditionModel is in float16, where gradients"):
+        quiet(pipe)
+    pipe = tiny_sd()
+    peft = pytest.importorskip("peft")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(EcoDiffError, match=r"has adapters \(default\): fuse and unload them first"):
+        quiet(pipe)
+
+
+def test_modules_without_units_are_named_before_the_start(capsys):
+    pipe = tiny_sd()
+    name = next(name for name in find_sites(denoiser(pipe)) if name.endswith("attn1"))
+    pipe.unet.get_submodule(name).fuse_projections()
+    learn(pipe, PROMPTS, replace(QUICK, updates=1))
+    assert f"no units in 1 modules, such as {name} (" in capsys.readouterr().out
+
+
+def test_an_offloaded_pipeline_keeps_its_weights_until_backward_is_over(monkeypatch):
+    pipe, freed = tiny_sd(), []
+    pipe._all_hooks = [object()]
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda self: freed.append(torch.is_grad_enabled()))
+    quiet(pipe)
+    # The teacher, drawn without gradients, ends its calls as ever; then only the end of learning frees anything.
+    teacher = math.ceil(len(PROMPTS) / QUICK.batch_size)
+    assert len(freed) == teacher + 1
+
+
 def test_reconstruction_is_normalised_by_the_teachers_variance():
     task = _Task(tiny_sd(), PROMPTS, QUICK, torch.device("cpu"))
     teacher = 7 * torch.randn(64, 4, 8, 8)

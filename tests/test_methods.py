@@ -13,7 +13,7 @@ from ecodiff.gates import apply_gates
 from ecodiff.learn_config import LearnConfig
 from ecodiff.methods import METHODS, Sampling, prune_compensated, second_moments
 from ecodiff.methods.obs import DAMPING, compensated, damped, from_moments, time_weight
-from ecodiff.methods.sampling import draw, mix
+from ecodiff.methods.sampling import columns, draw, mix
 from ecodiff.methods.taylor import NoisePrediction, noised_input
 from ecodiff.pipelines import denoiser
 from ecodiff.sites import find_sites
@@ -143,7 +143,7 @@ def test_taylor_in_gates_is_weight_times_gradient_of_the_reading_layer():
     denoiser(pipe).zero_grad()
     for step in loss.steps:
         loss(step, lambda part: part.backward())
-    elementwise = score("taylor", pipe, threshold=0.0, elementwise=True)
+    elementwise = score("diff-pruning", pipe, threshold=0.0)
     for site in find_sites(denoiser(pipe)).values():
         products = [
             (layer.weight * layer.weight.grad).sum(0).view(site.units, -1).sum(1)
@@ -151,6 +151,13 @@ def test_taylor_in_gates_is_weight_times_gradient_of_the_reading_layer():
         ]
         torch.testing.assert_close(scores[site.name], sum(products).abs().detach(), rtol=1e-3, atol=1e-6)
         assert (elementwise[site.name] >= scores[site.name] - 1e-6).all()
+        each = torch.zeros(site.units)
+        for dimension, spans in enumerate((site.writers, site.readers)):
+            for span in spans:
+                weight = denoiser(pipe).get_submodule(span.layer).weight
+                products = (weight * weight.grad).abs().sum(1 - dimension).detach()
+                each += products[columns(span, site.units)].view(site.units, -1).sum(1)
+        torch.testing.assert_close(elementwise[site.name], each, rtol=1e-3, atol=1e-6)
 
 
 def test_taylor_stops_where_the_loss_has_become_small():

@@ -226,6 +226,23 @@ def test_bootstrap_interval_is_fixed_by_its_seed():
     assert first.low < first.mean < first.high and str(first).startswith(f"{first.mean:.3f} [")
 
 
+def test_nested_interval_counts_what_all_pictures_of_a_seed_share():
+    rng = np.random.default_rng(0)
+    pictures = rng.normal(size=200)
+    assert metrics.nested_interval([pictures]) == metrics.bootstrap_interval(pictures)
+    width = lambda i: i.high - i.low  # noqa: E731
+    # The same pictures in each of many groups: no more is known than from one group.
+    twenty, one = metrics.nested_interval([pictures] * 20), metrics.bootstrap_interval(pictures)
+    assert width(twenty) == pytest.approx(width(one), rel=0.1)
+    # All variance between groups: that of the mean of 20 numbers, however many pictures there are.
+    levels = rng.normal(size=20)
+    interval = metrics.nested_interval([[level] * 200 for level in levels])
+    assert width(interval) / 2 == pytest.approx(1.96 * levels.std(ddof=1) / math.sqrt(20), rel=0.1)
+    assert interval.mean == pytest.approx(levels.mean())
+    with pytest.raises(EcoDiffError, match="as long"):
+        metrics.nested_interval([[1.0], [1.0, 2.0]])
+
+
 def test_paired_interval_is_narrower_for_pairs_that_go_together_and_no_other():
     rng = np.random.default_rng(0)
     first = rng.normal(size=200)

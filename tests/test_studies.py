@@ -11,6 +11,7 @@ import torch
 from pipelines import latents, tiny_sd
 
 from ecodiff import experiments, protocol, records, studies
+from ecodiff.claims.rows import HUB
 from ecodiff.errors import EcoDiffError
 from ecodiff.experiments import Cell
 from ecodiff.gates import apply_gates
@@ -133,6 +134,37 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
         run.verify(toy, ["toy"], "tiny", 1, seed=0)
 
 
+def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
+    experiments.compare(toy, studies.cells("toy", "tiny")["random"])
+    drawn, real = [], protocol.generate
+    monkeypatch.setattr(protocol, "generate", lambda *a, **k: drawn.append(k["cache_dir"]) or real(*a, **k))
+    kept = {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
+    assert kept and run.verify(toy, ["toy"], "tiny", 1, seed=0)
+    assert len(drawn) == 2 and not any(folder.is_relative_to(store) for folder in drawn)
+    assert kept == {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
+
+
+def test_seeds_after_one_that_is_missing_do_not_take_its_place(toy):
+    for seed in (0, 2):
+        experiments.compare(toy, studies.cells("toy", "tiny", seed)["random"])
+    found = studies.recorded(toy, "toy", "tiny")
+    assert len(found["random"]) == 1
+    experiments.compare(toy, studies.cells("toy", "tiny", 1)["random"])
+    assert len(studies.recorded(toy, "toy", "tiny")["random"]) == 3
+
+
+def test_a_flux_model_is_one_on_the_hub_too():
+    for model in HUB.values():
+        rows = studies.cells("main", model)
+        assert ("deepcache" in rows) != ("FLUX" in model)
+
+
+@pytest.mark.parametrize("option", ["--jobs=0", "--seeds=0", "--verify=-1", "--minutes=-1"])
+def test_the_command_names_a_number_that_cannot_be(option, capsys):
+    assert run.main([option]) == 2
+    assert f"{option.replace('=', ' ')}: give" in capsys.readouterr().err
+
+
 def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
     pipe = tiny_sd()
 
@@ -143,6 +175,7 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
     assert not differ("random", prompts=3) and not differ("magnitude", config=replace(CONFIG, weight=9.0))
     assert differ("learned", prompts=3) and differ("learned", config=replace(CONFIG, weight=9.0))
     assert differ("wanda", prompts=3) and differ("magnitude+compensation", prompts=3)
+    assert differ("random", config=replace(CONFIG, kinds=("attention",)))
     assert all(differ("random", **{name: value}) for name, value in {"ratio": 0.4, "scope": "local"}.items())
 
 
@@ -175,7 +208,7 @@ def test_cells_can_be_measured_side_by_side(toy, monkeypatch, capsys):
     assert run.main(["--model", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
     assert run.missing(toy, ["toy"], "tiny", seeds=1) == []
-    assert run.main(["--model", "tiny", "--seeds", "2", "--jobs", "2", "--minutes", "-1"]) == 0
+    assert run.main(["--model", "tiny", "--seeds", "2", "--jobs", "2", "--minutes", "0"]) == 0
     assert "3 cells left; run again to go on" in capsys.readouterr().out
 
 

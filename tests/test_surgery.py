@@ -380,8 +380,26 @@ def test_a_model_with_an_adapter_says_what_to_do():
     pipe = tiny_sd3()
     mask = random_mask(pipe.transformer)
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "net.2"]))
-    with pytest.raises(EcoDiffError, match="unload adapters"):
+    with pytest.raises(EcoDiffError, match=r"prune: .* has adapters \(default\): fuse and unload them"):
         prune(pipe, mask)
+
+
+def test_a_model_with_fused_projections_says_what_to_do():
+    pipe = tiny_sd()
+    mask = random_mask(pipe.unet)
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(EcoDiffError, match="prune: "):
+        prune(pipe, mask)
+    with pytest.raises(EcoDiffError, match="other layers than its class makes, such as fused projections"):
+        prune(pipe, {})
+
+
+def test_a_pipeline_pruned_from_an_offloaded_one_is_offloaded(monkeypatch):
+    pipe, asked = tiny_sd(), []
+    pipe._all_hooks, pipe._offload_device = [object()], torch.device("cpu")
+    monkeypatch.setattr(type(pipe), "enable_model_cpu_offload", lambda self, device: asked.append((self, device)))
+    small = prune(pipe, random_mask(pipe.unet))
+    assert asked == [(small, torch.device("cpu"))]
 
 
 def test_gradients_flow_through_a_pruned_model():

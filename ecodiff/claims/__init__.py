@@ -19,7 +19,7 @@ from .method import METHOD
 from .results import RESULTS
 from .reviewers import REVIEWERS
 from .rows import FAMILY, read_once
-from .verdict import DECIDED, VERDICTS, Claim, Decision
+from .verdict import AGAINST, DECIDED, IN_FAVOUR, VERDICTS, Claim, Decision
 
 GROUPS: dict[str, tuple[Callable[[], Claim], ...]] = {
     "method": METHOD,
@@ -43,15 +43,16 @@ def tally(claims: Iterable[Claim]) -> dict[str, int]:
 
 
 __all__ = [
+    "AGAINST",
     "CLAIMS",
     "DECIDED",
     "FAMILY",
     "GROUPS",
+    "IN_FAVOUR",
     "REVIEWERS",
     "VERDICTS",
     "Claim",
     "Decision",
     "check",
     "tally",
-    "to_do",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errata import arithmetic
 from ..paper import row, table
 from .rows import FLUX, LEARNED, ORIGINAL, SD2, SDXL, better, kept, on, real
 from .verdict import Claim, printed, together
@@ -31,7 +30,7 @@ def middle_beta() -> Claim:
             printed("Table 4, SDXL", *best_of("table4", "coco_fid")),
             printed("Table 9, FLUX", *best_of("table9", "flickr_fid")),
             *(beats_ends(model) for model in (SDXL, *FLUX)),
-            real(SDXL, "beta"),
+            real(SDXL, "beta", beats_ends),
         ),
     )
 
@@ -41,8 +40,12 @@ def a_hundred_prompts() -> Claim:
         places = (("data_size", f"{number} prompts") for number in (few, many))
         return kept(model, *places, BOTH, f"{few} against {many}")
 
-    fid = {entry["size"]: entry["coco_fid"] for entry in table("table5")}
-    rise = {size: fid[size] / fid[512] - 1 for size in (1, 100)}
+    def by_table(name: str, model: str, column: str):
+        fid = {entry["size"]: entry[column] for entry in table(name)}
+        rise = {size: fid[size] / fid[512] - 1 for size in (1, 100)}
+        shown = ", ".join(f"{share:+.1%} with {size}" for size, share in rise.items())
+        return printed(f"{name.replace('table', 'Table ')}, {model}", max(rise.values()) < 0.1, f"FID {shown}")
+
     return Claim(
         "App. G.2, K.3, Tables 5, 10",
         "A hundred prompts suffice for learning; even a single one costs little, for SDXL and for FLUX.",
@@ -50,18 +53,12 @@ def a_hundred_prompts() -> Claim:
         "pictures within the margin of more prompts.",
         ("13_settings", "09_errata"),
         (
-            printed("Table 5, SDXL", max(rise.values()) < 0.1, f"FID {rise[1]:+.1%} with 1, {rise[100]:+.1%} with 100"),
-            _flux_sizes(),
+            by_table("table5", "SDXL", "coco_fid"),
+            by_table("table10", "FLUX", "coco_fid"),
             *(fewer_prompts(model, few, many) for model in (SDXL, *FLUX) for few, many in ((100, 512), (1, 100))),
-            real(SDXL, "data_size"),
+            real(SDXL, "data_size", lambda model: fewer_prompts(model, 100, 512)),
         ),
     )
-
-
-def _flux_sizes():
-    erratum = arithmetic.data_size()
-    wrong = next(line for line in erratum.lines if line.what.startswith("FLUX: largest"))
-    return printed("Table 10, FLUX", wrong.agrees, f"{wrong.what}: {wrong.computed}, at 256 prompts")
 
 
 def any_prompts() -> Claim:
@@ -89,12 +86,15 @@ def one_threshold() -> Claim:
             printed("Table 11", all(a < b for a, b in fid), f"FID {shown}"),
             better(SDXL, ("scope", "kind"), ("scope", "local"), label="one a kind"),
             better(SDXL, ("scope", "global"), ("scope", "local"), label="one for all"),
-            real(SDXL, "scope"),
+            real(SDXL, "scope", lambda model: better(model, ("scope", "kind"), ("scope", "local"))),
         ),
     )
 
 
 def one_kind_alone() -> Claim:
+    def either_way(model: str):
+        return [kept(model, ("kinds", name), ORIGINAL, label=name) for name in ("heads only", "neurons only")]
+
     return Claim(
         "App. K.1, Fig. 13",
         "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
@@ -102,8 +102,8 @@ def one_kind_alone() -> Claim:
         "margin.",
         ("13_settings",),
         (
-            *(kept(SDXL, ("kinds", name), ORIGINAL, label=name) for name in ("heads only", "neurons only")),
-            real(SDXL, "kinds"),
+            *either_way(SDXL),
+            real(SDXL, "kinds", lambda model: together(either_way(model), on(model))),
         ),
     )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from ..errata import arithmetic
 from ..experiments import difference
-from ..metrics import bootstrap_interval
+from ..metrics import nested_interval
 from ..paper import claim, row, table
-from ..studies import METHODS, STUDIES
+from ..studies import METHODS
 from . import rows, verdict
 from .results import PAIRS, PAIRS_ORIGINAL, SETS
 from .rows import DEV, FAMILY, LEARNED, SD2, SDXL, better, kept, real
-from .verdict import CHECKPOINT, MISSING, NOT_REPRODUCED, OPEN, REPRODUCED, Claim, Decision, contradicted, printed
+from .verdict import NOT_REPRODUCED, OPEN, REPRODUCED, Claim, Decision, contradicted, printed
+
+DIFF_PRUNING = "diff-pruning"
 
 
 def published() -> list[dict]:
@@ -19,6 +21,9 @@ def published() -> list[dict]:
 
 
 def beats_diff_pruning() -> Claim:
+    def against(model: str) -> Decision:
+        return better(model, LEARNED, ("main", f"{DIFF_PRUNING}, 20%"))
+
     cells = []
     for ours in published():
         theirs = row("table1", model=ours["model"], ratio=ours["ratio"], method="DiffPruning")
@@ -31,8 +36,8 @@ def beats_diff_pruning() -> Claim:
         ("12_every_method",),
         (
             printed("Table 1", sum(cells) > len(cells) / 2, f"FID is lower in {sum(cells)} of {len(cells)} cells"),
-            *(better(model, LEARNED, ("main", "taylor, 20%")) for model in FAMILY),
-            real(SDXL, "main"),
+            *(against(model) for model in FAMILY),
+            real(SDXL, "main", against),
         ),
     )
 
@@ -47,7 +52,7 @@ def best_of_all() -> Claim:
         "It improves on all earlier pruning of diffusion models and sets a new standard.",
         f"On small models better, by the same rule, than each other score: {', '.join(METHODS[1:])}.",
         ("12_every_method",),
-        (*(against_all(model) for model in (SDXL, SD2, DEV)), real(SDXL, "main")),
+        (*(against_all(model) for model in (SDXL, SD2, DEV)), real(SDXL, "main", against_all)),
     )
 
 
@@ -71,21 +76,23 @@ def _ssim_below(model: str, limit: float) -> Decision:
     values = rows.recorded(model, LEARNED)
     if not values:
         return rows.missing(model, "main")
-    i = bootstrap_interval([value for (seed,) in values for value in seed["ssim"]])
+    i = nested_interval([seed["ssim"] for (seed,) in values])
     outcome = REPRODUCED if i.high < limit else NOT_REPRODUCED if i.low > limit else OPEN
     evidence = f"SSIM {i.mean:.3f} ({i.low:.3f} to {i.high:.3f}); {rows.number_of(values)}"
     return Decision(rows.on(model), outcome, evidence)
 
 
 def semantics() -> Claim:
-    rival = ("pairs", "taylor, 20%")
+    def against(model: str) -> Decision:
+        return better(model, PAIRS, ("pairs", f"{DIFF_PRUNING}, 20%"), ("quality",))
+
     return Claim(
         "§3.2, Fig. 6",
         "Its pictures show what the caption says more often than those of other methods.",
         "Two objects in pairs never seen, learned minus Diff-Pruning's criterion: pictures with all facts right by the "
         "judge (SSIM where there is no judge).",
         ("12_every_method",),
-        (*(better(model, PAIRS, rival, ("quality",)) for model in (SDXL, SD2, DEV)), real(SDXL, "pairs")),
+        (*(against(model) for model in (SDXL, SD2, DEV)), real(SDXL, "pairs", against)),
     )
 
 
@@ -96,7 +103,7 @@ def mends_semantics() -> Claim:
         "Two objects, 10 %: pictures that were wrong and are right, less those that were right and are wrong: above "
         "zero?",
         ("12_every_method",),
-        (*(_mended(model) for model in (SDXL, DEV)), real(SDXL, "pairs")),
+        (*(_mended(model) for model in (SDXL, DEV)), real(SDXL, "pairs", _mended)),
     )
 
 
@@ -112,13 +119,15 @@ def _mended(model: str) -> Decision:
 
 
 def with_deepcache() -> Claim:
-    both, reuse = ("main", "learned+deepcache, 20%"), ("main", "deepcache")
+    def combined(model: str) -> Decision:
+        return kept(model, ("main", "learned+deepcache, 20%"), ("main", "deepcache"), ("ssim", "quality"))
+
     return Claim(
         "App. I.2, Fig. 10",
         "It can be combined with feature reuse by DeepCache.",
         "On small models: mask and reuse together, minus reuse alone, keep SSIM and right pictures within the margin.",
         ("14_after_pruning", "12_every_method"),
-        (*(kept(model, both, reuse, ("ssim", "quality")) for model in (SDXL, SD2)), real(SDXL, "main")),
+        (*(combined(model) for model in (SDXL, SD2)), real(SDXL, "main", combined)),
     )
 
 
@@ -134,22 +143,14 @@ def light_retraining() -> Claim:
         (
             printed("Table 8", all(after < before for before, after in fids), f"FID {shown}"),
             *(_retrained(SDXL, ratio) for ratio in (30, 50)),
-            _really_retrained(SDXL),
+            real(SDXL, "retraining", lambda model: _retrained(model, 30)),
         ),
     )
 
 
 def _retrained(model: str, ratio: int) -> Decision:
-    if "retraining" not in STUDIES:
-        return Decision(rows.on(model), MISSING, "`ecodiff.retrain` does it; no study compares its result yet")
     places = (("retraining", f"learned, {ratio}%{how}") for how in (", LoRA", ""))
     return better(model, *places, label=f"{ratio} %")
-
-
-def _really_retrained(model: str) -> Decision:
-    if "retraining" in STUDIES:
-        return real(model, "retraining")
-    return Decision(FAMILY[model], CHECKPOINT, "the same comparison on SDXL, whose retraining is `ecodiff.retrain`")
 
 
 COMPARISONS = (

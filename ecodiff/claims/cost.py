@@ -100,7 +100,7 @@ def faster() -> Claim:
         (
             _time("sd2", "Stable Diffusion 2, fp32"),
             _time("sdxl", "SDXL, bf16"),
-            Decision("SDXL on a GPU", MISSING, command=f"{command} (on a machine with a GPU)"),
+            Decision("SDXL, on a machine with a GPU", MISSING, command=command),
         ),
     )
 
@@ -175,7 +175,8 @@ def hours() -> Claim:
 
 
 def _learn_sdxl() -> str:
-    arguments = "num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates 400 -p batch_size 4"
+    updates = round(claim("carbon_training_steps"))
+    arguments = f"num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates {updates} -p batch_size 4"
     return f"papermill notebooks/04_learning_a_mask.ipynb out.ipynb -p model {rows.HUB[SDXL]} -p {arguments}"
 
 

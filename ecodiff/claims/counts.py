@@ -94,6 +94,6 @@ def _every_second(units: int) -> torch.Tensor:
 
 def measured(what: str, **config) -> list[dict]:
     """Recorded rows of full-size denoisers with random weights (benchmarks/full_size.py) with this configuration."""
-    rows = records.rows("full_size") if records._enabled() else []
+    rows = records.rows("full_size") if records.enabled() else []
     wanted = {"what": f"full_size_{what}", **config}
     return [row for row in rows if all(row["config"].get(name) == value for name, value in wanted.items())]

@@ -70,14 +70,16 @@ def start_at_five() -> Claim:
 
 
 def end_to_end() -> Claim:
-    places = ("choices", "corrected"), ("choices", "one step at a time")
+    def ends(model: str):
+        return better(model, ("choices", "corrected"), ("choices", "one step at a time"))
+
     return Claim(
         "§1, §2.1",
         "A mask learned from the final latents is better than one learned from the error of each step, which adds up.",
         "The same gates learned from the final latents, minus those learned from the error of single steps: more SSIM "
         "or more right pictures, less of neither.",
         ("13_settings", "04_learning_a_mask"),
-        (*(better(model, *places) for model in (SDXL, DEV)), real(SDXL, "choices")),
+        (*(ends(model) for model in (SDXL, DEV)), real(SDXL, "choices", ends)),
     )
 
 

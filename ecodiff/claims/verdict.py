@@ -16,8 +16,8 @@ from ..metrics import Interval
 REPRODUCED = "reproduced on the embedded family"
 NOT_REPRODUCED = "not reproduced on the embedded family"
 OPEN = "cannot be told apart"
-COUNTED = "counted at full size: holds"
-NOT_COUNTED = "counted at full size: does not hold"
+COUNTED = "at full size: holds"
+NOT_COUNTED = "at full size: does not hold"
 PRINTED = "the paper's own numbers: hold"
 NOT_PRINTED = "the paper's own numbers: do not hold"
 CHECKPOINT = "needs the real checkpoint"
@@ -26,6 +26,7 @@ VERDICTS = (
     REPRODUCED, NOT_REPRODUCED, OPEN, COUNTED, NOT_COUNTED, PRINTED, NOT_PRINTED, CHECKPOINT, MISSING,
 )  # fmt: skip
 DECIDED = VERDICTS[:7]
+IN_FAVOUR, AGAINST = (REPRODUCED, COUNTED, PRINTED), (NOT_REPRODUCED, NOT_COUNTED, NOT_PRINTED)
 
 MARGIN = 0.05
 """Largest loss that counts as none: 0.05 of SSIM, or 5 of 100 pictures."""

@@ -14,6 +14,7 @@ from .obs import scores as obs
 from .occlusion import scores as occlusion
 from .random import scores as random
 from .sampling import Sampling
+from .taylor import diff_pruning
 from .taylor import scores as taylor
 from .wanda import scores as wanda
 
@@ -22,8 +23,22 @@ METHODS = {
     "magnitude": magnitude,
     "wanda": wanda,
     "taylor": taylor,
+    "diff-pruning": diff_pruning,
     "occlusion": occlusion,
     "obs": obs,
 }
 
-__all__ = [*METHODS, "METHODS", "Sampling", "prune_adapted", "prune_compensated", "second_moments"]
+__all__ = [
+    "METHODS",
+    "Sampling",
+    "diff_pruning",
+    "magnitude",
+    "obs",
+    "occlusion",
+    "prune_adapted",
+    "prune_compensated",
+    "random",
+    "second_moments",
+    "taylor",
+    "wanda",
+]

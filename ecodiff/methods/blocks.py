@@ -28,7 +28,7 @@ from ..errors import EcoDiffError
 from ..generate import generate
 from ..judge import Judge
 from ..pipelines import denoiser, with_denoiser
-from ..prompts import mix
+from ..prompts import encoding_once, mix
 from ..trace import Given, trace
 from ..trajectory import replaced_forward
 from .sampling import Call, Sampling, draw
@@ -105,7 +105,7 @@ def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[
     measures milliseconds on a phone, and the model is taken as it is, where that one first trains it with blocks left
     out at random. Costs drawing the prompts once more for each candidate. ``sampling``: fields of ``Sampling``.
     """
-    model, settings = denoiser(pipe), Sampling(**sampling)
+    model, settings, pipe = denoiser(pipe), Sampling(**sampling), encoding_once(pipe)
     names, calls = list(_some(model)), []
     steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
     seeds = [mix(settings.seed, i) for i in range(len(prompts))]

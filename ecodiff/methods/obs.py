@@ -185,14 +185,18 @@ def _kept_columns(model: nn.Module, mask: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _packages(model: nn.Module, sites: dict[str, Site], limit: float) -> list[dict[str, Site]]:
-    """Sites in parts whose second moments together fit into ``limit`` bytes (at least one site a part)."""
+    """Sites in parts whose second moments together fit into ``limit`` bytes (at least one layer a part); sites that one
+    layer reads, such as the two of FLUX's single blocks, are in one part."""
+    together: dict[tuple[str, ...], dict[str, Site]] = {}
+    for name, site in sites.items():
+        together.setdefault(tuple(span.layer for span in site.readers), {})[name] = site
     packages: list[dict[str, Site]] = [{}]
     used = 0
-    for name, site in sites.items():
-        size = sum(4 * model.get_submodule(span.layer).in_features ** 2 for span in site.readers)
+    for layers, some in together.items():
+        size = sum(4 * model.get_submodule(layer).in_features ** 2 for layer in layers)
         if packages[-1] and used + size > limit:
             packages.append({})
             used = 0
-        packages[-1][name] = site
+        packages[-1] |= some
         used += size
     return packages

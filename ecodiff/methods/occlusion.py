@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import EcoDiffError
 from ..gates import apply_gates
 from ..pipelines import denoiser
+from ..prompts import encoding_once
 from ..sites import Site
 from .sampling import KINDS, Sampling, draw, sites_of
 from .wanda import from_norms, norms
@@ -52,6 +53,7 @@ def scores(
     if groups is not None and groups < 1:
         raise EcoDiffError(f"occlusion: groups={groups} must be at least 1, or None for every neuron by itself.")
     model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    pipe = encoding_once(pipe)  # one memory for all trajectories
     quiet = {**sampling, "progress": False}
     share = _shares(pipe, prompts, sites, groups, quiet)
     parts = [(name, part) for name, site in sites.items() for part in _parts(site, groups, share.get(name))]

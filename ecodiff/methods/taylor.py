@@ -1,10 +1,13 @@
-"""Diff-Pruning's criterion at head and neuron granularity (Fang et al., 2023).
+"""First-order Taylor scores of heads and neurons, and Diff-Pruning's criterion (Fang et al., 2023).
 
-The published method scores groups of channels, convolutions included, by a first-order Taylor expansion of the noise
-prediction loss, summed over the time steps until the loss has become small. Here a group is a unit, and the expansion
-is in a gate m that multiplies it, at m = 1:
+Diff-Pruning scores groups of channels, convolutions included, by a first-order Taylor expansion of the noise prediction
+loss, summed over the time steps until the loss has become small. Here a group is a unit. ``scores`` expands in a gate m
+that multiplies it, at m = 1, where ∂L/∂m = Σ w · ∂L/∂w over the weights that read the unit:
 
     score = | Σ_t ∂L_t / ∂m |,        L_t = ‖ε̂(z_t, t) - ε‖² / size,        z_t = a_t z_0 + s_t ε.
+
+That is what the published script calls plain Taylor. What it calls Diff-Pruning takes each weight by itself,
+Σ |w · Σ_t ∂L_t/∂w| over the weights that write or read the unit: ``diff_pruning``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from tqdm import tqdm
 from ..errors import EcoDiffError
 from ..gates import apply_gates
 from ..pipelines import denoiser
+from ..running import not_half
 from ..sites import Site
 from ..trajectory import frozen
 from .sampling import KINDS, Call, Sampling, columns, draw, mix, sites_of
@@ -43,11 +47,12 @@ def scores(
     write or read it (biases left out), which needs a gradient as large as these layers.
 
     With guidance the loss is that of both predictions, conditional and not, as in training. ``sampling``: fields of
-    ``Sampling``. Raises EcoDiffError for a threshold outside [0, 1), a denoiser whose input has not the shape of the
-    latents, and a scheduler whose prediction is of an unknown type.
+    ``Sampling``. Raises EcoDiffError for a threshold outside [0, 1), a denoiser in float16, one whose input has not the
+    shape of the latents, and a scheduler whose prediction is of an unknown type.
     """
     if not 0 <= threshold < 1:
         raise EcoDiffError(f"taylor: threshold={threshold} is a share of the largest loss, in [0, 1).")
+    not_half(pipe, "taylor")
     model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
     loss = NoisePrediction.prepare(pipe, prompts, settings)
     device = next(model.parameters()).device
@@ -77,6 +82,11 @@ def scores(
     if elementwise:
         return _sum_over_weights(model, sites, totals)
     return {name: totals.get(name, torch.zeros(site.units)).abs().cpu() for name, site in sites.items()}
+
+
+def diff_pruning(pipe, prompts: Sequence, **options) -> dict[str, Tensor]:
+    """``scores`` with ``elementwise``: Diff-Pruning's own sum over weights, {site name: fp32 [units]}."""
+    return scores(pipe, prompts, elementwise=True, **options)
 
 
 @dataclass(frozen=True)

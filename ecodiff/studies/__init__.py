@@ -24,7 +24,7 @@ from ..protocol import Protocol
 from ..retrain_config import RetrainConfig
 
 SEEDS = 3
-METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "obs", "obs+compensation", "occlusion")
+METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "diff-pruning", "obs", "obs+compensation", "occlusion")
 
 
 def base(model: str, **changes) -> Cell:
@@ -55,13 +55,18 @@ def smaller(cell: Cell, *, updates: int, most_prompts: int, pictures: int) -> Ce
     return judging(learning(cell, updates=updates), pictures=pictures)
 
 
+def is_flux(model: str) -> bool:
+    """Whether an id names a FLUX model, embedded or on the Hub."""
+    return "flux" in model.lower()
+
+
 def _main(model: str) -> dict[str, Cell]:
     cells = {"original": base(model, method="original")}
     for ratio in (0.2, 0.1):
         cells |= {f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio) for method in METHODS[:-1]}
     cells |= {f"{method}, 20%": base(model, method=method) for method in ("blocks", "blocks-clip")}
     cells["2:4 weights"] = base(model, method="sparse24", ratio=0.5)
-    if "flux" not in model:  # reuse needs skip connections
+    if not is_flux(model):  # reuse needs skip connections
         cells["deepcache"] = base(model, method="original+deepcache")
         cells["learned+deepcache, 20%"] = base(model, method="learned+deepcache")
     cells["learned+compensation, 20%"] = base(model, method="learned+compensation")
@@ -111,7 +116,7 @@ def _relaxation(model: str) -> dict[str, Cell]:
 def _choices(model: str) -> dict[str, Cell]:
     """What the published method does otherwise, one at a time and all together."""
     cell = base(model)
-    flux = "flux" in model
+    flux = is_flux(model)
     faithful = LearnConfig.paper(
         "flux" if flux else "sdxl",
         "code",
@@ -237,15 +242,18 @@ def recorded(
     adjust: Callable[[Cell], Cell] = lambda cell: cell,
     measure: bool = False,
 ) -> dict[str, list[dict]]:
-    """What is recorded of a study, {row: values of each seed}; rows without any are left out.
+    """What is recorded of a study, {row: values of each seed}; rows without seed 0 are left out.
 
+    Seeds are those from 0 to the first that is missing, so that place s of every row is seed s.
     ``only``: these rows. ``adjust`` changes each cell first, such as to fewer pictures. ``measure``: measure what is
     not recorded, instead of leaving it out.
     """
     found: dict[str, list[dict]] = {}
     for seed in range(seeds):
         for name, cell in cells(study, model, seed).items():
-            if (not only or name in only) and (values := compare(pipe, adjust(cell), only_recorded=not measure)):
+            if (only and name not in only) or len(found.get(name, [])) < seed:
+                continue
+            if values := compare(pipe, adjust(cell), only_recorded=not measure):
                 found.setdefault(name, []).append(values)
     return found
 

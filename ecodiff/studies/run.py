@@ -20,6 +20,7 @@ from ..cache import hashed_once, key
 from ..errors import EcoDiffError, exit_status
 from ..experiments import Cell, apart, compare, describe_cell, gates_file, measure_cell
 from ..pipelines import embedded, load_once
+from ..protocol import anew
 from . import SEEDS, cells
 
 
@@ -39,8 +40,9 @@ def missing(pipe, names: Sequence[str], model: str, seeds: int = SEEDS) -> list[
 def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[str]:
     """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare; a sentence each.
 
-    Gates are those that are kept. Raises EcoDiffError where a mean of SSIM or of a share differs by more than 0.02:
-    another processor rounds otherwise, and a picture near a threshold may fall to its other side.
+    Gates are those that are kept; scores and pictures are made anew. Raises EcoDiffError where a mean of SSIM or of a
+    share differs by more than 0.02: another processor rounds otherwise, and a picture near a threshold may fall to its
+    other side.
     """
     found = [
         (study, row, cell)
@@ -50,8 +52,9 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
     ]
     lines = []
     for study, row, cell in random.Random(seed).sample(found, min(number, len(found))):
-        before, after = compare(pipe, cell, only_recorded=True), measure_cell(pipe, cell)
-        for name in ("ssim", "object", "found", "colour"):
+        with anew():
+            before, after = compare(pipe, cell, only_recorded=True), measure_cell(pipe, cell)
+        for name in ("ssim", "object", "found", "facts", "colour"):
             if not before.get(name):
                 continue
             means = [statistics.mean(values[name]) for values in (before, after)]
@@ -99,12 +102,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    for name, least in (("jobs", 1), ("seeds", 1), ("verify", 0), ("minutes", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise EcoDiffError(f"--{name} {value:g}: give {least} or more.")
     names, end = options.studies or list(studies.STUDIES), time.monotonic() + 60 * options.minutes
     models = embedded() if options.model == "all" else [options.model]
+    if not models:
+        raise EcoDiffError("No embedded pipeline is trained here: run python -m ecodiff.zoo train all.")
     for name in names:
         cells(name, models[0])
     pipes = {model: load_once(model) for model in models}
-    if options.verify:
+    if options.verify is not None:
         found = [
             line
             for model, pipe in pipes.items()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from PIL import Image
 from .. import data, pipelines
 from ..errors import EcoDiffError
 from ..judge import Judge
-from ..paths import data_dir
+from ..paths import data_dir, whole_folder
 
 MANIFEST = "checksums.sha256"
 FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
@@ -35,11 +33,9 @@ def is_judge(recipe: dict) -> bool:
 def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
     """Write a trained pipeline (or judge) in its library's folder format, weights in fp16; the folder appears whole or
     not at all."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
-    try:
-        pipe.to(torch.float16).save_pretrained(temporary)
+    with whole_folder(Path(folder)) as written, _in_fp16(pipe):
+        temporary = Path(written)
+        pipe.save_pretrained(temporary)
         for path in (*temporary.glob("text_encoder*/config.json"), *temporary.glob("config.json")):
             # transformers loads in the dtype its config names, diffusers in fp32: without this they would differ
             path.write_text(json.dumps(_loaded_in_fp32(json.loads(path.read_text())), indent=2) + "\n")
@@ -49,14 +45,14 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n")
         (temporary / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise EcoDiffError(f"{folder}: could not be saved ({error}); nothing was written there.") from error
+
+
+@contextmanager
+def _in_fp16(pipe):
+    pipe.to(torch.float16)
+    try:
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         pipe.to(torch.float32)
 
 
