@@ -56,7 +56,7 @@ $(STAMP): environment.yml
 	@touch $(STAMP)
 
 clean:  ## everything built; the environment stays
-	rm -rf _build data/artifacts
+	rm -rf _build data/.cache
 
 distclean: clean
 	rm -rf $(VENV)

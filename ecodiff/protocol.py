@@ -68,6 +68,11 @@ def recommended(model: str) -> dict:
     return dict(json.loads(path.read_text())["recipe"]["sampling"]) if path.is_file() else {}
 
 
+def recommended_call(model: str) -> dict:
+    """Further arguments of an embedded model's call, beside steps and guidance: the size of FLUX's pictures."""
+    return dict(Protocol.of(model).call)
+
+
 def judge_pictures(drawn: Tensor, scenes: Sequence[data.Scene], features: bool = True) -> dict[str, list | float]:
     """What ``compare`` returns about pictures uint8 [N, 3, 64, 64] of scenes, without a reference."""
     found = {"colour": metrics.background_correct(drawn, [scene.colour for scene in scenes], data.COLOURS)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from accelerate import PartialState
@@ -41,6 +43,17 @@ def on_device(pipe, caller: str):
             pipe.to(home)
         elif getattr(pipe, "_all_hooks", None):
             pipe.maybe_free_model_hooks()
+
+
+def placed(function: Callable) -> Callable:
+    """A function of a pipeline (its first argument) that runs ``on_device``."""
+
+    @wraps(function)
+    def run(pipe, *args, **kwargs):
+        with on_device(pipe, f"{function.__module__.rpartition('.')[2]}.{function.__name__}"):
+            return function(pipe, *args, **kwargs)
+
+    return run
 
 
 def not_half(pipe, caller: str) -> None:

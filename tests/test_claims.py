@@ -167,7 +167,7 @@ def test_facts_of_the_judge_come_before_the_probe_and_ssim_stands_in_for_both(fa
     for place, mean in ((A, 0.7), (B, 0.9)):
         record(family, place, seed=1, ssim=ssim(mean))
     found = rows.kept(MODEL, A, B)
-    assert found.verdict == verdict.NOT_REPRODUCED and "SSIM -0.1" in found.evidence
+    assert found.verdict == verdict.NOT_REPRODUCED and "SSIM -0.200" in found.evidence
 
 
 def test_seeds_are_paired_and_those_of_one_row_alone_left_out(family):

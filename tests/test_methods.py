@@ -1,13 +1,14 @@
 """Methods: each score against a direct computation, units that do nothing go first, same seed same scores."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from pipelines import PROMPTS, TINY, latents, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 import ecodiff
-from ecodiff import experiments
+from ecodiff import experiments, running
 from ecodiff.errors import EcoDiffError
 from ecodiff.gates import apply_gates
 from ecodiff.learn_config import LearnConfig
@@ -128,6 +129,22 @@ def test_taylor_is_the_slope_of_the_loss_in_a_gate(make):
 
         slope = (total(1.05) - total(0.95)) / 0.1
         assert scores[site.name][best].item() == pytest.approx(abs(slope), rel=0.02)
+
+
+def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
+    asked = []
+
+    @contextmanager
+    def noticed(pipe, caller):
+        asked.append(caller)
+        yield
+
+    monkeypatch.setattr(running, "on_device", noticed)
+    pipe = tiny_sd()
+    for method in METHODS:
+        score(method, pipe)
+    expected = ["wanda.norms", "taylor.scores", "taylor.scores", "occlusion.scores", "wanda.norms", "obs.second_moments"]
+    assert asked == expected
 
 
 def test_taylor_needs_no_gradients_switched_on_by_the_caller():

@@ -29,6 +29,7 @@ from ..generate import generate
 from ..judge import Judge
 from ..pipelines import denoiser, with_denoiser
 from ..prompts import encoding_once, mix
+from ..running import placed
 from ..trace import Given, trace
 from ..trajectory import replaced_forward
 from .sampling import Call, Sampling, draw
@@ -40,7 +41,7 @@ _RESOLUTION = 5_000  # the knapsack counts parameters in shares of this
 
 
 def candidates(model: nn.Module) -> dict[str, int]:
-    """Blocks that can be left out with their numbers of parameters, in the order of the network.
+    """Blocks that can be left out with their numbers of parameters, in the order in which the network names them.
 
     They add to what they are given: residual blocks that keep the number of channels and transformer blocks, except a
     last joint block that drops its text stream.
@@ -66,6 +67,7 @@ def left_out(model: nn.Module, names: Collection[str]) -> Iterator[None]:
         yield
 
 
+@placed
 def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling) -> list[float]:
     """error(S) of each set of blocks: the prediction's mean squared change over calls, at the whole model's states.
 
@@ -97,6 +99,7 @@ def scores(pipe, prompts: Sequence, **sampling) -> dict[str, float]:
     return dict(zip(names, errors(pipe, prompts, [(name,) for name in names], **sampling), strict=True))
 
 
+@placed
 def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[str, float]:
     """SnapFusion's score of every candidate: the CLIP score lost without it, for each GFLOP of a call that it costs.
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..errors import EcoDiffError
 from ..pipelines import denoiser
+from ..running import placed
 from ..sites import Site, find_sites
 from ..surgery import prune
 from .sampling import KINDS, Clock, Sampling, columns, draw, reading, sites_of
@@ -49,6 +50,7 @@ def scores(
     return from_moments(pipe, moments, kinds=kinds, damping=damping)
 
 
+@placed
 def second_moments(
     pipe,
     prompts: Sequence,

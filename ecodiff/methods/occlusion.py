@@ -21,11 +21,13 @@ from ..errors import EcoDiffError
 from ..gates import apply_gates
 from ..pipelines import denoiser
 from ..prompts import encoding_once
+from ..running import placed
 from ..sites import Site
 from .sampling import KINDS, Sampling, draw, sites_of
 from .wanda import from_norms, norms
 
 
+@placed
 def scores(
     pipe,
     prompts: Sequence,

@@ -23,12 +23,13 @@ from tqdm import tqdm
 from ..errors import EcoDiffError
 from ..gates import apply_gates
 from ..pipelines import denoiser
-from ..running import not_half
+from ..running import not_half, placed
 from ..sites import Site
 from ..trajectory import frozen
 from .sampling import KINDS, Call, Sampling, columns, draw, mix, sites_of
 
 
+@placed
 def scores(
     pipe,
     prompts: Sequence,

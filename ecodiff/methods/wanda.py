@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines import denoiser
+from ..running import placed
 from .sampling import KINDS, Sampling, columns, draw, reading, sites_of
 
 
@@ -20,6 +21,7 @@ def scores(pipe, prompts, *, kinds: tuple[str, ...] = KINDS, **sampling) -> dict
     return from_norms(pipe, norms(pipe, prompts, kinds=kinds, **sampling), kinds)
 
 
+@placed
 def norms(pipe, prompts, *, kinds: tuple[str, ...] = KINDS, **sampling) -> dict[str, Tensor]:
     """Root mean square of every input channel of the layers that read units, {layer name: fp32 [channels]}."""
     squares: dict[str, Tensor] = {}
