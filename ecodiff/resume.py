@@ -41,9 +41,18 @@ def describe(pipe, prompts: list, config) -> dict:
         "prompts": cache.key(prompts),
         "pipeline": type(pipe).__name__,
         "weights": cache.weights_hash(find_denoiser(pipe)),
-        "scheduler": {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+        **conditions(pipe),
     }
     return json.loads(json.dumps(described, default=repr))
+
+
+def conditions(pipe) -> dict:
+    """What a trajectory depends on beside the denoiser: the scheduler's configuration, the text encoders' weights."""
+    encoders = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and part is not None}
+    return {
+        "scheduler": {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+        "text_encoders": {name: cache.weights_hash(part) for name, part in sorted(encoders.items())},
+    }
 
 
 class Folder:

@@ -179,6 +179,21 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
     assert all(differ("random", **{name: value}) for name, value in {"ratio": 0.4, "scope": "local"}.items())
 
 
+def test_a_row_and_its_gates_depend_on_text_encoders_and_scheduler():
+    pipe = tiny_sd()
+    cells = [Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2) for method in ("random", "learned")]
+
+    def described():
+        return [experiments.describe_cell(pipe, cell) for cell in cells], experiments.gates_file(pipe, cells[1])
+
+    before = described()
+    pipe.text_encoder.get_input_embeddings().weight.data.add_(0.1)
+    other_words = described()
+    pipe.scheduler.register_to_config(beta_end=0.02)
+    for a, b in ((before, other_words), (other_words, described())):
+        assert all(x != y for x, y in zip(a[0], b[0], strict=True)) and a[1] != b[1]
+
+
 def test_the_command_names_a_study_that_is_none(capsys):
     assert run.main(["nonsense"]) == 2
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
