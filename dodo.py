@@ -21,8 +21,14 @@ DOIT_CONFIG = {
 }
 
 OUT.mkdir(parents=True, exist_ok=True)
-# The runner itself is no part of what a notebook computes.
-PACKAGE = sorted(p for p in (ROOT / "ecodiff").rglob("*") if p.suffix in {".py", ".js"} and p.name != "book.py")
+# The runner itself is no part of what a notebook computes. Chapters import benchmarks, too, and all name objects.
+CODE = {".py", ".js", ".json", ".yaml"}
+PACKAGE = sorted(
+    p
+    for folder in ("ecodiff", "benchmarks", "data/openmoji")
+    for p in (ROOT / folder).rglob("*")
+    if p.suffix in (CODE if folder != "data/openmoji" else {".csv"}) and p.name != "book.py"
+)
 
 
 def attempt(function, *arguments):

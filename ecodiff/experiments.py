@@ -31,7 +31,7 @@ from .paths import data_dir
 from .pipelines import denoiser, load_once
 from .prompts import mix
 from .protocol import Protocol, anew, cache_folder, draw, judge, judge_pictures
-from .resume import conditions, describe
+from .resume import conditions_key, describe
 from .retrain import retrain
 from .retrain_config import RetrainConfig
 from .sites import find_sites
@@ -202,7 +202,7 @@ def describe_cell(pipe, cell: Cell) -> dict:
     described = {
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
-        "conditions": key(json.loads(json.dumps(conditions(pipe), default=repr))),
+        "conditions": conditions_key(pipe),
         "judge": weights_hash(judged_by.model) if judged_by else None,
         "method": cell.method,
         "ratio": 0.0 if base == "original" else cell.ratio,

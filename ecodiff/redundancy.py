@@ -28,6 +28,7 @@ from .gates import apply_gates
 from .generate import generate
 from .pipelines import denoiser
 from .protocol import Protocol
+from .resume import conditions_key
 from .sites import Site, find_sites
 
 Unit = tuple[str, int]
@@ -89,6 +90,7 @@ def measure(
         "model": protocol.model,
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
+        "conditions": conditions_key(pipe),
         "per_kind": per_kind,
         "captions": captions,
         "sampling": protocol.sampling,

@@ -55,6 +55,11 @@ def conditions(pipe) -> dict:
     }
 
 
+def conditions_key(pipe) -> str:
+    """``conditions`` as one hash."""
+    return cache.key(json.loads(json.dumps(conditions(pipe), default=repr)))
+
+
 class Folder:
     """One run's folder. Raises EcoDiffError for files of another run, damaged files, and where it cannot write."""
 

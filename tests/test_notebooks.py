@@ -40,6 +40,13 @@ def test_front_matter(source):
 
 
 @chapters
+def test_a_chapter_declares_the_papers_tables_if_it_reads_them(source):
+    """Otherwise it is not run again when they change."""
+    reads = re.search(r"\bpaper\.(claim|readable|table|row)\(", source.read_text(encoding="utf-8"))
+    assert not reads or "paper" in book.read(source).metadata["ecodiff"]["data"]
+
+
+@chapters
 def test_figures_have_number_caption_and_alternative_text(source):
     names = []
     for cell in book.read(source).cells:

@@ -153,7 +153,7 @@ def fit_once(folder, **options):
     layer = torch.nn.Linear(4, 3)
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         x = torch.randn(8, 4, generator=generator)
         return (layer(x) - x[:, :3].roll(1, 1) - 1).square().mean()
 
@@ -198,8 +198,8 @@ def test_an_unknown_optimizer_is_named(tmp_path):
 def longer(name):
     """The tiny recipe with one more stage of the denoiser, on later scenes."""
     recipe = tiny(name)
-    recipe["denoiser_2"] = {"train": {**recipe["denoiser"]["train"], "first_scene": 1000}}
-    recipe["stages"] = [*recipe["stages"], "denoiser_2"]
+    recipe["denoiser_9"] = {"train": {**recipe["denoiser"]["train"], "first_scene": 1000}}
+    recipe["stages"] = [*recipe["stages"], "denoiser_9"]
     return recipe
 
 
@@ -210,7 +210,7 @@ def test_a_stored_model_is_trained_on_by_a_stage_that_is_new(family, tmp_path, m
     monkeypatch.setattr(fit.data, "scenes", lambda split, n, start=0: seen.append(start) or real(split, n, start=start))
     model, log = train(longer(name), tmp_path, folder, go_on=True)
     assert list(log)[:-2] == longer(name)["stages"] and seen == [1000, 1002]
-    assert not list(tmp_path.glob("denoiser.pt")) and list(tmp_path.glob("denoiser_2.pt"))
+    assert not list(tmp_path.glob("denoiser.pt")) and list(tmp_path.glob("denoiser_9.pt"))
     before, after = weights(ecodiff.load(folder / name)), weights(model)
     moved = {key.partition(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
     assert moved >= {"transformer" if "flux" in name else "unet", "text_encoder"} and "vae" not in moved
@@ -308,8 +308,28 @@ def test_another_vae_does_not_continue_a_run(family, tmp_path):
     other = DiffusionPipeline.from_pretrained(folder / "openmoji-sdxl")
     torch.nn.init.ones_(other.vae.decoder.conv_out.bias)
     store.save(other, tiny("openmoji-sdxl"), {}, tmp_path / "models" / "openmoji-sdxl")
-    with pytest.raises(EcoDiffError, match="another VAE or teacher"):
+    with pytest.raises(EcoDiffError, match="started from other weights"):
         train(recipe, tmp_path / "run", tmp_path / "models")
+
+
+def test_a_stage_does_not_continue_after_another_earlier_stage(family, tmp_path):
+    recipe = tiny("openmoji-sdxl")
+    train(recipe, tmp_path)
+    recipe["vae"]["train"]["lr"] *= 2
+    (tmp_path / "vae.pt").unlink()
+    with pytest.raises(EcoDiffError, match="denoiser.pt was written .* started from other weights"):
+        train(recipe, tmp_path)
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
+    fit_once(tmp_path)
+    saved = torch.load(tmp_path / "layer.pt", weights_only=True)
+    assert saved["precision"] == fit.fast_precision()
+    other = "no" if saved["precision"] == "bf16" else "bf16"
+    monkeypatch.setattr(fit, "fast_precision", lambda: other)
+    layer = torch.nn.Linear(4, 3)
+    result = fit.fit("layer", [layer], None, saved["options"], tmp_path, seed=0)
+    assert result["precision"] == saved["precision"]
 
 
 def test_unknown_recipe_is_one_sentence(capsys):

@@ -101,7 +101,8 @@ def beta_of_flux() -> Erratum:
              abs(entry["flickr_fid"] - main) < 0.1)
         for entry in table("table9") if entry["beta"] in (used, 0.001, 0.01)
     ]  # fmt: skip
-    return Erratum("Table 2", "Table 1's FLUX has the FID of β = 0.01 or 0.001, not of the β = 0.1 in Table 2.", tuple(lines))
+    text = "Table 1's FLUX has the FID of β = 0.01 or 0.001, not of the β = 0.1 in Table 2."
+    return Erratum("Table 2", text, tuple(lines))
 
 
 def weights_of_sdxl() -> Erratum:

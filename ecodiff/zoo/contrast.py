@@ -86,7 +86,7 @@ def train_contrast(judge, recipe: dict, folder: Path, name: str) -> dict:
     """The judge, from nothing, on real scenes alone."""
     options, model = recipe[name]["train"], judge.model
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         pictures, facts = views(scenes, options, rng)
         false = [wrong(f, kind % 3, rng) for f in facts for kind in range(options["negatives"])]

@@ -29,10 +29,10 @@ def train_guidance(pipe, recipe: dict, folder: Path, name: str) -> dict:
     student_of, teacher_of = compiled(student, options), compiled(teacher, options)
     low, high = options["scales"]
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         captions, keep = [s.caption for s in scenes], torch.ones(len(scenes), dtype=torch.bool)
         with torch.no_grad():
-            noisy, _, sigma = noised(encode(pipe, scenes), generator)
+            noisy, _, sigma = noised(encode(pipe, scenes), generator, options.get("shift", 1.0))
             scale = (low + (high - low) * torch.rand(len(scenes), generator=generator)).to(noisy.device)
             with_caption, without = conditioning(pipe, captions, keep), conditioning(pipe, captions, ~keep)
             one = torch.ones_like(sigma)
@@ -60,7 +60,7 @@ def train_distil(pipe, recipe: dict, folder: Path, name: str) -> dict:
     student_of, teacher_of = compiled(student, options), compiled(teacher, options)
     steps, finer = options["student_steps"], options["teacher_steps"] // options["student_steps"]
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         n, tokens = len(scenes), (pipe.vae.config.sample_size // pipe.vae_scale_factor // 2) ** 2
         with torch.no_grad():
             condition = conditioning(pipe, [s.caption for s in scenes], torch.ones(n, dtype=torch.bool))

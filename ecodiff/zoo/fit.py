@@ -85,21 +85,29 @@ def optimizers_of(modules: list[torch.nn.Module], options: dict) -> list[torch.o
 def fit(
     name: str,
     modules: list[torch.nn.Module],
-    loss_of: Callable[[int, list[data.Scene], torch.Generator], torch.Tensor],
+    loss_of: Callable[[list[data.Scene], torch.Generator], torch.Tensor],
     options: dict,
     folder: Path,
     seed: int,
 ) -> dict:
-    """Train ``modules`` on ``loss_of(step, scenes, generator)`` and leave their moving averages in them.
+    """Train ``modules`` on ``loss_of(scenes, generator)`` and leave their moving averages in them.
 
     The optimizer of the options (``optimizers_of``), warm-up and cosine decay, gradient norm clipped to 1, exponential
     moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary
     name, then renamed) and picked up again. After the first ``MEASURED`` steps a line says how long the rest takes on
-    this machine. Returns the seconds spent and the mean loss of the last hundred steps.
+    this machine. Returns the seconds spent, the mean loss of the last hundred steps, and the precision.
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision=fast_precision())
+    path = folder / f"{name}.pt"
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    if saved and saved["options"] != options:
+        raise EcoDiffError(
+            f"{path} was written with other training options, or started from other weights: delete it, or restore "
+            "the recipe."
+        )
+    precision = saved["precision"] if saved else fast_precision()  # timed, and may come out otherwise another time
+    accelerator = Accelerator(mixed_precision=precision)
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizers = optimizers_of(modules, options)
     # A recipe may stop before its cosine has come down: the moving average makes up for much of the rest.
@@ -111,14 +119,7 @@ def fit(
         module.to(accelerator.device).train()
     ema.to(accelerator.device)
     state = {"step": 0, "seconds": 0.0, "losses": []}
-    path = folder / f"{name}.pt"
-    if path.exists():
-        saved = torch.load(path, map_location=accelerator.device, weights_only=True)
-        if saved["options"] != options:
-            raise EcoDiffError(
-                f"{path} was written with other training options, or from another VAE or teacher: delete it, or "
-                "restore the recipe."
-            )
+    if saved:
         with torch.no_grad():
             for parameter, value in zip(parameters, saved["parameters"], strict=True):
                 parameter.copy_(value)
@@ -131,6 +132,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "options": options,
+            "precision": precision,
             "parameters": [p.detach() for p in parameters],
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "schedules": [schedule.state_dict() for schedule in schedules],
@@ -158,7 +160,7 @@ def fit(
             if step + 1 < options["steps"]:
                 upcoming = pool.submit(scenes_of, step + 1)
             with accelerator.autocast(), sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-                loss = loss_of(step, batch, generator(seed, stage, step))
+                loss = loss_of(batch, generator(seed, stage, step))
             accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for part in [*optimizers, *schedules]:
@@ -181,4 +183,5 @@ def fit(
     ema.copy_to(parameters)
     for module in modules:
         module.eval()
-    return {"seconds": round(state["seconds"], 1), "loss": sum(state["losses"]) / max(len(state["losses"]), 1)}
+    loss = sum(state["losses"]) / max(len(state["losses"]), 1)
+    return {"seconds": round(state["seconds"], 1), "loss": loss, "precision": precision}

@@ -26,7 +26,7 @@ def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """The VAE, by absolute plus squared error and a slight KL term; then sets its scaling factor to 1/std."""
     vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe[name]["train"]
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         x = pixels(scenes, vae.device)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
@@ -47,7 +47,7 @@ def train_decoder(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """
     vae = pipe.vae
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         x = pixels(scenes, vae.device)
         with torch.no_grad():
             latents = vae.encode(x).latent_dist.mean
@@ -70,9 +70,9 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
     if hasattr(pipe, "unet"):
         model.to(memory_format=torch.channels_last)  # convolutions are about a tenth faster so
     forward = compiled(model, options)
-    loss = objective.training_loss(pipe.scheduler)
+    loss = objective.training_loss(pipe.scheduler, shift=options.get("shift", 1.0))
 
-    def loss_of(step, scenes, generator):
+    def loss_of(scenes, generator):
         latents = encode(pipe, scenes)
         keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
         return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)

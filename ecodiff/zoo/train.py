@@ -60,13 +60,14 @@ def train(recipe: dict, folder: Path, models: Path | None = None, go_on: bool = 
         stages = [stage for stage in stages if stage not in before]
     else:
         model = build(recipe, models)
-    if needs(recipe) or go_on:
-        # A checkpoint made from another VAE or teacher must not be taken up: its options name the weights.
-        parts = {n: weights_hash(m) for n, m in model.components.items() if isinstance(m, torch.nn.Module)}
-        for stage in stages:
-            recipe = {**recipe, stage: {**recipe[stage], "train": {**recipe[stage]["train"], "origin": key(parts)}}}
     model.to(PartialState().device)
-    log = {stage: STAGES[stage.partition("_")[0]](model, recipe, folder, stage) for stage in stages}
+    log = {}
+    for stage in stages:
+        # A checkpoint made from other weights (a VAE, a teacher, an earlier stage) must not be taken up: its options
+        # name what it started from.
+        parts = {n: weights_hash(m) for n, m in model.components.items() if isinstance(m, torch.nn.Module)}
+        options = {**recipe[stage]["train"], "origin": key(parts)}
+        log[stage] = STAGES[stage.partition("_")[0]](model, {**recipe, stage: {"train": options}}, folder, stage)
     model.to("cpu")
     return model, {**before, **log, "machine": machine(), "commit": commit()}
 
