@@ -62,7 +62,7 @@ def not_half(pipe, caller: str) -> None:
     if next(network.parameters()).dtype == torch.float16:
         raise EcoDiffError(
             f"{caller}: {type(network).__name__} is in float16, where gradients of this loss underflow to zero: load "
-            "the pipeline with torch_dtype=torch.bfloat16 or torch.float32."
+            "the pipeline with dtype=torch.bfloat16 or torch.float32."
         )
 
 
