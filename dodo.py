@@ -22,12 +22,9 @@ DOIT_CONFIG = {
 
 OUT.mkdir(parents=True, exist_ok=True)
 # The runner itself is no part of what a notebook computes. Chapters import benchmarks, too, and all name objects.
-CODE = {".py", ".js", ".json", ".yaml"}
+FOLDERS, KINDS = ("ecodiff", "benchmarks", "data/openmoji"), {".py", ".js", ".json", ".yaml", ".csv"}
 PACKAGE = sorted(
-    p
-    for folder in ("ecodiff", "benchmarks", "data/openmoji")
-    for p in (ROOT / folder).rglob("*")
-    if p.suffix in (CODE if folder != "data/openmoji" else {".csv"}) and p.name != "book.py"
+    p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in KINDS and p.name != "book.py"
 )
 
 

@@ -10,7 +10,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from .paths import data_dir
 from .pipelines import denoiser, load_once
 from .prompts import mix
 from .protocol import Protocol, anew, cache_folder, draw, judge, judge_pictures
-from .resume import conditions_key, describe
+from .resume import conditions, describe
 from .retrain import retrain
 from .retrain_config import RetrainConfig
 from .sites import find_sites
@@ -202,7 +201,7 @@ def describe_cell(pipe, cell: Cell) -> dict:
     described = {
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
-        "conditions": conditions_key(pipe),
+        "conditions": key(conditions(pipe)),
         "judge": weights_hash(judged_by.model) if judged_by else None,
         "method": cell.method,
         "ratio": 0.0 if base == "original" else cell.ratio,
@@ -295,18 +294,15 @@ def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
 
 def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     """The values of a cell, measured now; gates, scores and pictures that are kept are read, unless ``recompute``."""
-    with anew() if recompute else nullcontext():
-        return _measured(pipe, cell, recompute)
-
-
-def _measured(pipe, cell: Cell, recompute: bool) -> dict:
-    protocol, scenes, smaller = cell.protocol, cell.protocol.scenes(), smaller_model(pipe, cell, recompute)
-    drawn = original = draw(pipe, scenes, cell.seed, protocol)
-    if "deepcache" in apart(cell.method)[1]:
-        with deepcache(smaller, interval=2):
-            drawn = draw(smaller, scenes, cell.seed, protocol, keep=False)
-    elif smaller is not pipe:
-        drawn = draw(smaller, scenes, cell.seed, protocol)
+    protocol, scenes = cell.protocol, cell.protocol.scenes()
+    with anew(recompute):
+        smaller = smaller_model(pipe, cell, recompute)
+        drawn = original = draw(pipe, scenes, cell.seed, protocol)
+        if "deepcache" in apart(cell.method)[1]:
+            with deepcache(smaller, interval=2):
+                drawn = draw(smaller, scenes, cell.seed, protocol, keep=False)
+        elif smaller is not pipe:
+            drawn = draw(smaller, scenes, cell.seed, protocol)
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
         "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],

@@ -67,10 +67,11 @@ def learn(
             not finite; the error's ``gates`` then holds the last λ that was good.
     """
     prompts = checked_prompts(prompts, "learn")
-    without_adapters(find_denoiser(pipe), "learn")
-    not_half(pipe, "learn")
-    sites = find_sites(find_denoiser(pipe), config.kinds)
-    if progress and (skipped := skipped_modules(find_denoiser(pipe))):
+    network = find_denoiser(pipe)
+    without_adapters(network, "learn")
+    not_half(network, "learn")
+    sites = find_sites(network, config.kinds)
+    if progress and (skipped := skipped_modules(network)):
         name, why = next(iter(skipped.items()))
         tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:

@@ -210,10 +210,8 @@ def nested_interval(
     means = []
     for done in range(0, resamples, chunk := max(1, 4_000_000 // length)):
         many = min(chunk, resamples - done)
-        drawn = rng.integers(number, size=(many, number - 1))
-        pictures = rng.integers(length, size=(many, length)) + np.arange(many)[:, None] * length
-        often = np.bincount(pictures.ravel(), minlength=many * length).reshape(many, length)
-        means.append((values[drawn].mean(1) * often).sum(1) / length)
+        drawn = values[rng.integers(number, size=(many, number - 1))].mean(1)
+        means.append(np.take_along_axis(drawn, rng.integers(length, size=(many, length)), axis=1).mean(1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high), level)
 

@@ -37,7 +37,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path):
-    """A folder to write to, which becomes `path` when the context ends without an error."""
+    """A folder to write to, which becomes `path` when the context ends without an error.
+
+    An earlier saved model at `path` is put aside and comes back if anything fails. Raises EcoDiffError then, and for a
+    file or a folder that holds something else.
+    """
     path = path.absolute()
     if path.is_file():
         raise EcoDiffError(f"{path}: is a file; give a folder to save to.")

@@ -68,11 +68,6 @@ def recommended(model: str) -> dict:
     return dict(json.loads(path.read_text())["recipe"]["sampling"]) if path.is_file() else {}
 
 
-def recommended_call(model: str) -> dict:
-    """Further arguments of an embedded model's call, beside steps and guidance: the size of FLUX's pictures."""
-    return dict(Protocol.of(model).call)
-
-
 def judge_pictures(drawn: Tensor, scenes: Sequence[data.Scene], features: bool = True) -> dict[str, list | float]:
     """What ``compare`` returns about pictures uint8 [N, 3, 64, 64] of scenes, without a reference."""
     found = {"colour": metrics.background_correct(drawn, [scene.colour for scene in scenes], data.COLOURS)}
@@ -138,13 +133,15 @@ def cache_folder(name: str) -> Path | None:
     ECODIFF_RECOMPUTE=1 and inside ``anew`` a folder of this process, which goes when it ends."""
     if not records.enabled():
         return None
-    return (_own_folder() if records.recompute_asked() or _anew.get() else data_dir() / ".cache") / name
+    own = records.recompute_asked() or _anew.get()
+    return (Path(_own_folder().name) if own else data_dir() / ".cache") / name
 
 
 @contextmanager
-def anew() -> Iterator[None]:
-    """Inside, only pictures and scores that this process made are read: what is measured again is drawn again."""
-    token = _anew.set(True)
+def anew(asked: bool = True) -> Iterator[None]:
+    """Inside, if ``asked``, only pictures and scores that this process made are read: what is measured again is drawn
+    again."""
+    token = _anew.set(asked or _anew.get())
     try:
         yield
     finally:
@@ -154,10 +151,6 @@ def anew() -> Iterator[None]:
 _anew: ContextVar[bool] = ContextVar("anew", default=False)
 
 
-def _own_folder() -> Path:
-    if not _own:
-        _own.append(TemporaryDirectory(prefix="ecodiff-"))
-    return Path(_own[0].name)
-
-
-_own: list[TemporaryDirectory] = []  # made when it is needed
+@lru_cache(maxsize=1)
+def _own_folder() -> TemporaryDirectory:
+    return TemporaryDirectory(prefix="ecodiff-")

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from . import data, metrics, records
-from .cache import weights_hash
+from .cache import key, weights_hash
 from .errors import EcoDiffError
 from .gates import apply_gates
 from .generate import generate
 from .pipelines import denoiser
 from .protocol import Protocol
-from .resume import conditions_key
+from .resume import conditions
 from .sites import Site, find_sites
 
 Unit = tuple[str, int]
@@ -90,7 +90,7 @@ def measure(
         "model": protocol.model,
         "weights": weights_hash(denoiser(pipe)),
         "vae": weights_hash(pipe.vae),
-        "conditions": conditions_key(pipe),
+        "conditions": key(conditions(pipe)),
         "per_kind": per_kind,
         "captions": captions,
         "sampling": protocol.sampling,

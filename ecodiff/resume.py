@@ -47,17 +47,14 @@ def describe(pipe, prompts: list, config) -> dict:
 
 
 def conditions(pipe) -> dict:
-    """What a trajectory depends on beside the denoiser: the scheduler's configuration, the text encoders' weights."""
+    """What a trajectory depends on beside the denoiser, as plain JSON values: the scheduler's configuration, the text
+    encoders' weights."""
     encoders = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and part is not None}
-    return {
+    described = {
         "scheduler": {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config},
         "text_encoders": {name: cache.weights_hash(part) for name, part in sorted(encoders.items())},
     }
-
-
-def conditions_key(pipe) -> str:
-    """``conditions`` as one hash."""
-    return cache.key(json.loads(json.dumps(conditions(pipe), default=repr)))
+    return json.loads(json.dumps(described, default=repr))
 
 
 class Folder:

@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 
 from .errors import EcoDiffError
-from .pipelines import denoiser as find_denoiser
 from .prompts import mix
 
 
@@ -56,9 +55,8 @@ def placed(function: Callable) -> Callable:
     return run
 
 
-def not_half(pipe, caller: str) -> None:
+def not_half(network: torch.nn.Module, caller: str) -> None:
     """EcoDiffError for a denoiser in float16: the gradient of a mean over latents is too small for its range."""
-    network = find_denoiser(pipe)
     if next(network.parameters()).dtype == torch.float16:
         raise EcoDiffError(
             f"{caller}: {type(network).__name__} is in float16, where gradients of this loss underflow to zero: load "

@@ -77,6 +77,13 @@ def find_sites(denoiser: nn.Module, kinds: tuple[str, ...] = ("attention", "feed
     return {site.name: site for site in _walk(denoiser) if isinstance(site, Site) and site.kind in kinds}
 
 
+def network_order(name: str) -> tuple:
+    """Sort key of site names: from the network's input to its output, where diffusers names the middle block last."""
+    parts = name.split(".")
+    place = {"mid_block": 1, "single_transformer_blocks": 1, "up_blocks": 2}.get(parts[0], 0)
+    return place, [int(part) for part in parts if part.isdigit()], parts[-1]
+
+
 def skipped_modules(denoiser: nn.Module) -> dict[str, str]:
     """Return `{module name: reason}` for attentions and feed-forwards in which no unit can be removed exactly."""
     return dict(found for found in _walk(denoiser) if not isinstance(found, Site))

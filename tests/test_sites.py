@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from pipelines import TINY, latents
 
 from ecodiff import EcoDiffError, denoiser, find_sites, skipped_modules, with_flops
-from ecodiff.sites import KINDS
+from ecodiff.sites import KINDS, network_order
 
 SDXL = {
     "sample_size": 128,
@@ -172,3 +172,14 @@ def test_flops_of_a_unit_against_a_count_by_hand():
     assert measured[name + "attn2"].flops_per_unit == batch * cross
     assert measured[name + "ff"].flops_per_unit == batch * 2 * tokens * 3 * width
     assert all(not module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+def test_network_order_goes_from_input_to_output():
+    """diffusers names a U-Net's middle block after its up blocks, and FLUX's single blocks follow the double ones."""
+    names = ["up_blocks.0.a.0.attn1", "mid_block.a.0.ff", "down_blocks.10.a.0.ff", "down_blocks.2.a.0.ff"]
+    assert sorted([*names, "down_blocks.2.a.0.attn2"], key=network_order) == [
+        "down_blocks.2.a.0.attn2", "down_blocks.2.a.0.ff", "down_blocks.10.a.0.ff", "mid_block.a.0.ff",
+        "up_blocks.0.a.0.attn1",
+    ]  # fmt: skip
+    flux = ["single_transformer_blocks.0.attn", "transformer_blocks.1.attn", "transformer_blocks.0.ff"]
+    assert sorted(flux, key=network_order) == flux[::-1]

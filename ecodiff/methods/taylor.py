@@ -53,8 +53,8 @@ def scores(
     """
     if not 0 <= threshold < 1:
         raise EcoDiffError(f"taylor: threshold={threshold} is a share of the largest loss, in [0, 1).")
-    not_half(pipe, "taylor")
     model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    not_half(model, "taylor")
     loss = NoisePrediction.prepare(pipe, prompts, settings)
     device = next(model.parameters()).device
     gates = {name: torch.ones(site.units, device=device, requires_grad=True) for name, site in sites.items()}

@@ -116,9 +116,8 @@ def _relaxation(model: str) -> dict[str, Cell]:
 def _choices(model: str) -> dict[str, Cell]:
     """What the published method does otherwise, one at a time and all together."""
     cell = base(model)
-    flux = is_flux(model)
     faithful = LearnConfig.paper(
-        "flux" if flux else "sdxl",
+        "flux" if is_flux(model) else "sdxl",
         "code",
         updates=cell.config.updates,
         num_inference_steps=cell.config.num_inference_steps,

@@ -52,8 +52,9 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
     ]
     lines = []
     for study, row, cell in random.Random(seed).sample(found, min(number, len(found))):
+        before = compare(pipe, cell, only_recorded=True)
         with anew():
-            before, after = compare(pipe, cell, only_recorded=True), measure_cell(pipe, cell)
+            after = measure_cell(pipe, cell)
         for name in ("ssim", "object", "found", "facts", "colour"):
             if not before.get(name):
                 continue
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    for name, least in (("jobs", 1), ("seeds", 1), ("verify", 0), ("minutes", 0)):
+    for name, least in (("jobs", 1), ("seeds", 1), ("verify", 1), ("minutes", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             raise EcoDiffError(f"--{name} {value:g}: give {least} or more.")
     names, end = options.studies or list(studies.STUDIES), time.monotonic() + 60 * options.minutes
@@ -112,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
     for name in names:
         cells(name, models[0])
     pipes = {model: load_once(model) for model in models}
-    if options.verify is not None:
+    if options.verify:
         found = [
             line
             for model, pipe in pipes.items()

@@ -117,7 +117,6 @@ def fit(
     ema = EMAModel(parameters, decay=options["ema"], use_ema_warmup=True, inv_gamma=1.0, power=3 / 4, foreach=True)
     for module in modules:
         module.to(accelerator.device).train()
-    ema.to(accelerator.device)
     state = {"step": 0, "seconds": 0.0, "losses": []}
     if saved:
         with torch.no_grad():
@@ -127,6 +126,7 @@ def fit(
             part.load_state_dict(value)
         ema.load_state_dict(saved["ema"])
         state = saved["state"]
+    ema.to(accelerator.device)
 
     def save() -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ from .build import build
 from .contrast import train_contrast
 from .distil import train_distil, train_guidance
 from .fit import fast_precision
-from .recipes import needs
 from .stages import train_decoder, train_denoiser, train_vae
 
 STAGES = {
