@@ -255,6 +255,36 @@ def test_flux_latents_are_packed_and_centred(family):
     assert latents.shape == (64, 64, 16) and abs(latents.mean().item()) < 0.02
 
 
+@pytest.mark.parametrize("name", ["openmoji-sdxl", "openmoji-flux-dev"])
+def test_a_caption_can_be_given_as_tokens_without_its_pooled_vector(family, name):
+    from ecodiff.zoo.stages import conditioning
+
+    pipe, captions, yes = family[0][name], ["a cat on a red background"] * 2, torch.tensor([True, True])
+    with torch.no_grad():
+        full, none = conditioning(pipe, captions, yes), conditioning(pipe, captions, ~yes)
+        told = conditioning(pipe, captions, yes, torch.tensor([True, False]))
+    pooled = [
+        (c.get("added_cond_kwargs") or {"text_embeds": c.get("pooled_projections")})["text_embeds"]
+        for c in (full, none, told)
+    ]
+    tokens = [c["encoder_hidden_states"] for c in (full, none, told)]
+    assert torch.equal(tokens[2], tokens[0]) and not torch.allclose(tokens[0], tokens[1])
+    assert torch.allclose(pooled[2][0], pooled[0][0], atol=1e-6) and torch.allclose(
+        pooled[2][1], pooled[1][1], atol=1e-6
+    )
+    assert not torch.allclose(pooled[0], pooled[1])
+
+
+def test_a_stage_drops_the_share_of_pooled_vectors_that_its_options_name(family, tmp_path, monkeypatch):
+    from ecodiff.zoo import stages
+
+    recipe, seen, real = longer("openmoji-flux-dev"), [], stages.conditioning
+    recipe["denoiser_9"]["train"] |= {"drop_condition": 0.0, "drop_pooled": 1.0}
+    monkeypatch.setattr(stages, "conditioning", lambda pipe, *told: seen.append(told[1:]) or real(pipe, *told))
+    train(recipe, tmp_path, family[1], go_on=True)
+    assert seen and all(keep.all() and not pooled.any() for keep, pooled in seen)
+
+
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-clip"])
 def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
     from ecodiff.zoo import card, measure

@@ -62,7 +62,9 @@ def train_decoder(pipe, recipe: dict, folder: Path, name: str) -> dict:
 def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """Denoiser and text encoders together, on the objective of the pipeline's scheduler, with dropped captions.
 
-    The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ.
+    The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ. With
+    ``drop_pooled`` in the options that share of captions is given as a sequence of tokens alone: a pooled vector that
+    says enough of a simple caption leaves the attention to its tokens unlearned.
     """
     options, model = recipe[name]["train"], denoiser(pipe)
     pipe.vae.requires_grad_(False).eval()
@@ -75,7 +77,10 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
     def loss_of(scenes, generator):
         latents = encode(pipe, scenes)
         keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
-        return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep), generator)
+        pooled = keep
+        if "drop_pooled" in options:
+            pooled = keep & (torch.rand(len(scenes), generator=generator) >= options["drop_pooled"])
+        return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep, pooled), generator)
 
     encoders = [getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)]
     return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"])
@@ -91,23 +96,27 @@ def compiled(model, options: dict):
     return torch.compile(model) if options.get("compile") else model
 
 
-def conditioning(pipe, captions: list[str], keep: Tensor) -> dict:
+def conditioning(pipe, captions: list[str], keep: Tensor, keep_pooled: Tensor | None = None) -> dict:
     """Keyword arguments of the denoiser for captions; where ``keep`` (bool [N]) is false the caption is dropped.
 
     A dropped caption is what the pipeline itself takes for none: zeros for SDXL, the empty caption otherwise.
+    ``keep_pooled`` (left out: ``keep``) is the same for the pooled vector, where a pipeline has one.
     """
     device, n = pipe.vae.device, len(captions)
+    keep_pooled = keep if keep_pooled is None else keep_pooled
     if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
-        keep = keep.float().to(device)
+        keep, keep_pooled = keep.float().to(device), keep_pooled.float().to(device)
         time_ids = torch.tensor([[data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE]], device=device).float()
-        added = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids.repeat(n, 1)}
+        added = {"text_embeds": pooled * keep_pooled[:, None], "time_ids": time_ids.repeat(n, 1)}
         return {"encoder_hidden_states": embeds * keep[:, None, None], "added_cond_kwargs": added}
-    captions = [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+    sequence = [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
     if not hasattr(pipe, "transformer"):
-        embeds, _ = pipe.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)
+        embeds, _ = pipe.encode_prompt(sequence, device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
-    embeds, pooled, text_ids = pipe.encode_prompt(captions, max_sequence_length=pipe.tokenizer_2.model_max_length)
+    pooled = [caption if kept else "" for caption, kept in zip(captions, keep_pooled.tolist(), strict=True)]
+    length = pipe.tokenizer_2.model_max_length
+    embeds, pooled, text_ids = pipe.encode_prompt(pooled, sequence, max_sequence_length=length)
     side = data.SIZE // pipe.vae_scale_factor // 2
     image_ids = pipe._prepare_latent_image_ids(n, side, side, device, embeds.dtype)
     return {
