@@ -12,7 +12,7 @@ from ecodiff.zoo.card import Measured
 WORDS = {
     "VAE PSNR (dB)": "27.90",
     "one object: object named by the probe (%)": "77.7 (95 % interval 76.9 to 78.4); real scenes 100.0",
-    "one object: background right (%)": "99.0 (one seed); real scenes 100.0",
+    "one object: background right (%)": "99.0; real scenes 100.0",
     "seeds": "3",
     "sampling": "num_inference_steps 12, guidance_scale 3.0",
 }

@@ -312,8 +312,11 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
 
 
 def test_every_caption_fits_the_tokenizers(family):
-    pipe = family[0]["openmoji-flux-dev"]
-    for caption in data.prompts("train", 300) + data.prompts("heldout", 100):
+    from ecodiff.zoo.measure import free_wordings, scene_sets
+
+    pipe, free = family[0]["openmoji-flux-dev"], free_wordings(scene_sets(200)["one object"])
+    assert not set(free) & set(data.prompts("train", 3000))
+    for caption in data.prompts("train", 300) + data.prompts("heldout", 100) + free:
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
             assert len(tokenizer(caption).input_ids) <= tokenizer.model_max_length
         assert pipe.tokenizer_2.unk_token_id not in pipe.tokenizer_2(caption).input_ids

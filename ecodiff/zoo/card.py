@@ -26,9 +26,7 @@ TARGETS = {  # what the pipelines of the family aim at: row of the card -> at le
 }
 SECONDS_FOR_512 = 90.0  # for 512 pictures with the slowest model, on two cores
 DISTILLED_WITHIN = 5.0  # points that a step-distilled model may lie under its teacher in any of these shares
-_NUMBER = re.compile(
-    r"(-?[\d.]+)(?: \((?:95 % interval (-?[\d.]+) to (-?[\d.]+)|one seed)\))?(?:; real scenes (-?[\d.]+))?"
-)
+_NUMBER = re.compile(r"(-?[\d.]+)(?: \(95 % interval (-?[\d.]+) to (-?[\d.]+)\))?(?:; real scenes (-?[\d.]+))?")
 
 
 @dataclass(frozen=True)

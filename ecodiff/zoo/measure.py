@@ -10,8 +10,9 @@ from ..generate import generate
 from ..judge import Judge, caption_ranks, clip_score, cut, verdicts
 from .contrast import shift
 
-# Wordings that no caption of the training data has; {} is the object with its article, then the colour.
-FREE = ("a picture that shows {0} with {1} behind it", "{1} backdrop, {0} in the middle", "{0}, the wall is {1}")
+# Wordings that no caption of the training data has; {0} is the object with its article, {1} the colour. Each fits the
+# tokenizers, though FLUX's spells words that are new to it.
+FREE = ("{1} all about {0}", "see {0}, all in {1}", "{0}, the wall is {1}")
 
 
 def scene_sets(n: int) -> dict[str, list[data.Scene]]:
@@ -24,7 +25,8 @@ def scene_sets(n: int) -> dict[str, list[data.Scene]]:
 
 
 def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -> dict[str, str]:
-    """Numbers of a pipeline's card, in words: each a mean over ``seeds`` with Student's 95 % interval.
+    """Numbers of a pipeline's card, in words: each a mean over ``seeds`` of the noise with a 95 % interval over these
+    and the captions (``metrics.nested_interval``).
 
     VAE PSNR (dB) on 256 real scenes; share (%) of one-object pictures named rightly by the object probe, and of right
     backgrounds; and where the judge is trained, for each evaluation set of ``prompts`` captions the share of pictures
@@ -41,11 +43,12 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
             generate(pipe, captions, range(first, first + prompts), **sampling)
             for first in range(7_000_000, 7_000_000 + seeds * 1_000_000, 1_000_000)
         ]
-        found[name] = _shares(judge, [data.images(scenes), *drawn], scenes)
+        found[name] = _found(judge, [data.images(scenes), *drawn], scenes)
     rows = {"VAE PSNR (dB)": f"{vae_psnr(pipe.vae):.2f}"}
     for name, (real, *drawn) in found.items():
         for share, ceiling in real.items():
-            rows[f"{name}: {share} (%)"] = f"{_interval([f[share] for f in drawn])}; real scenes {ceiling:.1f}"
+            interval = metrics.nested_interval([seed[share] for seed in drawn])
+            rows[f"{name}: {share} (%)"] = f"{_words(interval)}; real scenes {sum(ceiling) / len(ceiling):.1f}"
     rows |= {"prompts a set": str(prompts), "seeds": str(seeds)}
     return rows | {"sampling": ", ".join(f"{name} {value}" for name, value in sampling.items())}
 
@@ -105,14 +108,11 @@ def _judged(judge: Judge, sets: list[Tensor], scenes: list[data.Scene]) -> list[
     ]
 
 
-def _shares(judge: Judge | None, sets: list[Tensor], scenes: list[data.Scene]) -> list[dict[str, float]]:
-    """Shares in percent of what probe and judge find in each of several sets of pictures of the same scenes."""
+def _found(judge: Judge | None, sets: list[Tensor], scenes: list[data.Scene]) -> list[dict[str, list[float]]]:
+    """What probe and judge find in each of several sets of pictures of the same scenes: 100 or 0 for each picture."""
     judged = _judged(judge, sets, scenes) if judge is not None else [{} for _ in sets]
-    shares = []
-    for images, hits in zip(sets, judged, strict=True):
-        every = {**_probed(images, scenes), **hits}
-        shares.append({name: 100 * hit.double().mean().item() for name, hit in every.items()})
-    return shares
+    every = ({**_probed(images, scenes), **hits} for images, hits in zip(sets, judged, strict=True))
+    return [{name: [100.0 * hit for hit in hits.tolist()] for name, hits in found.items()} for found in every]
 
 
 def _probed(images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
@@ -121,12 +121,6 @@ def _probed(images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
         return {"background right": right}
     named = protocol.probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
     return {"object named by the probe": named, "background right": right}
-
-
-def _interval(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f} (one seed)"
-    return _words(metrics.mean_interval(values))
 
 
 def _words(interval: metrics.Interval) -> str:
