@@ -173,6 +173,37 @@ def test_muon_steps_along_an_orthogonal_matrix_and_leaves_the_rest_to_adamw(tmp_
     torch.testing.assert_close(adamw[0].abs(), torch.full((3, 4), 0.01))  # AdamW's first step is the sign alone
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_text_encoders_have_adamw_at_their_own_rate(name):
+    layer, encoder = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    options = {"lr": 0.01, "encoder_lr": 0.002, "optimizer": name}
+    rates = {}
+    for optimizer in fit.optimizers_of([layer, encoder], options, [encoder]):
+        for group in optimizer.param_groups:
+            rates |= {p: (type(optimizer).__name__, group["lr"]) for p in group["params"]}
+    assert rates[encoder.weight] == rates[encoder.bias] == ("AdamW", 0.002) and rates[layer.bias] == ("AdamW", 0.01)
+    assert rates[layer.weight] == ("Muon" if name == "muon" else "AdamW", 0.01)
+    together = fit.optimizers_of([layer, encoder], {"lr": 0.01, "optimizer": name}, [encoder])
+    assert {group["lr"] for optimizer in together for group in optimizer.param_groups} == {0.01}
+
+
+def test_t5_is_begun_anew_on_captions_and_learns_to_restore_words(family, tmp_path):
+    from ecodiff.zoo import stages
+
+    pipe, recipe = deepcopy(family[0]["openmoji-flux-dev"]), tiny("openmoji-flux-dev")
+    before = pipe.text_encoder_2
+    options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "warmup": 1, "ema": 0.0, "hide": 0.3}
+    log = stages.train_words(pipe, {**recipe, "words": {"train": options}}, tmp_path, "words")
+    torch.manual_seed(recipe["seed"])
+    fresh, encoder = type(before)(before.config).state_dict(), pipe.text_encoder_2.state_dict()
+    seen = pipe.tokenizer_2("a cat on a red background").input_ids
+    for key, value in encoder.items():
+        assert value.shape == before.state_dict()[key].shape and not torch.equal(value, fresh[key]), key
+    words = "shared.weight"
+    assert not torch.equal(encoder[words][seen], before.state_dict()[words][seen])
+    assert log["loss"] < torch.log(torch.tensor(float(len(pipe.tokenizer_2)))).item()  # of knowing nothing
+
+
 def test_a_killed_run_with_muon_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     exact = fit_once(tmp_path / "exact", optimizer="muon")
     monkeypatch.setattr(fit, "SAVE_EVERY", 1)

@@ -62,8 +62,13 @@ def estimate(name: str, left: int, took: list[float]) -> str:
     return f"{name}: {left} steps to go, about {minutes:.0f} minutes at the {seconds:.2f} s a step measured here."
 
 
-def optimizers_of(modules: list[torch.nn.Module], options: dict) -> list[torch.optim.Optimizer]:
+def optimizers_of(
+    modules: list[torch.nn.Module], options: dict, encoders: list[torch.nn.Module] = ()
+) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns; with ``optimizer: muon`` the matrices of linear layers have Muon instead.
+
+    With ``encoder_lr`` the ``encoders`` among the modules have AdamW at that rate: T5's attention is not scaled, and
+    at a denoiser's rate it soon looks at one token only and stops learning.
 
     Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it steps along it; its step has the
     root mean square of AdamW's (Liu et al. 2025), so that one learning rate serves both. Raises EcoDiffError for
@@ -72,10 +77,15 @@ def optimizers_of(modules: list[torch.nn.Module], options: dict) -> list[torch.o
     name = options.get("optimizer", "adamw")
     if name not in ("adamw", "muon"):
         raise EcoDiffError(f"There is no optimizer {name!r} in training: take adamw or muon.")
+    slow = [module for module in modules if "encoder_lr" in options and module in encoders]
+    modules = [module for module in modules if module not in slow]
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     linear = {layer.weight for module in modules for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
-    rest = [p for p in parameters if name == "adamw" or p not in linear]
-    optimizers = [torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.99), weight_decay=0.01)]
+    groups = [{"params": [p for p in parameters if name == "adamw" or p not in linear]}]
+    if slow:
+        own = [p for module in slow for p in module.parameters() if p.requires_grad]
+        groups.append({"params": own, "lr": options["encoder_lr"]})
+    optimizers = [torch.optim.AdamW(groups, lr=options["lr"], betas=(0.9, 0.99), weight_decay=0.01)]
     if name == "muon":
         matrices = [p for p in parameters if p in linear]
         optimizers.append(torch.optim.Muon(matrices, options["lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
@@ -89,8 +99,11 @@ def fit(
     options: dict,
     folder: Path,
     seed: int,
+    encoders: list[torch.nn.Module] = (),
 ) -> dict:
     """Train ``modules`` on ``loss_of(scenes, generator)`` and leave their moving averages in them.
+
+    ``encoders`` are the text encoders among them, which may have a learning rate of their own.
 
     The optimizer of the options (``optimizers_of``), warm-up and cosine decay, gradient norm clipped to 1, exponential
     moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary
@@ -109,7 +122,7 @@ def fit(
     precision = saved["precision"] if saved else fast_precision()  # timed, and may come out otherwise another time
     accelerator = Accelerator(mixed_precision=precision)
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimizers = optimizers_of(modules, options)
+    optimizers = optimizers_of(modules, options, encoders)
     # A recipe may stop before its cosine has come down: the moving average makes up for much of the rest.
     length = options.get("schedule_steps", options["steps"])
     timing = {"num_warmup_steps": options["warmup"], "num_training_steps": length}

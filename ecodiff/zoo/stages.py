@@ -1,4 +1,5 @@
-"""Training stages of the pipelines: the VAE, the denoiser with its text encoders, the VAE's decoder again.
+"""Training stages of the pipelines: the VAE, the denoiser with its text encoders, the VAE's decoder again;
+a T5 encoder on captions alone.
 
 A stage is a function ``(pipe, recipe, folder, name) -> log`` that trains parts of ``pipe`` in place, by the options
 that the recipe has under the stage's name.
@@ -83,7 +84,29 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
         return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep, pooled), generator)
 
     encoders = [getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)]
-    return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"])
+    return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"], encoders)
+
+
+def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
+    """A new T5 encoder, on captions alone: it restores the words of captions of which some are hidden.
+
+    (As T5 itself was trained, Raffel et al. 2020, with a linear layer for the decoder: published pipelines start from
+    trained text encoders.) The encoder sees padding, as FLUX shows it to it.
+    """
+    options, tokenizer = recipe[name]["train"], pipe.tokenizer_2
+    torch.manual_seed(recipe["seed"])
+    encoder = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
+    head = torch.nn.Linear(encoder.config.d_model, len(tokenizer))
+    pipe.register_modules(text_encoder_2=encoder)
+
+    def loss_of(scenes, generator):
+        told = tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
+        hidden = (torch.rand(told.shape, generator=generator) < options["hide"]) & (told != tokenizer.pad_token_id)
+        shown = told.masked_fill(hidden, tokenizer.unk_token_id).to(pipe.vae.device)
+        logits = head(encoder(shown).last_hidden_state)
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), told.flatten().to(logits.device))
+
+    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"])
 
 
 def encode(pipe, scenes: list[data.Scene]) -> Tensor:

@@ -17,12 +17,13 @@ from .build import build
 from .contrast import train_contrast
 from .distil import train_distil, train_guidance
 from .fit import fast_precision
-from .stages import train_decoder, train_denoiser, train_vae
+from .stages import train_decoder, train_denoiser, train_vae, train_words
 
 STAGES = {
     "vae": train_vae,
     "denoiser": train_denoiser,
     "decoder": train_decoder,
+    "words": train_words,
     "guidance": train_guidance,
     "distil": train_distil,
     "contrast": train_contrast,
