@@ -79,14 +79,14 @@ def test_a_model_is_drawn_as_its_recipe_says(store):
 
 
 def test_missing_cells_are_measured_once_and_then_read(toy):
-    todo = run.missing(toy, ["toy"], "tiny", seeds=2)
+    todo = run.missing(toy, {"toy": 2}, "tiny")
     assert [(row, cell.seed) for _, row, cell in todo] == [
         (row, seed) for seed in (0, 1) for row in ("original", "random", "learned")
     ]
     assert experiments.compare(toy, todo[0][2], only_recorded=True) is None
     first = [experiments.compare(toy, cell) for _, _, cell in todo]
     assert first[0]["ssim"] == [1.0] * 3 and first[1]["parameters"] < first[0]["parameters"]
-    assert run.missing(toy, ["toy"], "tiny", seeds=2) == []
+    assert run.missing(toy, {"toy": 2}, "tiny") == []
     assert [experiments.compare(toy, cell, only_recorded=True) for _, _, cell in todo] == first
     found = studies.recorded(toy, "toy", "tiny", seeds=3, only=["random", "learned"])
     assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
@@ -111,7 +111,7 @@ def test_a_cell_can_retrain_what_it_pruned(toy):
 
 
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
-    for _, _, cell in run.missing(toy, ["toy"], "tiny", seeds=1):
+    for _, _, cell in run.missing(toy, {"toy": 1}, "tiny"):
         experiments.compare(toy, cell)
     lines = studies.table(studies.recorded(toy, "toy", "tiny"), ["SSIM to the original", "object named (%)", "FID"])
     assert [line[""] for line in lines] == ["original", "random", "learned"]
@@ -217,23 +217,44 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
     assert "together 0 cells" in capsys.readouterr().out
 
 
+def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
+    plan = run.seeds_of([], "openmoji-sdxl")
+    assert plan["main"] == studies.SEEDS and plan["beta"] == 1 and "best" not in plan
+    assert run.seeds_of([], "openmoji-sd2") == {"main": 1, "pairs": 1}
+    assert run.seeds_of([], "openmoji-sdxl", most=1) == dict.fromkeys(plan, 1)
+    # What is named is measured, in the plan or not; and a model of nobody's plan has all.
+    assert run.seeds_of(["main", "best"], "openmoji-sdxl") == {"main": studies.SEEDS, "best": 1}
+    assert run.seeds_of(["main"], "openmoji-sdxl", most=2) == {"main": 2}
+    assert run.seeds_of([], "stabilityai/stable-diffusion-xl-base-1.0") == dict.fromkeys(studies.STUDIES, studies.SEEDS)
+    for name in studies.STUDIES:
+        assert any(studies.planned(name, model) for model in (studies.SDXL, studies.DEV))
+
+
+def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
+    monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], plan={"tiny": 2, "other": 0})})
+    assert studies.progress({"random": [{}]}, "toy", "tiny").startswith("1 of 6 cells of this table")
+    assert studies.progress({"random": [{}] * 3}, "toy", "tiny", seeds=1).startswith("1 of 3")
+    assert studies.progress({}, "toy", "other").startswith("0 of 3")
+    assert studies.progress({name: [{}] * 2 for name in ("original", "random", "learned")}, "toy", "tiny") == ""
+
+
 def test_cells_can_be_measured_side_by_side(toy, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_once", lambda model: toy)
     monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     assert run.main(["--model", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
-    assert run.missing(toy, ["toy"], "tiny", seeds=1) == []
+    assert run.missing(toy, {"toy": 1}, "tiny") == []
     assert run.main(["--model", "tiny", "--seeds", "2", "--jobs", "2", "--minutes", "0"]) == 0
     assert "3 cells left; run again to go on" in capsys.readouterr().out
 
 
 def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, store):
-    todo = run.missing(toy, ["toy"], "tiny", seeds=1)
+    todo = run.missing(toy, {"toy": 1}, "tiny")
     assert run._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
     for _, _, cell in todo:
         experiments.compare(toy, cell)
     took = {row["config"]["method"]: row["seconds"] for row in records.rows("compare")}
-    again = run.missing(toy, ["toy"], "tiny", seeds=2)
+    again = run.missing(toy, {"toy": 2}, "tiny")
     assert run._estimate(toy, again) == pytest.approx(sum(took.values()))
     learned = [item for item in again if item[1] == "learned"]
     experiments.learned_gates(toy, learned[0][2].captions(), replace(CONFIG, seed=1))

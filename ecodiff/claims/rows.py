@@ -19,10 +19,10 @@ from ..experiments import compare, difference
 from ..metrics import Interval, mean_interval
 from ..paths import data_dir
 from ..pipelines import denoiser, load_once
+from ..studies import DEV, SCHNELL, SD2, SDXL
 from . import verdict
 from .verdict import COUNTED, MISSING, NOT_COUNTED, NOT_REPRODUCED, OPEN, REPRODUCED, Decision
 
-SDXL, SD2, DEV, SCHNELL = "openmoji-sdxl", "openmoji-sd2", "openmoji-flux-dev", "openmoji-flux-schnell"
 FAMILY = {SDXL: "SDXL", SD2: "Stable Diffusion 2", DEV: "FLUX.1-dev", SCHNELL: "FLUX.1-schnell"}
 """The embedded models, and what each stands for."""
 FLUX = (DEV, SCHNELL)

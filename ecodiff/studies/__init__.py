@@ -1,21 +1,22 @@
 """The experiments behind the tables and ablations: which cells each needs, and one command that measures them all.
 
-    python -m ecodiff.studies                       # everything that is not recorded yet; stop and go on as you like
-    python -m ecodiff.studies beta data_size --model openmoji-sd2 --minutes 30
-    python -m ecodiff.studies --model all           # all embedded pipelines, seed 0 of all of them first
+    python -m ecodiff.studies                       # what the plan has and is not recorded; stop and go on as you like
+    python -m ecodiff.studies beta data_size --model openmoji-sd2 --minutes 30  # these, in the plan or not
+    python -m ecodiff.studies --model all           # the plan of all embedded pipelines, seed 0 of all of them first
     python -m ecodiff.studies --list                # what there is, what is recorded, what the rest would take
     python -m ecodiff.studies --verify 2            # measure two recorded cells again and compare
 
 A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``); chapters read what is recorded
-through ``table``, and say where nothing is. Seed 0 of all studies comes first, so that a short run gives a whole
-picture and a long one its intervals.
+through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of the paper on the model that
+stands for the paper's, and what is not in the paper where the question arises. Seed 0 of all studies comes first, so
+that a short run gives a whole picture and a long one its intervals.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..errors import EcoDiffError
 from ..experiments import Cell, compare, difference, interval_text
@@ -205,23 +206,35 @@ class Study:
     title: str
     paper: str
     rows: Callable[[str], dict[str, Cell]]
+    plan: Mapping[str, int] = field(default_factory=dict)  # embedded model -> seeds that are measured on it
 
 
+SD2, SDXL, DEV, SCHNELL = "openmoji-sd2", "openmoji-sdxl", "openmoji-flux-dev", "openmoji-flux-schnell"
+MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
+PAIRS = dict.fromkeys(MAIN, 1)
 STUDIES = {
-    "main": Study("Every method, one object", "Table 1, Figure 6", _main),
-    "pairs": Study("Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs),
-    "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios),
-    "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight),
-    "data_size": Study("The number of training prompts", "Tables 5 and 10", _data_size),
-    "scope": Study("What competes with what", "Table 11, Figure 12", _scope),
-    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds),
-    "choices": Study("As published, and corrected", "§2.2, Algorithm 1", _choices),
-    "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation),
-    "best": Study("What could be better than the best", "not in the paper", _best),
-    "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft),
-    "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining),
-    "transfer": Study("Masks used elsewhere than where they were learned", "not in the paper", _transfer),
+    "main": Study("Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN),
+    "pairs": Study("Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, PAIRS),
+    "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios, {SDXL: 1, DEV: 1, SCHNELL: 1}),
+    "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight, {SDXL: 1, SCHNELL: 1}),
+    "data_size": Study("The number of training prompts", "Tables 5 and 10", _data_size, {SDXL: 1, SCHNELL: 1}),
+    "scope": Study("What competes with what", "Table 11, Figure 12", _scope, {SDXL: 1}),
+    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds, {SDXL: 1}),
+    "choices": Study("As published, and corrected", "§2.2, Algorithm 1", _choices, {SDXL: 1}),
+    "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation, {SDXL: 1}),
+    "best": Study("What could be better than the best", "not in the paper", _best, {DEV: 1}),
+    "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft, {SDXL: 1}),
+    "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining, {SDXL: 1}),
+    "transfer": Study("Masks used where they were not learned", "not in the paper", _transfer, {SDXL: 1, SCHNELL: 1}),
 }
+
+
+def planned(study: str, model: str) -> int:
+    """Number of seeds that the plan has of a study for a model, 0 for none; of every study for a model that is in no
+    plan, such as one from the Hub."""
+    if any(model in known.plan for known in STUDIES.values()):
+        return STUDIES[study].plan.get(model, 0)
+    return SEEDS
 
 
 def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
@@ -258,8 +271,11 @@ def recorded(
 
 
 def progress(found: Mapping[str, Sequence], study: str, model: str, seeds: int = SEEDS) -> str:
-    """A sentence on how much of a study is recorded, and the command that measures the rest; empty if all is."""
-    have, all_cells = sum(map(len, found.values())), seeds * len(cells(study, model))
+    """A sentence on how much of a study is recorded, and the command that measures the rest; empty if all is.
+
+    Of what the plan has, with no more than ``seeds`` seeds; one seed where it has nothing."""
+    seeds = min(seeds, planned(study, model) or 1)
+    have, all_cells = sum(min(len(row), seeds) for row in found.values()), seeds * len(cells(study, model))
     if have >= all_cells:
         return ""
     command = f"python -m ecodiff.studies {study} --model {model}"

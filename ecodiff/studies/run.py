@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 
@@ -21,13 +21,29 @@ from ..errors import EcoDiffError, exit_status
 from ..experiments import Cell, apart, compare, describe_cell, gates_file, measure_cell
 from ..pipelines import embedded, load_once
 from ..protocol import anew
-from . import SEEDS, cells
+from . import cells, planned
 
 
-def missing(pipe, names: Sequence[str], model: str, seeds: int = SEEDS) -> list[tuple[str, str, Cell]]:
-    """Cells that are not recorded, (study, row, cell): seed 0 of all studies, then seed 1, ... Each cell once."""
+def seeds_of(names: Sequence[str], model: str, most: int | None = None) -> dict[str, int]:
+    """How many seeds of each study to measure on a model. No ``names``: the plan, at most ``most`` seeds of each.
+    Studies that are named: ``most`` seeds, or left out those of the plan, or one."""
+    if names:
+        return {name: most or planned(name, model) or 1 for name in names}
+    plan = {name: min(planned(name, model), most or planned(name, model)) for name in studies.STUDIES}
+    return {name: seeds for name, seeds in plan.items() if seeds}
+
+
+def missing(pipe, seeds: Mapping[str, int], model: str) -> list[tuple[str, str, Cell]]:
+    """Cells of these studies, {study: seeds}, that are not recorded, (study, row, cell): seed 0 of all studies, then
+    seed 1, ... Each cell once."""
     todo, known = [], set()
-    asked = [(study, *item) for seed in range(seeds) for study in names for item in cells(study, model, seed).items()]
+    asked = [
+        (study, *item)
+        for seed in range(max(seeds.values(), default=0))
+        for study, number in seeds.items()
+        if seed < number
+        for item in cells(study, model, seed).items()
+    ]
     with hashed_once():
         for study, row, cell in asked:
             name = key(describe_cell(pipe, cell))
@@ -90,9 +106,9 @@ def _estimate(pipe, todo: Sequence) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ecodiff.studies", description="Measure the cells of the studies.")
-    parser.add_argument("studies", nargs="*", help=f"of {', '.join(studies.STUDIES)} (default: all)")
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(studies.STUDIES)} (default: the plan)")
     parser.add_argument("--model", default="openmoji-sdxl", help="an id; all: every embedded pipeline that is trained")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, help="seeds a cell (default: those of the plan, else 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the cores (default: 1, as fast on 2)")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
@@ -106,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     for name, least in (("jobs", 1), ("seeds", 1), ("verify", 1), ("minutes", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             raise EcoDiffError(f"--{name} {value:g}: give {least} or more.")
-    names, end = options.studies or list(studies.STUDIES), time.monotonic() + 60 * options.minutes
+    names, end = options.studies, time.monotonic() + 60 * options.minutes
     models = embedded() if options.model == "all" else [options.model]
     if not models:
         raise EcoDiffError("No embedded pipeline is trained here: run python -m ecodiff.zoo train all.")
@@ -117,15 +133,16 @@ def _run(options: argparse.Namespace) -> int:
         found = [
             line
             for model, pipe in pipes.items()
-            for line in verify(pipe, names, model, options.verify, options.draw)
+            for line in verify(pipe, names or list(studies.STUDIES), model, options.verify, options.draw)
         ]
         print("\n".join(found) or "nothing is recorded")
         return 0
     todo, seconds = [], 0.0
     for model, pipe in pipes.items():
-        left = missing(pipe, names, model, options.seeds)
+        seeds = seeds_of(names, model, options.seeds)
+        left = missing(pipe, seeds, model)
         if options.list:
-            _list(pipe, names, left)
+            _list(pipe, seeds, left)
         took = _estimate(pipe, left)
         print(f"{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
         todo, seconds = todo + left, seconds + took
@@ -179,8 +196,9 @@ def _measured(cell: Cell) -> tuple[float, float]:
     return statistics.mean(values["ssim"]), time.perf_counter() - started
 
 
-def _list(pipe, names: Sequence[str], todo: Sequence) -> None:
-    for name in names:
+def _list(pipe, seeds: Mapping[str, int], todo: Sequence) -> None:
+    for name, number in seeds.items():
         left = [item for item in todo if item[0] == name]
         minutes = _estimate(pipe, left) / 60
-        print(f"{name:12} {studies.STUDIES[name].title:52} {len(left):3} cells to go, {minutes:4.0f} minutes")
+        title = studies.STUDIES[name].title
+        print(f"{name:12} {title:52} seeds {number}, {len(left):3} cells to go, {minutes:4.0f} minutes")
