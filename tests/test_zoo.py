@@ -316,7 +316,7 @@ def test_a_stage_drops_the_share_of_pooled_vectors_that_its_options_name(family,
     assert seen and all(keep.all() and not pooled.any() for keep, pooled in seen)
 
 
-@pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-clip"])
+@pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-schnell", "openmoji-clip"])
 def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
     from ecodiff.zoo import card, measure
 
@@ -332,14 +332,32 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
         assert {key.split(":")[0].split(", ")[-1] for key in measured} >= {"as they are", "moved", "cut"}
     else:
         sampling = {**trained["recipe"]["sampling"], "num_inference_steps": 1}
-        measured = measure.measure_pipeline(family[0][name], sampling, prompts=2, seeds=2)
+        measured = measure.measure_pipeline(family[0][name], sampling, prompts=3, seeds=2)
         named = measured["one object: object named by the probe (%)"]
         assert named.startswith("100.0 (95 % interval 100.0 to 100.0); real")
         assert "two objects, held-out pairs: caption ranked first (%)" in measured
+        assert ("crossed captions: background of the tokens (%)" in measured) == ("flux" in name)
     card.write_card(tmp_path, trained, measured)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\nlicense: cc-by-sa-4.0") and "$" not in text
     assert all(f"| {key} | {value} |" in text for key, value in measured.items())
+
+
+def test_crossed_captions_tell_which_of_them_is_drawn(family, monkeypatch):
+    from ecodiff.zoo import measure
+
+    scenes, asked = list(data.scenes("seen", 12, start=6_000_000, count=1)), []
+
+    def draw(pipe, prompts, seeds, **sampling):  # a model that reads the tokens alone
+        asked.extend(prompts)
+        return torch.stack([data.images([by_caption[p["prompt_2"]]])[0] for p in prompts])
+
+    by_caption = {scene.caption: scene for scene in scenes}
+    monkeypatch.setattr(measure, "generate", draw)
+    rows = measure.crossed(None, None, scenes, {})
+    assert rows["crossed captions: background of the tokens (%)"].startswith("100.0")
+    assert rows["crossed captions: background of the pooled vector (%)"].startswith("0.0")
+    assert asked and all(by_caption[p["prompt"]].colour != by_caption[p["prompt_2"]].colour for p in asked)
 
 
 def test_every_caption_fits_the_tokenizers(family):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -31,7 +32,8 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
     VAE PSNR (dB) on 256 real scenes; share (%) of one-object pictures named rightly by the object probe, and of right
     backgrounds; and where the judge is trained, for each evaluation set of ``prompts`` captions the share of pictures
     with all objects, with all facts (``ecodiff.judge.verdicts``), and whose caption ranks first among 100 (or all, if
-    fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling.
+    fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling. For FLUX what
+    ``crossed`` says.
     """
     judge, sets = protocol.judge(), scene_sets(prompts)
     asked = {name: (scenes, [scene.caption for scene in scenes]) for name, scenes in sets.items()}
@@ -49,8 +51,28 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
         for share, ceiling in real.items():
             interval = metrics.nested_interval([seed[share] for seed in drawn])
             rows[f"{name}: {share} (%)"] = f"{_words(interval)}; real scenes {sum(ceiling) / len(ceiling):.1f}"
+    if isinstance(pipe, diffusers.FluxPipeline):
+        rows |= crossed(pipe, judge, one, sampling)
     rows |= {"prompts a set": str(prompts), "seeds": str(seeds)}
     return rows | {"sampling": ", ".join(f"{name} {value}" for name, value in sampling.items())}
+
+
+def crossed(pipe, judge: Judge | None, scenes: list[data.Scene], sampling: dict) -> dict[str, str]:
+    """FLUX reads a caption as a pooled vector (CLIP) and as tokens (T5). Given one caption so and another one so, whose
+    object and background does it draw? Shares (%) in words, with intervals over pictures of one noise each."""
+    pairs = zip(scenes, scenes[1:] + scenes[:1], strict=True)
+    if not (pairs := [(a, b) for a, b in pairs if a.objects != b.objects and a.colour != b.colour]):
+        return {}
+    prompts = [{"prompt": pooled.caption, "prompt_2": tokens.caption} for tokens, pooled in pairs]
+    drawn, rows = generate(pipe, prompts, range(7_000_000, 7_000_000 + len(prompts)), **sampling), {}
+    for whose, own in zip(("tokens", "pooled vector"), zip(*pairs, strict=True), strict=True):
+        hits = {"background": metrics.background_correct(drawn, [scene.colour for scene in own], data.COLOURS)}
+        if judge is not None:
+            hits["object"] = verdicts(judge, drawn, own)["objects"]
+        for what, right in hits.items():
+            interval = metrics.bootstrap_interval([100.0 * hit for hit in right.tolist()])
+            rows[f"crossed captions: {what} of the {whose} (%)"] = _words(interval)
+    return rows
 
 
 @torch.no_grad()
