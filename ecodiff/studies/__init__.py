@@ -25,6 +25,7 @@ from ..protocol import Protocol
 from ..retrain_config import RetrainConfig
 
 SEEDS = 3
+SD2, SDXL, DEV, SCHNELL = "openmoji-sd2", "openmoji-sdxl", "openmoji-flux-dev", "openmoji-flux-schnell"
 METHODS = ("learned", "random", "magnitude", "wanda", "taylor", "diff-pruning", "obs", "obs+compensation", "occlusion")
 
 
@@ -148,7 +149,7 @@ def _soft(model: str) -> dict[str, Cell]:
 
 
 DISTILLED_FROM = {
-    "openmoji-flux-schnell": "openmoji-flux-dev",
+    SCHNELL: DEV,
     "black-forest-labs/FLUX.1-schnell": "black-forest-labs/FLUX.1-dev",
 }
 
@@ -209,7 +210,6 @@ class Study:
     plan: Mapping[str, int] = field(default_factory=dict)  # embedded model -> seeds that are measured on it
 
 
-SD2, SDXL, DEV, SCHNELL = "openmoji-sd2", "openmoji-sdxl", "openmoji-flux-dev", "openmoji-flux-schnell"
 MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
 PAIRS = dict.fromkeys(MAIN, 1)
 STUDIES = {
@@ -273,7 +273,8 @@ def recorded(
 def progress(found: Mapping[str, Sequence], study: str, model: str, seeds: int = SEEDS) -> str:
     """A sentence on how much of a study is recorded, and the command that measures the rest; empty if all is.
 
-    Of what the plan has, with no more than ``seeds`` seeds; one seed where it has nothing."""
+    Of what the plan has, with no more than ``seeds`` seeds; one seed where it has nothing.
+    """
     seeds = min(seeds, planned(study, model) or 1)
     have, all_cells = sum(min(len(row), seeds) for row in found.values()), seeds * len(cells(study, model))
     if have >= all_cells:

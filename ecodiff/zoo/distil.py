@@ -78,4 +78,4 @@ def train_distil(pipe, recipe: dict, folder: Path, name: str) -> dict:
             x = (x - stretch * velocity).detach()
         return loss
 
-    return fit(name, [student], loss_of, options, folder, recipe["seed"])
+    return fit(name, [student], loss_of, options, folder, recipe["seed"], pictures=False)

@@ -100,10 +100,12 @@ def fit(
     folder: Path,
     seed: int,
     encoders: list[torch.nn.Module] = (),
+    pictures: bool = True,
 ) -> dict:
     """Train ``modules`` on ``loss_of(scenes, generator)`` and leave their moving averages in them.
 
-    ``encoders`` are the text encoders among them, which may have a learning rate of their own.
+    ``encoders`` are the text encoders among them, which may have a learning rate of their own. ``pictures``: draw those
+    of the next scenes meanwhile; a loss that reads captions alone needs none.
 
     The optimizer of the options (``optimizers_of``), warm-up and cosine decay, gradient norm clipped to 1, exponential
     moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary
@@ -158,7 +160,8 @@ def fit(
     def scenes_of(step: int) -> list[data.Scene]:
         start = options.get("first_scene", 0) + step * options["batch_size"]
         batch = list(data.scenes("train", options["batch_size"], start=start))
-        data.images(batch)  # drawn here, in the other thread
+        if pictures:
+            data.images(batch)  # drawn here, in the other thread
         return batch
 
     # On a CPU the fused attention's backward in bf16 is several times slower than plain matrix products (torch 2.13).

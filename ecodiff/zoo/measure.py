@@ -70,8 +70,8 @@ def crossed(pipe, judge: Judge | None, scenes: list[data.Scene], sampling: dict)
         if judge is not None:
             hits["object"] = verdicts(judge, drawn, own)["objects"]
         for what, right in hits.items():
-            interval = metrics.bootstrap_interval([100.0 * hit for hit in right.tolist()])
-            rows[f"crossed captions: {what} of the {whose} (%)"] = _words(interval)
+            shown = _words(metrics.bootstrap_interval(_percent(right)))
+            rows[f"crossed captions: {what} of the {whose} (%)"] = shown
     return rows
 
 
@@ -107,8 +107,7 @@ def measure_judge(judge: Judge, prompts: int = 500) -> dict[str, str]:
         }
         for change, shares in zip(changed, _judged(judge, list(changed.values()), scenes), strict=True):
             for share, hits in shares.items():
-                interval = metrics.bootstrap_interval([100.0 * hit for hit in hits.tolist()])
-                rows[f"{name}, {change}: {share} (%)"] = _words(interval)
+                rows[f"{name}, {change}: {share} (%)"] = _words(metrics.bootstrap_interval(_percent(hits)))
         right = [scene.caption for scene in scenes]
         for whose, captions in (("right", right), ("others'", right[1:] + right[:1])):
             rows[f"{name}: CLIP score of {whose} captions"] = f"{clip_score(pictures, captions, judge):.1f}"
@@ -134,7 +133,7 @@ def _found(judge: Judge | None, sets: list[Tensor], scenes: list[data.Scene]) ->
     """What probe and judge find in each of several sets of pictures of the same scenes: 100 or 0 for each picture."""
     judged = _judged(judge, sets, scenes) if judge is not None else [{} for _ in sets]
     every = ({**_probed(images, scenes), **hits} for images, hits in zip(sets, judged, strict=True))
-    return [{name: [100.0 * hit for hit in hits.tolist()] for name, hits in found.items()} for found in every]
+    return [{name: _percent(hits) for name, hits in found.items()} for found in every]
 
 
 def _probed(images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
@@ -143,6 +142,10 @@ def _probed(images: Tensor, scenes: list[data.Scene]) -> dict[str, Tensor]:
         return {"background right": right}
     named = protocol.probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
     return {"object named by the probe": named, "background right": right}
+
+
+def _percent(hits: Tensor) -> list[float]:
+    return [100.0 * hit for hit in hits.tolist()]
 
 
 def _words(interval: metrics.Interval) -> str:

@@ -106,7 +106,7 @@ def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
         logits = head(encoder(shown).last_hidden_state)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), told.flatten().to(logits.device))
 
-    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"])
+    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"], pictures=False)
 
 
 def encode(pipe, scenes: list[data.Scene]) -> Tensor:
@@ -133,13 +133,15 @@ def conditioning(pipe, captions: list[str], keep: Tensor, keep_pooled: Tensor | 
         time_ids = torch.tensor([[data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE]], device=device).float()
         added = {"text_embeds": pooled * keep_pooled[:, None], "time_ids": time_ids.repeat(n, 1)}
         return {"encoder_hidden_states": embeds * keep[:, None, None], "added_cond_kwargs": added}
-    sequence = [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+
+    def told(keep: Tensor) -> list[str]:
+        return [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+
     if not hasattr(pipe, "transformer"):
-        embeds, _ = pipe.encode_prompt(sequence, device, 1, do_classifier_free_guidance=False)
+        embeds, _ = pipe.encode_prompt(told(keep), device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
-    pooled = [caption if kept else "" for caption, kept in zip(captions, keep_pooled.tolist(), strict=True)]
     length = pipe.tokenizer_2.model_max_length
-    embeds, pooled, text_ids = pipe.encode_prompt(pooled, sequence, max_sequence_length=length)
+    embeds, pooled, text_ids = pipe.encode_prompt(told(keep_pooled), told(keep), max_sequence_length=length)
     side = data.SIZE // pipe.vae_scale_factor // 2
     image_ids = pipe._prepare_latent_image_ids(n, side, side, device, embeds.dtype)
     return {
