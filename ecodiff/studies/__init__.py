@@ -320,6 +320,8 @@ def _shown(column: str, per_seed: Sequence[dict]) -> str:
     if column in SET_MEASURES:
         name, scale = SET_MEASURES[column]
         values = [scale * cell[name] for cell in per_seed if name in cell]
-        return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "–"
+        if len(values) < 2:  # one seed has no range
+            return f"{values[0]:.1f}" if values else "–"
+        return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     name, scale, digits = MEASURES[column]
     return interval_text([cell.get(name, []) for cell in per_seed], scale, digits)
