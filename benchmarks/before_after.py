@@ -29,7 +29,7 @@ RATIO, PICTURES = 0.2, 8
 
 def main() -> None:
     plotting.style()
-    protocol = Protocol()
+    protocol = Protocol.of("openmoji-sdxl")
     pipe = ecodiff.load(protocol.model)
     captions = data.prompts("train", 100)
     config = LearnConfig(guidance_scale=protocol.guidance_scale)

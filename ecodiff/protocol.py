@@ -37,7 +37,7 @@ class Protocol:
     count: int = 1
     pictures: int = 200
     num_inference_steps: int | None = 12
-    guidance_scale: float | None = 3.0
+    guidance_scale: float | None = 2.0
     call: Mapping = field(default_factory=dict)
     """Further arguments of the pipeline's call (height, width, ...)."""
     features: bool = True
