@@ -112,7 +112,7 @@ def inception_features(
     check_pictures(images)
 
     def compute() -> Tensor:
-        net = network(num_features, source, size).to(device, memory_format=torch.channels_last).eval()  # 1.2 x on a CPU
+        net = network(num_features, source, size).to(device).eval()
         parts = []
         with torch.inference_mode(), tqdm(total=len(images), desc="Inception", disable=not progress) as bar:
             for batch in images.split(batch_size):
