@@ -254,8 +254,8 @@ def test_main_claims_on_rows_of_the_main_study(family):
     for seed in range(3):
         record(family, rows.ORIGINAL, seed, ssim=[1.0] * 40, object=hits(38), fid=20.0)
         record(family, rows.LEARNED, seed, ssim=ssim(0.97), object=hits(38), fid=25.0 + seed / 10)
-        for name in studies.METHODS[1:]:
-            record(family, ("main", f"{name}, 20%"), seed, ssim=ssim(0.8), object=hits(20))
+    for name in studies.METHODS[1:]:
+        record(family, ("main", f"{name}, 20%"), 0, ssim=ssim(0.8), object=hits(20))
     assert on_family(results.a_fifth_of_sdxl)[0].verdict == verdict.REPRODUCED
     assert on_family(results.pruned_draws_better)[1].verdict == verdict.NOT_REPRODUCED
     assert on_family(comparisons.beats_diff_pruning)[0].verdict == verdict.REPRODUCED

@@ -230,6 +230,25 @@ def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
         assert any(studies.planned(name, model) for model in (studies.SDXL, studies.DEV))
 
 
+def test_seeds_after_0_measure_the_rows_that_are_repeated(toy, monkeypatch):
+    study = replace(studies.STUDIES["toy"], plan={"tiny": 3}, repeated=("random",))
+    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    assert len(studies.cells("toy", "tiny", 0)) == 3 and list(studies.cells("toy", "tiny", 1)) == ["random"]
+    assert [(row, cell.seed) for _, row, cell in run.missing(toy, {"toy": 3}, "tiny")][3:] == [
+        ("random", 1),
+        ("random", 2),
+    ]
+    assert studies.progress({"random": [{}, {}]}, "toy", "tiny").startswith("2 of 5 cells of this table")
+
+
+@pytest.mark.parametrize("model", (studies.SDXL, studies.SCHNELL))
+def test_the_main_study_has_every_row_that_it_repeats(model):
+    assert list(studies.cells("main", model, 2)) == [
+        row for row in studies.cells("main", model) if row in studies.REPEATED
+    ]
+    assert set(studies.REPEATED) <= set(studies.cells("main", model))
+
+
 def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
     monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], plan={"tiny": 2, "other": 0})})
     assert studies.progress({"random": [{}]}, "toy", "tiny").startswith("1 of 6 cells of this table")

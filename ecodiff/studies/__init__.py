@@ -9,13 +9,13 @@
 A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``); chapters read what is recorded
 through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of the paper on the model that
 stands for the paper's, and what is not in the paper where the question arises. Seed 0 of all studies comes first, so
-that a short run gives a whole picture and a long one its intervals.
+that a short run gives a whole picture and a long one its intervals over seeds, of the rows that claims need these for.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import EcoDiffError
@@ -209,12 +209,14 @@ class Study:
     paper: str
     rows: Callable[[str], dict[str, Cell]]
     plan: Mapping[str, int] = field(default_factory=dict)  # embedded model -> seeds that are measured on it
+    repeated: Collection[str] = ()  # the rows that seeds after 0 measure; all where none is named
 
 
 MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
+REPEATED = ("original", "learned, 20%", "learned, 10%", "magnitude, 20%", "random, 20%")
 PAIRS = dict.fromkeys(MAIN, 1)
 STUDIES = {
-    "main": Study("Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN),
+    "main": Study("Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, REPEATED),
     "pairs": Study("Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, PAIRS),
     "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios, {SDXL: 1, DEV: 1, SCHNELL: 1}),
     "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight, {SDXL: 1, SCHNELL: 1}),
@@ -239,10 +241,13 @@ def planned(study: str, model: str) -> int:
 
 
 def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
-    """The rows of a study for one seed, {name: cell}. Raises EcoDiffError for a study that is none."""
+    """The rows of a study for one seed, {name: cell}: all of them for seed 0, those that are repeated for others.
+    Raises EcoDiffError for a study that is none."""
     if study not in STUDIES:
         raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
-    return {name: replace(cell, seed=seed) for name, cell in STUDIES[study].rows(model).items()}
+    rows = STUDIES[study].rows(model)
+    repeated = STUDIES[study].repeated if seed else ()
+    return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in (repeated or rows)}
 
 
 def recorded(
@@ -257,7 +262,8 @@ def recorded(
 ) -> dict[str, list[dict]]:
     """What is recorded of a study, {row: values of each seed}; rows without seed 0 are left out.
 
-    Seeds are those from 0 to the first that is missing, so that place s of every row is seed s.
+    Seeds are those from 0 to the first that is missing, so that place s of every row is seed s; some studies repeat
+    only some rows with other seeds.
     ``only``: these rows. ``adjust`` changes each cell first, such as to fewer pictures. ``measure``: measure what is
     not recorded, instead of leaving it out.
     """
@@ -277,7 +283,8 @@ def progress(found: Mapping[str, Sequence], study: str, model: str, seeds: int =
     Of what the plan has, with no more than ``seeds`` seeds; one seed where it has nothing.
     """
     seeds = min(seeds, planned(study, model) or 1)
-    have, all_cells = sum(min(len(row), seeds) for row in found.values()), seeds * len(cells(study, model))
+    have = sum(min(len(row), seeds) for row in found.values())
+    all_cells = sum(len(cells(study, model, seed)) for seed in range(seeds))
     if have >= all_cells:
         return ""
     command = f"python -m ecodiff.studies {study} --model {model}"
