@@ -466,3 +466,12 @@ def test_a_recipe_of_an_unknown_class_is_refused_in_one_sentence():
 def test_a_saved_model_names_no_folder_of_the_machine_that_trained_it(family):
     configs = [*family[1].rglob("config.json"), *family[1].rglob("model_index.json")]
     assert len(configs) > 10 and not [path for path in configs if "_name_or_path" in path.read_text()]
+
+
+def test_a_saved_tokenizer_does_not_tell_how_the_last_batch_was_padded(family, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(family[1] / "openmoji-flux-dev")
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokenizer(["a cat", "a cat and a dog"], padding=True, truncation=True, max_length=8)
+    store.save(pipe, tiny("openmoji-flux-dev"), {}, tmp_path / "saved")
+    states = [json.loads(path.read_text()) for path in (tmp_path / "saved").glob("tokenizer*/tokenizer.json")]
+    assert len(states) == 2 and {str((s["padding"], s["truncation"])) for s in states} == {"(None, None)"}

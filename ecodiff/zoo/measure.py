@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import data, metrics, protocol
 from ..generate import generate
 from ..judge import Judge, caption_ranks, clip_score, cut, verdicts
+from ..quality import through_vae
 from .contrast import shift
 
 # Wordings that no caption of the training data has; {0} is the object with its article, {1} the colour. Each fits the
@@ -46,7 +47,8 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
             for first in range(7_000_000, 7_000_000 + seeds * 1_000_000, 1_000_000)
         ]
         found[name] = _found(judge, [data.images(scenes), *drawn], scenes)
-    rows = {"VAE PSNR (dB)": f"{vae_psnr(pipe.vae):.2f}"}
+    pictures = data.images(list(data.scenes("seen", 256, start=5_000_000)))
+    rows = {"VAE PSNR (dB)": f"{metrics.psnr(through_vae(pipe.vae, pictures), pictures).mean():.2f}"}
     for name, (real, *drawn) in found.items():
         for share, ceiling in real.items():
             interval = metrics.nested_interval([seed[share] for seed in drawn])
@@ -73,15 +75,6 @@ def crossed(pipe, judge: Judge | None, scenes: list[data.Scene], sampling: dict)
             shown = _words(metrics.bootstrap_interval(_percent(right)))
             rows[f"crossed captions: {what} of the {whose} (%)"] = shown
     return rows
-
-
-@torch.no_grad()
-def vae_psnr(vae) -> float:
-    """PSNR in dB of 256 real scenes after encoding and decoding, mean over pictures."""
-    pixels = data.images(list(data.scenes("seen", 256, start=5_000_000)))
-    decoded = [vae.decode(vae.encode(x.float() / 127.5 - 1).latent_dist.mean).sample for x in pixels.split(32)]
-    rebuilt = ((torch.cat(decoded) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return metrics.psnr(rebuilt, pixels).mean().item()
 
 
 def free_wordings(scenes: list[data.Scene]) -> list[str]:

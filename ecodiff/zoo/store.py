@@ -35,6 +35,7 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
     not at all."""
     with whole_folder(Path(folder)) as written, _in_fp16(pipe):
         temporary = Path(written)
+        _forget_batches(pipe)
         pipe.save_pretrained(temporary)
         for path in (*temporary.glob("text_encoder*/config.json"), *temporary.glob("config.json")):
             # transformers loads in the dtype its config names, diffusers in fp32: without this they would differ
@@ -45,6 +46,14 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n")
         (temporary / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}, indent=1) + "\n")
+
+
+def _forget_batches(pipe) -> None:
+    """Tokenizers keep, and would write, how the last batch was padded."""
+    for part in getattr(pipe, "components", {}).values():
+        if backend := getattr(part, "backend_tokenizer", None):
+            backend.no_padding()
+            backend.no_truncation()
 
 
 @contextmanager
