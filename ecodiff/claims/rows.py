@@ -90,9 +90,9 @@ def _values(model: str, place: Place, seed: int) -> dict | None:
     seen = _seen.get()
     if seen is None or (model, place, seed) not in seen:
         study, row = place
-        if row not in studies.cells(study, model):
+        cell = studies.cells(study, model, seed).get(row)  # None, too, for a row that this seed does not repeat
+        if cell is None and row not in studies.cells(study, model):
             raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
-        cell = studies.cells(study, model, seed).get(row)  # None: not repeated with this seed
         values = compare(load_once(model), cell, only_recorded=True) if cell and readable(model) else None
         if seen is None:
             return values

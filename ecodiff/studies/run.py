@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ecodiff.studies", description="Measure the cells of the studies.")
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(studies.STUDIES)} (default: the plan)")
     parser.add_argument("--model", default="openmoji-sdxl", help="an id; all: every embedded pipeline that is trained")
-    parser.add_argument("--seeds", type=int, help="seeds a cell (default: those of the plan, else 1)")
+    parser.add_argument("--seeds", type=int, help="seeds of a study (default: those of the plan, else 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the cores (default: 1, as fast on 2)")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
