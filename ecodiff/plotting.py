@@ -91,6 +91,14 @@ def table(rows: Sequence[Mapping[str, object]], caption: str, name: str) -> None
     display(Markdown(f":::{{table}} {caption}\n:name: {name}\n\n{body}\n:::"))
 
 
+def note(text: str) -> None:
+    """Show a text as Markdown; nothing for an empty one, which a page would show as the object that it is."""
+    from IPython.display import Markdown, display
+
+    if text:
+        display(Markdown(text))
+
+
 def _cell(entry: object) -> str:
     return re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", str(entry).replace("|", r"\|"))
 

@@ -229,3 +229,11 @@ def test_an_interval_in_a_table_stays_on_one_line(monkeypatch):
     plotting.table([{"a|b": "0.9 (0.8 to 1.0)", "words": "right (go to the next page)"}], "A caption", "tab-name")
     assert r"| a\|b | words |" in shown[0] and ":name: tab-name" in shown[0]
     assert "| 0.9 (0.8\u00a0to\u00a01.0) | right (go to the next page) |" in shown[0]
+
+
+def test_a_note_is_shown_and_an_empty_one_is_not(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
+    plotting.note("2 of 3 cells are recorded.")
+    plotting.note("")
+    assert shown == ["2 of 3 cells are recorded."]
