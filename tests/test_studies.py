@@ -241,6 +241,28 @@ def test_seeds_after_0_measure_the_rows_that_are_repeated(toy, monkeypatch):
     assert studies.progress({"random": [{}, {}]}, "toy", "tiny").startswith("2 of 5 cells of this table")
 
 
+def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
+    short = {"tiny": ("original", "random")}
+    study = replace(studies.STUDIES["toy"], plan={"tiny": 2}, repeated=("random",), short=short)
+    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    assert [list(studies.cells("toy", model)) for model in ("tiny", "other")] == [
+        ["original", "random"],
+        ["original", "random", "learned"],
+    ]
+    assert list(studies.cells("toy", "tiny", 1)) == ["random"]
+    assert studies.progress({"original": [{}]}, "toy", "tiny").startswith("1 of 3 cells of this table")
+
+
+@pytest.mark.parametrize("name", list(studies.STUDIES))
+def test_every_row_that_a_plan_names_is_a_row_of_the_study(name):
+    study = studies.STUDIES[name]
+    for model, named in study.short.items():
+        assert set(named) <= set(study.rows(model)) and model in study.plan
+        assert set(study.repeated) <= set(named)
+    for model in study.plan:
+        assert set(study.repeated) <= set(study.rows(model))
+
+
 @pytest.mark.parametrize("model", (studies.SDXL, studies.SCHNELL))
 def test_the_main_study_has_every_row_that_it_repeats(model):
     assert list(studies.cells("main", model, 2)) == [

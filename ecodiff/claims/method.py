@@ -64,7 +64,7 @@ def start_at_five() -> Claim:
         ("13_settings", "01_hard_concrete"),
         (
             contradicted(algebra.start_value()),
-            kept(SDXL, ("relaxation", "λ starts at 5"), ("relaxation", "λ starts at 3"), ("ssim", "quality")),
+            kept(DEV, ("relaxation", "λ starts at 5"), ("relaxation", "λ starts at 3"), ("ssim", "quality")),
         ),
     )
 

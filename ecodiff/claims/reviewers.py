@@ -12,7 +12,7 @@ from ..experiments import gates_file
 from ..gates import Gates
 from ..pipelines import denoiser
 from . import rows
-from .rows import DEV, LEARNED, SD2, SDXL, better, kept
+from .rows import DEV, LEARNED, SDXL, better, kept
 from .verdict import NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted
 
 BOTH = ("ssim", "quality")
@@ -43,7 +43,7 @@ def binary() -> Claim:
         (
             _between(SDXL),
             *(kept(model, ("soft", "cut"), ("soft", "cut, the rest times its gates"), BOTH, "0 and 1 against gates")
-              for model in (SDXL, SD2, DEV)),
+              for model in (SDXL, DEV)),
         ),
     )
 
@@ -77,7 +77,7 @@ def baselines() -> Claim:
         ("12_every_method",),
         tuple(
             better(model, LEARNED, ("main", f"{method}, 20%"), label=f"against {words}")
-            for model in (SDXL, SD2, DEV)
+            for model in (SDXL, DEV)
             for method, words in asked.items()
         ),
     )

@@ -210,25 +210,38 @@ class Study:
     rows: Callable[[str], dict[str, Cell]]
     plan: Mapping[str, int] = field(default_factory=dict)  # embedded model -> seeds that are measured on it
     repeated: Collection[str] = ()  # the rows that seeds after 0 measure; all where none is named
+    short: Mapping[str, Collection[str]] = field(default_factory=dict)  # model -> its rows, where these are not all
 
 
 MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
-REPEATED = ("original", "learned, 20%", "learned, 10%", "magnitude, 20%", "random, 20%")
 PAIRS = dict.fromkeys(MAIN, 1)
+BOTH_KINDS = {SDXL: 1, DEV: 1}  # a U-Net and a transformer
+REPEATED = ("original", "learned, 20%", "learned, 10%", "magnitude, 20%", "random, 20%")
+# Of Stable Diffusion 2 the paper has one short table; every method is compared on a U-Net and on a transformer.
+SHORT = (*REPEATED, *(f"{method}, 20%" for method in ("diff-pruning", "obs+compensation", "learned+compensation")))
+REUSE = ("deepcache", "learned+deepcache, 20%")
+# A learned mask of a U-Net takes thrice as long as one of a transformer: two corrections decide claims about both.
+CORRECTIONS = ("corrected", "L1 in place of L0", "one step at a time")
 STUDIES = {
-    "main": Study("Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, REPEATED),
-    "pairs": Study("Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, PAIRS),
+    "main": Study(
+        "Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, REPEATED, {SD2: (*SHORT, *REUSE)}
+    ),
+    "pairs": Study(
+        "Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, PAIRS, short={SD2: SHORT}
+    ),
     "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios, {SDXL: 1, DEV: 1, SCHNELL: 1}),
     "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight, {SDXL: 1, SCHNELL: 1}),
     "data_size": Study("The number of training prompts", "Tables 5 and 10", _data_size, {SDXL: 1, SCHNELL: 1}),
-    "scope": Study("What competes with what", "Table 11, Figure 12", _scope, {SDXL: 1}),
-    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds, {SDXL: 1}),
-    "choices": Study("As published, and corrected", "§2.2, Algorithm 1", _choices, {SDXL: 1}),
-    "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation, {SDXL: 1}),
+    "scope": Study("What competes with what", "Table 11, Figure 12", _scope, BOTH_KINDS),
+    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds, BOTH_KINDS),
+    "choices": Study(
+        "As published, and corrected", "§2.2, Algorithm 1", _choices, BOTH_KINDS, short={SDXL: CORRECTIONS}
+    ),
+    "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation, {DEV: 1}),
     "best": Study("What could be better than the best", "not in the paper", _best, {DEV: 1}),
-    "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft, {SDXL: 1}),
+    "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft, BOTH_KINDS),
     "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining, {SDXL: 1}),
-    "transfer": Study("Masks used where they were not learned", "not in the paper", _transfer, {SDXL: 1, SCHNELL: 1}),
+    "transfer": Study("Masks used where they were not learned", "not in the paper", _transfer, {DEV: 1, SCHNELL: 1}),
 }
 
 
@@ -241,13 +254,15 @@ def planned(study: str, model: str) -> int:
 
 
 def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
-    """The rows of a study for one seed, {name: cell}: all of them for seed 0, those that are repeated for others.
-    Raises EcoDiffError for a study that is none."""
+    """The rows of a study for one seed, {name: cell}: all that the model has for seed 0, those that are repeated for
+    others. ``STUDIES[study].rows(model)`` has the rows that the plan leaves out of a model, too. Raises EcoDiffError
+    for a study that is none."""
     if study not in STUDIES:
         raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
     rows = STUDIES[study].rows(model)
-    repeated = STUDIES[study].repeated if seed else ()
-    return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in (repeated or rows)}
+    names = STUDIES[study].short.get(model) or rows
+    repeated = (STUDIES[study].repeated if seed else ()) or names
+    return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in names and name in repeated}
 
 
 def recorded(
@@ -314,7 +329,7 @@ def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[d
     return lines
 
 
-def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str) -> str:
+def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -> str:
     """SSIM of a row minus that of another, paired by picture over the seeds that both have, with its 95 % interval; a
     dash for the reference itself and where it is not recorded."""
     both = min(len(rows[row]), len(rows.get(reference, [])))
