@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .cache import cached, canonical, weights_hash
+from .cache import cached, canonical, key, weights_hash
 from .errors import EcoDiffError
 from .pipelines import denoiser
 from .prompts import checked_prompts, collate, encoding_once
@@ -135,8 +135,13 @@ def _describe(pipe) -> dict:
         config = getattr(part, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
         config = {
-            key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"
+            entry: value
+            for entry, value in config.items()
+            if not entry.startswith("_") and entry != "transformers_version"
         }
-        weights = weights_hash(part) if isinstance(part, nn.Module) else None
-        described[name] = {"class": type(part).__name__, "config": config, "weights": weights}
+        described[name] = {"class": type(part).__name__, "config": config}
+        if isinstance(part, nn.Module):
+            described[name]["weights"] = weights_hash(part)
+        elif hasattr(part, "get_vocab"):
+            described[name] |= {"vocabulary": key(part.get_vocab()), "most tokens": part.model_max_length}
     return described

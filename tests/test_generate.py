@@ -108,13 +108,18 @@ def test_cache_gives_back_what_was_drawn(sdxl, tmp_path, monkeypatch):
     assert torch.equal(again, first.flip(0))
 
 
-@pytest.mark.parametrize("change", ["unet", "vae", "text_encoder", "scheduler", "seed", "steps", "size", "prompt"])
+CHANGES = ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "seed", "steps", "size", "prompt"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_cache_knows_all_that_a_picture_depends_on(tmp_path, change):
     pipe, settings = tiny_sd(), {"num_inference_steps": 1, "guidance_scale": 1.0, "cache_dir": tmp_path}
     prompts, seeds = PROMPTS[:1], [0]
     draw(pipe, prompts, seeds, **settings)
     if change in ("unet", "vae", "text_encoder"):
         next(getattr(pipe, change).parameters()).data.view(-1)[0] += 1e-3  # does not raise the tensor's version counter
+    elif change == "tokenizer":
+        pipe.tokenizer.add_tokens(["another"])
     elif change == "scheduler":
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_start=0.001)
     else:
