@@ -58,15 +58,10 @@ def write_measured(folder: Path, measured: Mapping[str, str]) -> None:
 
 
 def read_measured(folder: Path) -> dict[str, Measured]:
-    """The numbers of a stored model by the row of its card: from ``measured.json``, or from the card itself where it
-    was written without one; empty where there is no card yet."""
-    kept, card = folder / "measured.json", folder / "README.md"
-    if kept.is_file():
-        rows = json.loads(kept.read_text(encoding="utf-8"))
-        return {name: Measured(**row) for name, row in rows.items() if isinstance(row, dict)}
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    lines = re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.M)
-    return {name: number for name, words in lines if (number := Measured.parse(words))}
+    """The numbers of a stored model by the row of its card; empty where it is not evaluated yet."""
+    kept = folder / "measured.json"
+    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    return {name: Measured(**row) for name, row in rows.items() if isinstance(row, dict)}
 
 
 def gap(student: Mapping[str, Measured], teacher: Mapping[str, Measured]) -> tuple[str, float] | None:
