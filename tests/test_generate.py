@@ -1,6 +1,7 @@
 """A picture depends on its own prompt and seed only; the cache gives back what was drawn and nothing else."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -215,3 +216,12 @@ def test_canonical_text_is_one_for_equal_settings():
     for bad in (print, float("nan")):
         with pytest.raises(EcoDiffError):
             canonical({"a": bad})
+
+
+def test_threads_can_keep_the_same_result_at_the_same_time(tmp_path):
+    compute = lambda: torch.arange(200_000)  # noqa: E731
+    for turn in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            results = [pool.submit(cached, tmp_path, "x", {"turn": turn}, compute) for _ in range(4)]
+        assert all(torch.equal(result.result(), compute()) for result in results)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors"}
