@@ -31,10 +31,15 @@ _BATCH = 256
 
 @dataclass
 class Judge:
-    """A ``CLIPModel`` of transformers and its ``CLIPProcessor``."""
+    """A ``CLIPModel`` of transformers and its ``CLIPProcessor``.
+
+    ``texts``: features of captions that were seen before, {caption: [D]}; give ``{}`` to keep them, for a judge whose
+    weights stay as they are.
+    """
 
     model: nn.Module
     processor: object
+    texts: dict[str, Tensor] | None = None
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -82,6 +87,13 @@ class Judge:
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors float [N, D] of captions; longer ones than the model reads are cut."""
+        if self.texts is None:
+            return self._text_features(captions)
+        if new := list(dict.fromkeys(caption for caption in captions if caption not in self.texts)):
+            self.texts.update(zip(new, self._text_features(new), strict=True))
+        return torch.stack([self.texts[caption] for caption in captions])
+
+    def _text_features(self, captions: Sequence[str]) -> Tensor:
         parts = []
         for first in range(0, len(captions), 4 * _BATCH):
             words = self.processor(

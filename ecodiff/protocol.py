@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,9 +100,10 @@ _known_features: dict[data.Scene, Tensor] = {}
 
 @lru_cache(maxsize=1)
 def judge() -> Judge | None:
-    """The embedded judge, or None where it is not trained."""
+    """The embedded judge, or None where it is not trained. It keeps its captions: the questions of a set of scenes are
+    some twenty thousand, the same for every model."""
     try:
-        return Judge.load()
+        return replace(Judge.load(), texts={})
     except EcoDiffError:
         return None
 

@@ -1,5 +1,7 @@
 """The judge: its measures on an oracle that reads captions and pictures exactly, and on a tiny untrained CLIP."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -195,3 +197,15 @@ def test_the_loss_leaves_out_captions_that_are_true_as_well():
     assert twice < once
     more = contrast.contrastive_loss(image, image.repeat(2, 1), torch.tensor(5.0), ["a", "b", "c"], list("abcdef"))
     assert more > once
+
+
+def test_a_judge_that_keeps_captions_reads_each_once_and_says_the_same(tiny, monkeypatch):
+    captions = [scene.caption for scene in data.scenes("train", 6)]
+    keeping, read_now = replace(tiny, texts={}), []
+    whole = keeping.model.get_text_features
+    monkeypatch.setattr(keeping.model, "get_text_features", lambda **words: read_now.append(1) or whole(**words))
+    first = keeping.text_features(captions[:4])
+    again = keeping.text_features(captions[3::-1])
+    assert len(read_now) == 1 and torch.equal(first.flip(0), again)
+    assert torch.allclose(keeping.text_features([captions[5], captions[0]])[1], first[0]) and len(read_now) == 2
+    assert torch.allclose(tiny.text_features(captions[:4]), first, atol=1e-6) and len(read_now) == 3

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ecodiff import inception, metrics
@@ -31,6 +32,8 @@ def test_ssim_and_psnr_are_torchmetrics_for_each_pair():
     assert ssim.mean().item() == pytest.approx(
         StructuralSimilarityIndexMeasure(data_range=1.0)(a / 255, b / 255).item(), abs=1e-6
     )
+    double = structural_similarity_index_measure(a.double() / 255, b.double() / 255, data_range=1.0, reduction="none")
+    assert torch.allclose(ssim.double(), double, atol=1e-7)
     for i in range(3):
         one = PeakSignalNoiseRatio(data_range=1.0)(a[i] / 255, b[i] / 255).item()
         assert psnr[i].item() == pytest.approx(one, abs=1e-4)
@@ -52,7 +55,11 @@ def test_ssim_map_has_the_mean_of_ssim():
     b = (a.float() * 0.8 + pictures(2, seed=1).float() * 0.2).to(torch.uint8)
     b[0, :, :, :8] = a[0, :, :, :8]
     found = metrics.ssim_map(a, b)
-    assert found.shape == (2, 32, 32) and torch.allclose(found.mean((1, 2)), metrics.ssim(a, b), atol=1e-6)
+    assert found.shape == (2, 32, 32)
+    assert torch.allclose(found.mean((1, 2)), metrics.ssim(a, b), atol=1e-6)
+    double = [x.double() / 255 for x in (a, b)]
+    theirs = structural_similarity_index_measure(*double, data_range=1.0, reduction="none", return_full_image=True)[1]
+    assert torch.allclose(found.double(), theirs.mean(1), atol=1e-6)
     # Windows of 11 pixels: the first three columns, whose windows reach to column 7, see equal pictures.
     assert torch.allclose(found[0, :, :3], torch.ones(32, 3), atol=1e-5) and found[0, :, 3:].max() < 1
 
