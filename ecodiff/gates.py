@@ -143,11 +143,15 @@ class Gates:
 
         return make_mask(self.scores(), self.sites, ratio, scope=scope, count=count, round_to=round_to)
 
-    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """One gate per unit, {site name: fp32 tensor [units]}: one draw of `generator` for all sites, in order."""
+    def sample(self, generator: torch.Generator | None = None, samples: int | None = None) -> dict[str, Tensor]:
+        """One gate per unit, {site name: fp32 tensor [units]}: one draw of `generator` for all sites, in order.
+
+        ``samples``: so many draws, one after the other: tensors [samples, units].
+        """
         device = generator.device if generator is not None else "cpu"
-        noise = torch.rand(sum(site.units for site in self.sites.values()), generator=generator, device=device)
-        parts = noise.split([site.units for site in self.sites.values()])
+        units = [site.units for site in self.sites.values()]
+        shape = (sum(units),) if samples is None else (samples, sum(units))
+        parts = torch.rand(shape, generator=generator, device=device).split(units, dim=-1)
         return {
             name: self.distribution.sample(value, u.to(value.device))
             for (name, value), u in zip(self.log_alpha.items(), parts, strict=True)
@@ -215,7 +219,8 @@ def apply_gates(
 
     Args:
         denoiser: the network; its weights do not change.
-        values: {site name: tensor [units]}, float or bool; or a function of the site's name that is asked once for each
+        values: {site name: tensor [units]}, float or bool; or tensors [samples, units], the gates of each sample of the
+            batch, which guidance may repeat as a whole; or a function of the site's name that is asked once for each
             call of the site's module (a fresh sample a call, as the original code does).
         sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
         learned: when `values` is a function: the tensors it makes gates from (λ). Time-step checkpointing returns
@@ -229,7 +234,7 @@ def apply_gates(
         chosen, current, learned = dict(sites), {}, tuple(learned)
     else:
         sites = find_sites(denoiser, KINDS) if sites is None else sites
-        check_units(values, sites, "apply_gates")
+        check_units(values, sites, "apply_gates", samples=True)
         chosen, current, learned = {name: sites[name] for name in values}, dict(values), None
 
     handles = []
@@ -313,18 +318,29 @@ def _output_hook(current, name, span):
 
 
 def _multiply(x: Tensor, gate: Tensor, span) -> Tensor:
-    """x [..., channels] with the channels of each unit multiplied by its gate [units]; other channels unchanged."""
-    channels = gate.to(x.device, torch.float32).repeat_interleave(span.size)
-    rest = x.shape[-1] - span.offset - channels.numel()
-    return x * nn.functional.pad(channels, (span.offset, rest), value=1.0).to(x.dtype)
+    """x [..., channels] with the channels of each unit multiplied by its gate [units]; other channels unchanged. With
+    gates [samples, units] the batch of x holds these samples in this order, once or repeated as a whole."""
+    channels = gate.to(x.device, torch.float32).repeat_interleave(span.size, dim=-1)
+    rest = x.shape[-1] - span.offset - channels.shape[-1]
+    channels = nn.functional.pad(channels, (span.offset, rest), value=1.0).to(x.dtype)
+    if gate.dim() == 1:
+        return x * channels
+    if x.shape[0] % len(gate):
+        raise EcoDiffError(
+            f"{len(gate)} samples have gates of their own, but {span.layer} was called with a batch of {x.shape[0]}: "
+            "this pipeline splits its batch otherwise; learn with micro_batch_size=1."
+        )
+    return x * channels.repeat(x.shape[0] // len(gate), 1).view(x.shape[0], *[1] * (x.dim() - 2), -1)
 
 
-def check_units(values: Mapping[str, Tensor], sites: Mapping[str, Site], where: str) -> None:
-    """Raises EcoDiffError, beginning with ``where``, for a name that is no site or a number of units that is wrong."""
+def check_units(values: Mapping[str, Tensor], sites: Mapping[str, Site], where: str, samples: bool = False) -> None:
+    """Raises EcoDiffError, beginning with ``where``, for a name that is no site or a number of units that is wrong.
+    ``samples``: tensors [samples, units] are right, too."""
     for name, value in values.items():
         if name not in sites:
             raise EcoDiffError(f"{where}: {name!r} is not a site of this denoiser; find_sites lists them.")
-        if tuple(value.shape) != (sites[name].units,):
+        right = value.dim() == 1 or (samples and value.dim() == 2 and len(value))
+        if not right or value.shape[-1] != sites[name].units:
             raise EcoDiffError(f"{where}: {name!r} has {sites[name].units} units, not {list(value.shape)}.")
 
 

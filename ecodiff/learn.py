@@ -189,7 +189,8 @@ class _Task:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(mix(config.seed, update))
             for part in parts:
-                values = gates.sample(generator) if config.gate_draw == "trajectory" else _fresh_gates(gates)
+                own = None if config.gate_draw == "trajectory" else len(part)
+                values = _fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
                 if config.objective == "step":
                     reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
                     continue
@@ -213,10 +214,17 @@ class _Task:
             "seconds": time.perf_counter() - started,
         }
 
-    def stepwise(self, part: Sequence[int], values: Mapping[str, Tensor], gates: Gates, share: float) -> float:
+    def stepwise(self, part: Sequence[int], values, gates: Gates, share: float) -> float:
         """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,
-        gated and not; its gradient is taken at once, so memory is that of one call."""
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        gated and not; its gradient is taken at once, so memory is that of one call. ``values``: as for
+        ``apply_gates``."""
+        # The gradient is gathered in copies, of λ for gates that are drawn in each call, else of the gates.
+        sources = gates.log_alpha if callable(values) else values
+        leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
+        if callable(values):
+            values = _fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
+        else:
+            values = leaves
         losses = []
 
         def wrap(forward):
@@ -225,7 +233,7 @@ class _Task:
                 result = forward(*args, **kwargs)
                 target = prediction(result).detach().float()
                 scale = target.var() if self.config.normalize else 1.0
-                with torch.enable_grad(), apply_gates(self.denoiser, leaves, gates.sites):
+                with torch.enable_grad(), apply_gates(self.denoiser, values, gates.sites):
                     loss = (prediction(forward(*args, **kwargs)).float() - target).square().mean() / scale
                     loss.backward()
                 losses.append(loss.item())
@@ -236,7 +244,7 @@ class _Task:
         with replaced_forward(self.denoiser, wrap):
             self.latents(part, gradients=False)
         factor = share / len(losses)
-        torch.autograd.backward(list(values.values()), [factor * leaves[name].grad for name in values])
+        torch.autograd.backward(list(sources.values()), [factor * leaves[name].grad for name in sources])
         return factor * sum(losses)
 
     def reconstruction(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -273,12 +281,13 @@ def _regulariser(gates: Gates, form: str) -> Tensor:
     return total
 
 
-def _fresh_gates(gates: Gates):
-    """A gate sample drawn anew each time a site's module runs, from torch's own CPU random state (as published)."""
+def _fresh_gates(gates: Gates, samples: int):
+    """A gate sample for each sample of the batch, drawn anew each time a site's module runs, from torch's own CPU
+    random state (as published)."""
 
     def draw(name: str) -> Tensor:
         value = gates.log_alpha[name]
-        return gates.distribution.sample(value, torch.rand(value.shape).to(value.device))
+        return gates.distribution.sample(value, torch.rand(samples, *value.shape).to(value.device))
 
     return draw
 

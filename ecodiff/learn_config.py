@@ -14,7 +14,7 @@ _CHOICES = {
     "reconstruction": ("mse", "norm"),
     "regulariser": ("l0", "l1"),
     "optimizer": ("adam", "adamw"),
-    "gate_draw": ("trajectory", "call"),
+    "gate_draw": ("trajectory", "sample", "call"),
     "recompute": ("restore", "redraw"),
     "mixed_precision": ("no", "bf16"),
 }
@@ -34,8 +34,8 @@ class LearnConfig:
     batch_size: int = 6
     """Samples (prompt and noise) an update."""
     micro_batch_size: int | None = None
-    """Samples a trajectory, each trajectory with its own gate sample (None: all). Smaller needs less memory, and
-    averages the gradient over more gate samples."""
+    """Samples that run together (None: all). Smaller needs less memory, and averages the gradient over more gate
+    samples where these are one a trajectory."""
     num_inference_steps: int = 8
     guidance_scale: float | None = None
     """None: the pipeline's own default. Guidance runs both halves through the gated denoiser."""
@@ -67,12 +67,13 @@ class LearnConfig:
     zeta: float = 1.1
     delta: float = 0.0
     gate_draw: str = "trajectory"
-    """trajectory: one gate sample, kept through all steps and recomputation; call: drawn anew in each call of a
-    module."""
+    """trajectory: one gate sample for the samples that run together, kept through all steps; sample: one for each of
+    them, kept as well; call: one for each of them, drawn anew in each call of a module (as published). All three have
+    exact gradients, each of its own objective."""
     recompute: str = "restore"
     """With gate_draw="call": restore the random state when a call is recomputed (exact gradient), or redraw, the
-    published defect: the gradient then belongs to gates that the forward pass never saw. No effect on one sample a
-    trajectory."""
+    published defect: the gradient then belongs to gates that the forward pass never saw. No effect on gates that are
+    kept."""
     fixed_noise: bool = False
     """One z_T for all samples (Alg. 1, line 1), instead of one a sample (the expectation of Eq. 2)."""
     noises_per_prompt: int = 1
@@ -90,10 +91,8 @@ class LearnConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise EcoDiffError(f"LearnConfig: {name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
-        if self.objective == "step" and (self.gate_draw, self.reconstruction) != ("trajectory", "mse"):
-            raise EcoDiffError(
-                "LearnConfig: objective='step' takes gate_draw='trajectory' and reconstruction='mse'; set them so."
-            )
+        if self.objective == "step" and self.reconstruction != "mse":
+            raise EcoDiffError("LearnConfig: objective='step' takes reconstruction='mse'; set it so.")
         for name in (
             "updates",
             "batch_size",

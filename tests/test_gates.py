@@ -105,6 +105,32 @@ def test_sample_draws_once_for_all_sites_and_repeats():
     assert any(value.grad.abs().sum() > 0 for value in gates.log_alpha.values())
 
 
+def test_samples_of_several_are_drawn_one_after_the_other():
+    gates = Gates.start(find_sites(tiny_sd3().transformer), 0.5)
+    together, generator = gates.sample(torch.Generator().manual_seed(7), samples=3), torch.Generator().manual_seed(7)
+    for i in range(3):
+        one = gates.sample(generator)
+        assert all(torch.equal(together[name][i], one[name]) for name in gates.sites)
+
+
+@pytest.mark.parametrize("build", [tiny_sdxl, tiny_sd3, tiny_flux])
+def test_each_sample_of_a_batch_can_have_gates_of_its_own(build):
+    pipe = build()
+    model = denoiser(pipe)
+    gates = Gates.start(find_sites(model, KINDS), 0.5)
+    values = {name: value.detach() for name, value in gates.sample(torch.Generator().manual_seed(1), 2).items()}
+    with torch.no_grad():
+        with apply_gates(model, values):
+            both = latents(pipe, n=2)
+        for i in range(2):
+            with apply_gates(model, {name: value[i] for name, value in values.items()}):
+                assert torch.allclose(latents(pipe, n=2)[i], both[i], atol=1e-4)
+    assert not torch.allclose(both[0], latents(pipe, n=2)[0], atol=1e-2)
+    three = {name: torch.ones(3, site.units) for name, site in gates.sites.items()}
+    with pytest.raises(EcoDiffError, match="3 samples have gates of their own"), apply_gates(model, three):
+        latents(pipe, n=2)
+
+
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_sd3, tiny_flux])
 def test_open_gates_change_nothing_and_hooks_go(build):
     pipe = build()
@@ -181,8 +207,9 @@ def test_gates_that_do_not_fit_are_refused():
     name = next(iter(find_sites(model)))
     with pytest.raises(EcoDiffError, match="not a site"), apply_gates(model, {"nowhere.attn1": torch.ones(2)}):
         pass
-    with pytest.raises(EcoDiffError, match="units"), apply_gates(model, {name: torch.ones(99)}):
-        pass
+    for wrong in (torch.ones(99), torch.ones(2, 99), torch.ones(0, 1), torch.ones(())):
+        with pytest.raises(EcoDiffError, match="units"), apply_gates(model, {name: wrong}):
+            pass
 
 
 @pytest.fixture

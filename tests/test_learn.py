@@ -11,7 +11,7 @@ from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.gates import Gates, apply_gates
-from ecodiff.learn import LearnConfig, _regulariser, _Task, learn
+from ecodiff.learn import LearnConfig, _fresh_gates, _regulariser, _Task, learn
 from ecodiff.pipelines import denoiser
 from ecodiff.prompts import encoding_once
 from ecodiff.running import epoch_batch
@@ -90,7 +90,20 @@ def test_same_seed_same_result_and_checkpointing_changes_nothing():
     assert not same(first.log_alpha, quiet(pipe, config=replace(QUICK, seed=1)).log_alpha)
 
 
-@pytest.mark.parametrize("draw", ["trajectory", "call"])
+def test_samples_with_gates_of_their_own_can_be_run_together_or_one_by_one():
+    first = {}
+    for size in (None, 1):
+        for draw in ("sample", "trajectory"):
+            config = replace(QUICK, updates=1, gate_draw=draw, micro_batch_size=size)
+            first[draw, size] = quiet(tiny_sd(), config=config).history[0]
+    for name in ("reconstruction", "gradient_norm"):
+        assert first["sample", 1][name] == pytest.approx(first["sample", None][name], rel=1e-4)
+        # One sample at a time, a trajectory's gates are the sample's.
+        assert first["trajectory", 1][name] == pytest.approx(first["sample", 1][name], rel=1e-6)
+        assert first["trajectory", None][name] != pytest.approx(first["sample", None][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("draw", ["trajectory", "sample", "call"])
 def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, draw):
     pipe, config = (
         tiny_sd(),
@@ -341,8 +354,9 @@ def test_unknown_preset_and_missing_sites():
         quiet(tiny_sd(), config=replace(QUICK, kinds=("modulation",)))
 
 
+@pytest.mark.parametrize("draw", ["trajectory", "call"])
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
-def test_the_step_objective_is_the_mean_error_of_single_calls(make):
+def test_the_step_objective_is_the_mean_error_of_single_calls(make, draw):
     """Gradient and loss against the plain sum over recorded calls, by automatic differentiation through all of them."""
     pipe = make()
     call = {k: v for k, v in call_kwargs(pipe).items() if k in ("height", "width", "max_sequence_length")}
@@ -350,15 +364,17 @@ def test_the_step_objective_is_the_mean_error_of_single_calls(make):
     sites = find_sites(denoiser(pipe), config.kinds)
     task = _Task(encoding_once(pipe), PROMPTS[:2], config, torch.device("cpu"))
     gates = Gates.start(sites, 1.0, config.distribution)
-    values = gates.sample(torch.Generator().manual_seed(0))
+    values = gates.sample(torch.Generator().manual_seed(0), 2) if draw == "trajectory" else _fresh_gates(gates, 2)
     calls = []
     handle = denoiser(pipe).register_forward_hook(lambda m, a, k, o: calls.append((a, k, o[0])), with_kwargs=True)
     task.latents([0, 1], gradients=False)
     handle.remove()
+    torch.manual_seed(3)
     with apply_gates(denoiser(pipe), values, sites):
         errors = [(denoiser(pipe)(*a, **k)[0] - o).square().mean() / o.var() for a, k, o in calls]
     expected = torch.stack(errors).mean()
     gradients = torch.autograd.grad(expected, list(gates.log_alpha.values()), retain_graph=True)
+    torch.manual_seed(3)
     loss = task.stepwise([0, 1], values, gates, 1.0)
     assert len(calls) == 3 and loss == pytest.approx(expected.item(), rel=1e-4)
     for value, gradient in zip(gates.log_alpha.values(), gradients, strict=True):
@@ -369,5 +385,5 @@ def test_learning_one_step_at_a_time_closes_gates_and_says_what_it_cannot_do():
     pipe = tiny_sd()
     gates = quiet(pipe, config=replace(QUICK, objective="step"))
     assert gates.history[-1]["regulariser"] < gates.history[0]["regulariser"]
-    with pytest.raises(EcoDiffError, match="objective='step' takes gate_draw='trajectory'"):
-        LearnConfig(objective="step", gate_draw="call")
+    with pytest.raises(EcoDiffError, match="objective='step' takes reconstruction='mse'"):
+        LearnConfig(objective="step", reconstruction="norm")

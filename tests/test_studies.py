@@ -121,6 +121,20 @@ def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
     assert lines[1]["SSIM to the original"].startswith(f"{statistics.mean(values):.3f} (")
 
 
+def test_rows_are_told_apart_in_words():
+    ssim = [0.5, 0.6, 0.7, 0.55, 0.65]
+    rows = {
+        "default": [{"ssim": ssim}],
+        "worse": [{"ssim": [value - 0.1 for value in ssim]}],
+        "better": [{"ssim": [value + 0.2 for value in ssim]}],
+        "alike": [{"ssim": ssim[::-1]}],
+    }
+    told = "more: better (+0.200); less: worse (-0.100); not to be told apart: alike (+0.000)"
+    assert studies.in_words(rows, "default") == told
+    assert studies.in_words(rows, None) == studies.in_words({"default": rows["default"]}, "default") == ""
+    assert studies.minus(rows, "default", "default") == "–" and studies.minus(rows, "worse", "default")[:7] == "-0.1000"
+
+
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
     assert run.verify(toy, ["toy"], "tiny", 1, seed=0) == []

@@ -131,7 +131,8 @@ def _choices(model: str) -> dict[str, Cell]:
     return {
         "corrected": cell,
         "L1 in place of L0": learning(cell, regulariser="l1", weight=0.5),
-        "gates drawn in each call": learning(cell, gate_draw="call"),
+        "gates of its own for each sample": learning(cell, gate_draw="sample"),
+        "and drawn in each call": learning(cell, gate_draw="call"),
         "and anew when recomputing": learning(cell, gate_draw="call", recompute="redraw"),
         "one noise for all prompts": learning(cell, fixed_noise=True),
         "one step at a time": learning(cell, objective="step"),
@@ -220,8 +221,8 @@ REPEATED = ("original", "learned, 20%", "learned, 10%", "magnitude, 20%", "rando
 # Of Stable Diffusion 2 the paper has one short table; every method is compared on a U-Net and on a transformer.
 SHORT = (*REPEATED, *(f"{method}, 20%" for method in ("diff-pruning", "obs+compensation", "learned+compensation")))
 REUSE = ("deepcache", "learned+deepcache, 20%")
-# A learned mask of a U-Net takes thrice as long as one of a transformer: two corrections decide claims about both.
-CORRECTIONS = ("corrected", "L1 in place of L0", "one step at a time")
+# A learned mask of a U-Net takes thrice as long as one of a transformer: these decide claims about both.
+CORRECTIONS = ("corrected", "L1 in place of L0", "and drawn in each call", "one step at a time")
 STUDIES = {
     "main": Study(
         "Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, REPEATED, {SD2: (*SHORT, *REUSE)}
@@ -332,11 +333,26 @@ def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[d
 def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -> str:
     """SSIM of a row minus that of another, paired by picture over the seeds that both have, with its 95 % interval; a
     dash for the reference itself and where it is not recorded."""
+    d = _minus(rows, row, reference)
+    return f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})" if d else "–"
+
+
+def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None) -> str:
+    """Which rows keep more SSIM than the reference's, which less, and which their 95 % intervals cannot tell from it;
+    empty where there is nothing to compare."""
+    found: dict[str, list[str]] = {"more": [], "less": [], "not to be told apart": []}
+    for row in rows:
+        if d := _minus(rows, row, reference):
+            outcome = "more" if d.low > 0 else "less" if d.high < 0 else "not to be told apart"
+            found[outcome].append(f"{row} ({d.mean:+.3f})")
+    return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in found.items() if names)
+
+
+def _minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None):
     both = min(len(rows[row]), len(rows.get(reference, [])))
     if row == reference or not both:
-        return "–"
-    d = difference(*([cell["ssim"] for cell in rows[name][:both]] for name in (row, reference)))
-    return f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
+        return None
+    return difference(*([cell["ssim"] for cell in rows[name][:both]] for name in (row, reference)))
 
 
 def _shown(column: str, per_seed: Sequence[dict]) -> str:
