@@ -202,17 +202,29 @@ class _Task:
                     )
                     loss.backward()
                 reconstruction += loss.item()
-        regulariser = _regulariser(gates, config.regulariser)
-        (config.weight * regulariser).backward()
+        regulariser, weights = _regulariser(gates, config.regulariser), self.weights(gates, update)
+        price = sum(weights[kind] * value for kind, value in regulariser.items())
+        if regulariser:
+            price.backward()
         norm = torch.nn.utils.clip_grad_norm_(gates.log_alpha.values(), config.clip_grad_norm or math.inf)
         return {
             "update": update + 1,
-            "loss": reconstruction + config.weight * regulariser.item(),
+            "loss": reconstruction + float(price),
             "reconstruction": reconstruction,
-            "regulariser": regulariser.item(),
+            "regulariser": sum(value.item() for value in regulariser.values()),
             "gradient_norm": norm.item(),
             "seconds": time.perf_counter() - started,
         }
+
+    def weights(self, gates: Gates, update: int) -> dict[str, float]:
+        """β of each kind in update number ``update``: the config's, or 0 below the line to ``target_open``."""
+        config, shares = self.config, _open_share(gates)
+        if config.target_open is None:
+            line = 0.0
+        else:
+            start = gates.distribution.prob_open(torch.tensor(config.log_alpha_start)).item()
+            line = start + (config.target_open - start) * (update + 1) / config.updates
+        return {key.removeprefix("open_"): config.weight if share > line else 0.0 for key, share in shares.items()}
 
     def stepwise(self, part: Sequence[int], values, gates: Gates, share: float) -> float:
         """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,
@@ -268,17 +280,16 @@ def _within(memory_budget: int | str, pipe, prompt, config: LearnConfig, progres
     return replace(config, checkpoint=True, keep_last=keep_last)
 
 
-def _regulariser(gates: Gates, form: str) -> Tensor:
-    """The price of open gates, a scalar: Eq. 4 in closed form ("l0"), or the published stand-in ("l1")."""
-    kinds = dict.fromkeys(site.kind for site in gates.sites.values())
-    total = torch.zeros((), device=next(iter(gates.log_alpha.values())).device)
-    for kind in kinds:
+def _regulariser(gates: Gates, form: str) -> dict[str, Tensor]:
+    """The price of open gates of each kind, scalars: Eq. 4 in closed form ("l0"), or the published stand-in ("l1")."""
+    prices = {}
+    for kind in dict.fromkeys(site.kind for site in gates.sites.values()):
         values = [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind]
         if form == "l0":
-            total = total + gates.distribution.prob_open(torch.cat(values)).mean()
+            prices[kind] = gates.distribution.prob_open(torch.cat(values)).mean()
         elif kind != "modulation":
-            total = total + torch.stack([value.abs().mean() for value in values]).mean()
-    return total
+            prices[kind] = torch.stack([value.abs().mean() for value in values]).mean()
+    return prices
 
 
 def _fresh_gates(gates: Gates, samples: int):

@@ -56,6 +56,10 @@ class LearnConfig:
     none (as published)."""
     weight: float = 2.0
     """β of Eq. 2."""
+    target_open: float | None = None
+    """None: β acts in every update. Else it acts on a kind only while its expected share of open gates is above the
+    straight line that reaches this share with the last update, such as 0.8 where a fifth will go: a model that can
+    spare most of its units does not close more of them than are asked for."""
     lr: float | Mapping[str, float] = 0.15
     """One learning rate, or one a kind: {"attention": ..., "feed_forward": ..., "modulation": ...}."""
     optimizer: str = "adam"
@@ -114,6 +118,11 @@ class LearnConfig:
             raise EcoDiffError(f"LearnConfig: log_alpha_start={self.log_alpha_start} must be finite.")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise EcoDiffError(f"LearnConfig: clip_grad_norm={self.clip_grad_norm} must be positive, or None.")
+        if self.target_open is not None and not (0 < self.target_open < 1 and self.weight > 0):
+            raise EcoDiffError(
+                f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, with a positive weight to "
+                f"start from (weight={self.weight})."
+            )
         self.distribution  # noqa: B018 (raises for constants that make no distribution)
 
     @property

@@ -34,6 +34,10 @@ def describe(pipe, prompts: list, config) -> dict:
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
     if settings["objective"] == "final":  # so runs that began before there was a choice go on
         del settings["objective"]
+    if settings["target_open"] is None:
+        del settings["target_open"]
+    else:  # the line to it depends on them
+        settings["updates"] = config.updates
     if config.gate_draw == "call":
         settings["version"] = 2  # each sample has gates of its own
     if config.gate_draw == "call" and config.recompute == "redraw":  # what is drawn in recomputation depends on these

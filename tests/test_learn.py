@@ -269,14 +269,39 @@ def test_regularisers():
     sites = find_sites(denoiser(tiny_flux()), ("attention", "feed_forward", "modulation"))
     gates = Gates.start(sites, 1.0)
     open_share = gates.distribution.prob_open(torch.ones(1)).item()
-    assert _regulariser(gates, "l0").item() == pytest.approx(3 * open_share)
+    prices = _regulariser(gates, "l0")
+    assert [price.item() for price in prices.values()] == pytest.approx([open_share] * 3)
     with torch.no_grad():
         for value in gates.log_alpha.values():
             value.fill_(-2.0)
-    loss = _regulariser(gates, "l1")
+    loss = sum(_regulariser(gates, "l1").values())
     assert loss.item() == pytest.approx(4.0)  # two of three kinds, as published
     loss.backward()
     assert all((value.grad is None) == (sites[name].kind == "modulation") for name, value in gates.log_alpha.items())
+
+
+def test_beta_acts_on_a_kind_while_more_of_its_gates_are_open_than_asked_for():
+    pipe, config = tiny_sd(), replace(QUICK, updates=10, target_open=0.6, weight=5.0)
+    task = _Task(encoding_once(pipe), PROMPTS[:2], config, torch.device("cpu"))
+    gates = Gates.start(find_sites(denoiser(pipe)), 3.0, config.distribution)
+    start = gates.distribution.prob_open(torch.tensor(3.0)).item()
+    assert 0.9 < start and set(task.weights(gates, 0).values()) == {5.0}
+    line = [start + (0.6 - start) * done / 10 for done in range(1, 11)]
+    assert line[-1] == pytest.approx(0.6)
+    middle = torch.logit(torch.tensor((line[4] + line[5]) / 2)) - (torch.logit(torch.tensor(start)) - 3)
+    for name, site in gates.sites.items():
+        if site.kind == "attention":
+            gates.log_alpha[name].data.fill_(middle)
+    assert gates.distribution.prob_open(middle).item() == pytest.approx((line[4] + line[5]) / 2, abs=1e-4)
+    assert [task.weights(gates, update)["attention"] for update in range(10)] == [0.0] * 5 + [5.0] * 5
+    assert {task.weights(gates, update)["feed_forward"] for update in range(10)} == {5.0}
+
+
+def test_a_target_keeps_more_gates_open():
+    config = replace(QUICK, updates=40, num_inference_steps=1, weight=20.0)
+    far = quiet(tiny_sd(), config=config).history[-1]
+    near = quiet(tiny_sd(), config=replace(config, target_open=0.8)).history[-1]
+    assert all(near[kind] > far[kind] + 0.4 for kind in ("open_attention", "open_feed_forward"))
 
 
 def test_learning_rates_are_set_per_kind():
@@ -331,7 +356,7 @@ def test_progress_says_what_it_will_cost(capsys):
     [
         {"updates": 0}, {"batch_size": 0}, {"micro_batch_size": 0}, {"weight": -1}, {"weight": math.nan},
         {"lr": math.inf}, {"lr": {"attention": 0.1}}, {"optimizer": "sgd"}, {"regulariser": "l2"},
-        {"gate_draw": "step"}, {"mixed_precision": "fp16"},
+        {"gate_draw": "step"}, {"mixed_precision": "fp16"}, {"target_open": 1.2}, {"target_open": 0.5, "weight": 0.0},
         {"keep_last": -1},
         {"clip_grad_norm": 0}, {"log_alpha_start": math.nan}, {"temperature": 0},
     ],
