@@ -203,15 +203,15 @@ class _Task:
                     loss.backward()
                 reconstruction += loss.item()
         regulariser, weights = _regulariser(gates, config.regulariser), self.weights(gates, update)
-        price = sum(weights[kind] * value for kind, value in regulariser.items())
         if regulariser:
-            price.backward()
+            sum(weights[kind] * value for kind, value in regulariser.items()).backward()
+        regulariser = {kind: value.item() for kind, value in regulariser.items()}
         norm = torch.nn.utils.clip_grad_norm_(gates.log_alpha.values(), config.clip_grad_norm or math.inf)
         return {
             "update": update + 1,
-            "loss": reconstruction + float(price),
+            "loss": reconstruction + sum(weights[kind] * value for kind, value in regulariser.items()),
             "reconstruction": reconstruction,
-            "regulariser": sum(value.item() for value in regulariser.values()),
+            "regulariser": sum(regulariser.values()),
             "gradient_norm": norm.item(),
             "seconds": time.perf_counter() - started,
         }

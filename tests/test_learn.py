@@ -62,6 +62,14 @@ def test_a_unit_that_does_nothing_closes_before_one_that_matters():
     assert (useful[:, None] > idle).float().mean() > 0.9
 
 
+def test_learning_warns_of_nothing():
+    """Warnings would stand in a chapter's output, with a folder of the machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet(tiny_sd(), config=replace(QUICK, updates=1))
+        quiet(tiny_sd(), config=replace(QUICK, updates=1, gate_draw="call", target_open=0.8))
+
+
 def test_with_zero_weight_and_open_gates_nothing_moves():
     gates = quiet(tiny_sd(), config=replace(QUICK, weight=0.0, log_alpha_start=60.0, updates=2))
     assert all((value == 60.0).all() for value in gates.log_alpha.values())
