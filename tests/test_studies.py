@@ -128,6 +128,7 @@ def test_rows_are_told_apart_in_words():
         "worse": [{"ssim": [value - 0.1 for value in ssim]}],
         "better": [{"ssim": [value + 0.2 for value in ssim]}],
         "alike": [{"ssim": ssim[::-1]}],
+        "the same cell": [{"ssim": ssim}],
     }
     told = "more: better (+0.200); less: worse (-0.100); not to be told apart: alike (+0.000)"
     assert studies.in_words(rows, "default") == told

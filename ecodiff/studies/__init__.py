@@ -342,7 +342,7 @@ def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None) -> str:
     empty where there is nothing to compare."""
     found: dict[str, list[str]] = {"more": [], "less": [], "not to be told apart": []}
     for row in rows:
-        if d := _minus(rows, row, reference):
+        if (d := _minus(rows, row, reference)) and rows[row] != rows[reference]:  # equal ones are the same cell
             outcome = "more" if d.low > 0 else "less" if d.high < 0 else "not to be told apart"
             found[outcome].append(f"{row} ({d.mean:+.3f})")
     return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in found.items() if names)
