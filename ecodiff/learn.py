@@ -218,13 +218,13 @@ class _Task:
 
     def weights(self, gates: Gates, update: int) -> dict[str, float]:
         """β of each kind in update number ``update``: the config's, or 0 below the line to ``target_open``."""
-        config, shares = self.config, _open_share(gates)
+        config = self.config
         if config.target_open is None:
-            line = 0.0
-        else:
-            start = gates.distribution.prob_open(torch.tensor(config.log_alpha_start)).item()
-            line = start + (config.target_open - start) * (update + 1) / config.updates
-        return {key.removeprefix("open_"): config.weight if share > line else 0.0 for key, share in shares.items()}
+            return {site.kind: config.weight for site in gates.sites.values()}
+        start = gates.distribution.prob_open(torch.tensor(config.log_alpha_start)).item()
+        line = start + (config.target_open - start) * (update + 1) / config.updates
+        shares = _open_share(gates).items()
+        return {key.removeprefix("open_"): config.weight if share > line else 0.0 for key, share in shares}
 
     def stepwise(self, part: Sequence[int], values, gates: Gates, share: float) -> float:
         """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,

@@ -120,8 +120,8 @@ class LearnConfig:
             raise EcoDiffError(f"LearnConfig: clip_grad_norm={self.clip_grad_norm} must be positive, or None.")
         if self.target_open is not None and not (0 < self.target_open < 1 and self.weight > 0):
             raise EcoDiffError(
-                f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, with a positive weight to "
-                f"start from (weight={self.weight})."
+                f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, and weight={self.weight} "
+                "be positive."
             )
         self.distribution  # noqa: B018 (raises for constants that make no distribution)
 

@@ -199,6 +199,11 @@ class Interval:
     high: float
     level: float
 
+    @property
+    def sign(self) -> int:
+        """Of a difference: 1 where all of the interval is above zero, -1 where all is below, 0 where zero is in it."""
+        return (self.low > 0) - (self.high < 0)
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

@@ -305,6 +305,14 @@ def test_beta_acts_on_a_kind_while_more_of_its_gates_are_open_than_asked_for():
     assert {task.weights(gates, update)["feed_forward"] for update in range(10)} == {5.0}
 
 
+def test_without_a_target_beta_acts_on_closed_gates_too():
+    config = replace(QUICK, regulariser="l1", delta=0.5)  # with this δ a gate can be closed for any noise
+    task = _Task(encoding_once(tiny_sd()), PROMPTS[:2], config, torch.device("cpu"))
+    gates = Gates.start(find_sites(denoiser(task.pipe)), -20.0, config.distribution)
+    assert all(gates.distribution.prob_open(value).sum() == 0 for value in gates.log_alpha.values())
+    assert task.weights(gates, 0) == {"attention": config.weight, "feed_forward": config.weight}
+
+
 def test_a_target_keeps_more_gates_open():
     config = replace(QUICK, updates=40, num_inference_steps=1, weight=20.0)
     far = quiet(tiny_sd(), config=config).history[-1]

@@ -297,3 +297,8 @@ def test_share_interval_is_wilsons():
 def test_bad_input_is_a_clear_error(call, message):
     with pytest.raises(EcoDiffError, match=message):
         call()
+
+
+def test_the_sign_of_a_difference_is_known_where_zero_is_not_in_the_interval():
+    ends = ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1), (0.0, 0.2), (-0.2, 0.0))
+    assert [metrics.Interval(0.0, low, high, 0.95).sign for low, high in ends] == [1, -1, 0, 0, 0]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import EcoDiffError
 from ..experiments import Cell, compare, difference, interval_text
 from ..learn_config import LearnConfig
+from ..metrics import Interval
 from ..protocol import Protocol
 from ..retrain_config import RetrainConfig
 
@@ -340,15 +341,15 @@ def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -
 def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None) -> str:
     """Which rows keep more SSIM than the reference's, which less, and which their 95 % intervals cannot tell from it;
     empty where there is nothing to compare."""
-    found: dict[str, list[str]] = {"more": [], "less": [], "not to be told apart": []}
+    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for row in rows:
-        if (d := _minus(rows, row, reference)) and rows[row] != rows[reference]:  # equal ones are the same cell
-            outcome = "more" if d.low > 0 else "less" if d.high < 0 else "not to be told apart"
-            found[outcome].append(f"{row} ({d.mean:+.3f})")
-    return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in found.items() if names)
+        if rows[row] != rows.get(reference) and (d := _minus(rows, row, reference)):  # equal ones are the same cell
+            found[d.sign].append(f"{row} ({d.mean:+.3f})")
+    words = {1: "more", -1: "less", 0: "not to be told apart"}
+    return "; ".join(f"{words[sign]}: {', '.join(names)}" for sign, names in found.items() if names)
 
 
-def _minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None):
+def _minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -> Interval | None:
     both = min(len(rows[row]), len(rows.get(reference, [])))
     if row == reference or not both:
         return None
