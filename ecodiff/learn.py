@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import resume
 from .errors import EcoDiffError
 from .gates import Gates, apply_gates
-from .learn_config import LearnConfig
+from .learn_config import RAMP, LearnConfig
 from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
 from .running import epoch_batch, in_words, not_half, on_device, without_adapters
@@ -52,7 +52,8 @@ def learn(
             (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
         config: see ``LearnConfig``.
         resume_dir: folder for teacher latents, λ, optimiser and history; a run already there is continued.
-            ``updates``, ``save_every``, ``checkpoint`` and ``keep_last`` may change in between.
+            ``save_every``, ``checkpoint`` and ``keep_last`` may change in between, and ``updates`` where
+            ``target_open`` is None (else the line to it would be another).
         progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
         memory_budget: bytes of the device, such as "24GB": choose, in the place of the config's ``checkpoint`` and
             ``keep_last``, the most last steps whose activations fit (counted by `ecodiff.cost` before anything runs).
@@ -217,14 +218,16 @@ class _Task:
         }
 
     def weights(self, gates: Gates, update: int) -> dict[str, float]:
-        """β of each kind in update number ``update``: the config's, or 0 below the line to ``target_open``."""
+        """β of each kind in update number ``update``: the config's; with ``target_open`` 0 up to the line to it,
+        growing to the config's at ``RAMP`` above."""
         config = self.config
         if config.target_open is None:
             return {site.kind: config.weight for site in gates.sites.values()}
         start = gates.distribution.prob_open(torch.tensor(config.log_alpha_start)).item()
         line = start + (config.target_open - start) * (update + 1) / config.updates
         shares = _open_share(gates).items()
-        return {key.removeprefix("open_"): config.weight if share > line else 0.0 for key, share in shares}
+        above = {key.removeprefix("open_"): min(max((share - line) / RAMP, 0.0), 1.0) for key, share in shares}
+        return {kind: config.weight * part for kind, part in above.items()}
 
     def stepwise(self, part: Sequence[int], values, gates: Gates, share: float) -> float:
         """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from .errors import EcoDiffError
 from .gates import HardConcrete
 
+RAMP = 0.02  # share of open gates above the line to `target_open` at which β acts in full
 _CHOICES = {
     "objective": ("final", "step"),
     "reconstruction": ("mse", "norm"),
@@ -34,8 +35,8 @@ class LearnConfig:
     batch_size: int = 6
     """Samples (prompt and noise) an update."""
     micro_batch_size: int | None = None
-    """Samples that run together (None: all). Smaller needs less memory, and averages the gradient over more gate
-    samples where these are one a trajectory."""
+    """Samples that run together (None: all). Smaller needs less memory. With gate_draw="trajectory" it also averages
+    the gradient over more gate samples."""
     num_inference_steps: int = 8
     guidance_scale: float | None = None
     """None: the pipeline's own default. Guidance runs both halves through the gated denoiser."""
@@ -54,12 +55,13 @@ class LearnConfig:
     """l0: P(gate open) in closed form, mean over the units of a kind, summed over kinds (Eq. 4 before its
     approximation). l1: |λ|, mean over a site, then over sites, attention and feed-forward summed; modulation gets
     none (as published)."""
-    weight: float = 2.0
+    weight: float = 4.0
     """β of Eq. 2."""
-    target_open: float | None = None
-    """None: β acts in every update. Else it acts on a kind only while its expected share of open gates is above the
-    straight line that reaches this share with the last update, such as 0.8 where a fifth will go: a model that can
-    spare most of its units does not close more of them than are asked for."""
+    target_open: float | None = 0.8
+    """β acts on a kind only while its expected share of open gates is above the straight line that reaches this share
+    with the last update (in full from ``RAMP`` above the line): so one β fits models that can spare much and models
+    that can spare little. Take about 1 - ratio: 0.8 where a fifth will go. None: β acts in every update, as
+    published."""
     lr: float | Mapping[str, float] = 0.15
     """One learning rate, or one a kind: {"attention": ..., "feed_forward": ..., "modulation": ...}."""
     optimizer: str = "adam"
@@ -70,10 +72,10 @@ class LearnConfig:
     gamma: float = -0.1
     zeta: float = 1.1
     delta: float = 0.0
-    gate_draw: str = "trajectory"
-    """trajectory: one gate sample for the samples that run together, kept through all steps; sample: one for each of
-    them, kept as well; call: one for each of them, drawn anew in each call of a module (as published). All three have
-    exact gradients, each of its own objective."""
+    gate_draw: str = "call"
+    """call: each sample has gates of its own, drawn anew in each call of a module (as published); sample: of its own,
+    kept through all steps; trajectory: one gate sample for the samples that run together, kept as well. All three
+    have exact gradients, each of its own objective; more draws an update make a less noisy one."""
     recompute: str = "restore"
     """With gate_draw="call": restore the random state when a call is recomputed (exact gradient), or redraw, the
     published defect: the gradient then belongs to gates that the forward pass never saw. No effect on gates that are
@@ -118,11 +120,8 @@ class LearnConfig:
             raise EcoDiffError(f"LearnConfig: log_alpha_start={self.log_alpha_start} must be finite.")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise EcoDiffError(f"LearnConfig: clip_grad_norm={self.clip_grad_norm} must be positive, or None.")
-        if self.target_open is not None and not (0 < self.target_open < 1 and self.weight > 0):
-            raise EcoDiffError(
-                f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, and weight={self.weight} "
-                "be positive."
-            )
+        if self.target_open is not None and not 0 < self.target_open < 1:
+            raise EcoDiffError(f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, or be None.")
         self.distribution  # noqa: B018 (raises for constants that make no distribution)
 
     @property
@@ -184,6 +183,7 @@ class LearnConfig:
             normalize=False,
             regulariser="l1",
             weight=0.5 if sdxl else 0.1 if printed else 0.01,
+            target_open=None,
             lr=dict(zip(kinds, rates[model, printed], strict=True)),
             optimizer="adam" if printed else "adamw",
             weight_decay=1e-2,

@@ -41,7 +41,7 @@ def test_learns_on_every_pipeline(model):
     assert any((value != 3.0).any() for value in gates.log_alpha.values())
     assert [row["update"] for row in gates.history] == [1, 2]
     for row in gates.history:
-        assert row["loss"] == pytest.approx(row["reconstruction"] + 2.0 * row["regulariser"])
+        assert row["loss"] == pytest.approx(row["reconstruction"] + QUICK.weight * row["regulariser"])
         assert {"open_attention", "open_feed_forward", "seconds", "gradient_norm"} <= row.keys()
     json.dumps(gates.history)
 
@@ -67,7 +67,7 @@ def test_learning_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quiet(tiny_sd(), config=replace(QUICK, updates=1))
-        quiet(tiny_sd(), config=replace(QUICK, updates=1, gate_draw="call", target_open=0.8))
+        quiet(tiny_sd(), config=replace(QUICK, updates=1, gate_draw="trajectory", target_open=None))
 
 
 def test_with_zero_weight_and_open_gates_nothing_moves():
@@ -143,12 +143,18 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, 
 
 
 def test_a_finished_run_can_be_read_again_and_made_longer(tmp_path):
-    pipe = tiny_sd()
-    short = quiet(pipe, config=replace(QUICK, updates=2), resume_dir=tmp_path)
-    assert same(short.log_alpha, quiet(pipe, config=replace(QUICK, updates=2), resume_dir=tmp_path).log_alpha)
-    assert same(quiet(pipe, resume_dir=tmp_path).log_alpha, quiet(pipe).log_alpha)
+    pipe, config = tiny_sd(), replace(QUICK, target_open=None)
+    short = quiet(pipe, config=replace(config, updates=2), resume_dir=tmp_path)
+    assert same(short.log_alpha, quiet(pipe, config=replace(config, updates=2), resume_dir=tmp_path).log_alpha)
+    assert same(quiet(pipe, config=config, resume_dir=tmp_path).log_alpha, quiet(pipe, config=config).log_alpha)
     with pytest.raises(EcoDiffError, match="holds 4 updates"):
-        quiet(pipe, config=replace(QUICK, updates=2), resume_dir=tmp_path)
+        quiet(pipe, config=replace(config, updates=2), resume_dir=tmp_path)
+
+
+def test_a_run_on_a_line_to_a_target_cannot_be_made_longer(tmp_path):
+    quiet(tiny_sd(), config=replace(QUICK, updates=2), resume_dir=tmp_path)
+    with pytest.raises(EcoDiffError, match=r"config.updates was 2, is 4\): choose another resume_dir"):
+        quiet(tiny_sd(), resume_dir=tmp_path)
 
 
 def test_resume_refuses_another_run_and_damaged_files(tmp_path):
@@ -301,12 +307,16 @@ def test_beta_acts_on_a_kind_while_more_of_its_gates_are_open_than_asked_for():
         if site.kind == "attention":
             gates.log_alpha[name].data.fill_(middle)
     assert gates.distribution.prob_open(middle).item() == pytest.approx((line[4] + line[5]) / 2, abs=1e-4)
-    assert [task.weights(gates, update)["attention"] for update in range(10)] == [0.0] * 5 + [5.0] * 5
+    per_update = (line[4] - line[5]) / 0.02  # of β, as the line falls: 0.5, 1.5, ... updates below the share
+    expected = [5.0 * min(1, max(0, (update - 4.5) * per_update)) for update in range(10)]
+    assert 0 < expected[5] < 5.0 == expected[-1]
+    assert [task.weights(gates, update)["attention"] for update in range(10)] == pytest.approx(expected, abs=0.02)
     assert {task.weights(gates, update)["feed_forward"] for update in range(10)} == {5.0}
 
 
 def test_without_a_target_beta_acts_on_closed_gates_too():
-    config = replace(QUICK, regulariser="l1", delta=0.5)  # with this δ a gate can be closed for any noise
+    # With this δ a gate can be closed for any noise.
+    config = replace(QUICK, target_open=None, regulariser="l1", delta=0.5)
     task = _Task(encoding_once(tiny_sd()), PROMPTS[:2], config, torch.device("cpu"))
     gates = Gates.start(find_sites(denoiser(task.pipe)), -20.0, config.distribution)
     assert all(gates.distribution.prob_open(value).sum() == 0 for value in gates.log_alpha.values())
@@ -314,7 +324,7 @@ def test_without_a_target_beta_acts_on_closed_gates_too():
 
 
 def test_a_target_keeps_more_gates_open():
-    config = replace(QUICK, updates=40, num_inference_steps=1, weight=20.0)
+    config = replace(QUICK, updates=40, num_inference_steps=1, weight=20.0, target_open=None)
     far = quiet(tiny_sd(), config=config).history[-1]
     near = quiet(tiny_sd(), config=replace(config, target_open=0.8)).history[-1]
     assert all(near[kind] > far[kind] + 0.4 for kind in ("open_attention", "open_feed_forward"))
@@ -372,8 +382,7 @@ def test_progress_says_what_it_will_cost(capsys):
     [
         {"updates": 0}, {"batch_size": 0}, {"micro_batch_size": 0}, {"weight": -1}, {"weight": math.nan},
         {"lr": math.inf}, {"lr": {"attention": 0.1}}, {"optimizer": "sgd"}, {"regulariser": "l2"},
-        {"gate_draw": "step"}, {"mixed_precision": "fp16"}, {"target_open": 1.2}, {"target_open": 0.5, "weight": 0.0},
-        {"keep_last": -1},
+        {"gate_draw": "step"}, {"mixed_precision": "fp16"}, {"target_open": 1.2}, {"target_open": 0}, {"keep_last": -1},
         {"clip_grad_norm": 0}, {"log_alpha_start": math.nan}, {"temperature": 0},
     ],
 )  # fmt: skip

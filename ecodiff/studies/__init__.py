@@ -93,7 +93,10 @@ def _ratios(model: str) -> dict[str, Cell]:
 
 
 def _weight(model: str) -> dict[str, Cell]:
-    return {f"β = {weight:g}": learning(base(model), weight=weight) for weight in (0.1, 0.5, 2.0, 8.0)}
+    """β in every update, as published; and only while too many gates are open, the default."""
+    cell = base(model)
+    rows = {f"β = {weight:g}": learning(cell, weight=weight, target_open=None) for weight in (0.5, 2.0, 8.0)}
+    return rows | {"β until 80 % are open": cell}
 
 
 def _data_size(model: str) -> dict[str, Cell]:
@@ -132,9 +135,9 @@ def _choices(model: str) -> dict[str, Cell]:
     return {
         "corrected": cell,
         "L1 in place of L0": learning(cell, regulariser="l1", weight=0.5),
-        "gates of its own for each sample": learning(cell, gate_draw="sample"),
-        "and drawn in each call": learning(cell, gate_draw="call"),
-        "and anew when recomputing": learning(cell, gate_draw="call", recompute="redraw"),
+        "gates kept through all steps": learning(cell, gate_draw="sample"),
+        "and shared by all samples": learning(cell, gate_draw="trajectory"),
+        "gates drawn anew when recomputing": learning(cell, recompute="redraw"),
         "one noise for all prompts": learning(cell, fixed_noise=True),
         "one step at a time": learning(cell, objective="step"),
         "as the published code": replace(cell, config=faithful),
@@ -223,7 +226,7 @@ REPEATED = ("original", "learned, 20%", "learned, 10%", "magnitude, 20%", "rando
 SHORT = (*REPEATED, *(f"{method}, 20%" for method in ("diff-pruning", "obs+compensation", "learned+compensation")))
 REUSE = ("deepcache", "learned+deepcache, 20%")
 # A learned mask of a U-Net takes thrice as long as one of a transformer: these decide claims about both.
-CORRECTIONS = ("corrected", "L1 in place of L0", "and drawn in each call", "one step at a time")
+CORRECTIONS = ("corrected", "L1 in place of L0", "and shared by all samples", "one step at a time")
 STUDIES = {
     "main": Study(
         "Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, REPEATED, {SD2: (*SHORT, *REUSE)}
