@@ -71,8 +71,8 @@ class Claim:
 def better(differences: Sequence[Interval]) -> str:
     """Verdict on "the first is better": more by some measure and less by none, each outside its interval of first -
     second."""
-    more, less = any(d.low > 0 for d in differences), any(d.high < 0 for d in differences)
-    return OPEN if more == less else REPRODUCED if more else NOT_REPRODUCED
+    signs = {d.sign for d in differences}
+    return OPEN if (1 in signs) == (-1 in signs) else REPRODUCED if 1 in signs else NOT_REPRODUCED
 
 
 def kept(differences: Sequence[Interval], margin: float = MARGIN) -> str:
@@ -84,7 +84,7 @@ def kept(differences: Sequence[Interval], margin: float = MARGIN) -> str:
 
 def lower(difference: Interval) -> str:
     """Verdict on "the first is lower", such as a FID."""
-    return REPRODUCED if difference.high < 0 else NOT_REPRODUCED if difference.low > 0 else OPEN
+    return {-1: REPRODUCED, 0: OPEN, 1: NOT_REPRODUCED}[difference.sign]
 
 
 def together(decisions: Sequence[Decision], on: str) -> Decision:
