@@ -339,10 +339,9 @@ def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: 
             if not sets[0][0]:
                 continue
             d = difference(*sets)
-            outcome = {1: "keeps more", -1: "keeps less", 0: "cannot be told apart"}[d.sign]
             shown = f"{d.mean:+.3f}, 95 % interval {d.low:+.3f} to {d.high:+.3f}"
-            than = "than" if outcome != "cannot be told apart" else "from"
-            lines.append(f"- {words}: {ours} {outcome} {than} {other} (paired difference {shown}).")
+            outcome = f"keeps {d.word} than" if d.sign else f"{d.word} from"
+            lines.append(f"- {words}: {ours} {outcome} {other} (paired difference {shown}).")
     return "\n".join(lines)
 
 

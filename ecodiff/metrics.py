@@ -204,6 +204,11 @@ class Interval:
         """Of a difference: 1 where all of the interval is above zero, -1 where all is below, 0 where zero is in it."""
         return (self.low > 0) - (self.high < 0)
 
+    @property
+    def word(self) -> str:
+        """``sign`` in a word, as tables have it."""
+        return {1: "more", -1: "less", 0: "cannot be told apart"}[self.sign]
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

@@ -344,12 +344,11 @@ def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -
 def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None) -> str:
     """Which rows keep more SSIM than the reference's, which less, and which their 95 % intervals cannot tell from it;
     empty where there is nothing to compare."""
-    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    found: dict[str, list[str]] = {"more": [], "less": [], "cannot be told apart": []}
     for row in rows:
         if rows[row] != rows.get(reference) and (d := _minus(rows, row, reference)):  # equal ones are the same cell
-            found[d.sign].append(f"{row} ({d.mean:+.3f})")
-    words = {1: "more", -1: "less", 0: "not to be told apart"}
-    return "; ".join(f"{words[sign]}: {', '.join(names)}" for sign, names in found.items() if names)
+            found[d.word].append(f"{row} ({d.mean:+.3f})")
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
 
 
 def _minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -> Interval | None:
