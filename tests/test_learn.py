@@ -95,6 +95,7 @@ def test_same_seed_same_result_and_checkpointing_changes_nothing():
     second = quiet(pipe, config=replace(QUICK, checkpoint=False))
     assert torch.equal(state, torch.get_rng_state())
     assert same(first.log_alpha, second.log_alpha)
+    assert same(first.log_alpha, quiet(pipe, config=replace(QUICK, keep_last=QUICK.num_inference_steps)).log_alpha)
     assert not same(first.log_alpha, quiet(pipe, config=replace(QUICK, seed=1)).log_alpha)
 
 

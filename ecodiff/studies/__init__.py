@@ -22,6 +22,7 @@ from ..errors import EcoDiffError
 from ..experiments import Cell, compare, difference, interval_text
 from ..learn_config import LearnConfig
 from ..metrics import Interval
+from ..pipelines import embedded
 from ..protocol import Protocol
 from ..retrain_config import RetrainConfig
 
@@ -34,6 +35,8 @@ def base(model: str, **changes) -> Cell:
     """The cell all studies vary: our defaults for learning, the model's own way of drawing, 20 % of the units."""
     protocol = Protocol.of(model)
     config = LearnConfig(guidance_scale=protocol.guidance_scale, call=protocol.call)
+    if model in embedded():  # there is memory for all steps: a quarter less time, the same result to the bit
+        config = replace(config, keep_last=config.num_inference_steps)
     steps = protocol.num_inference_steps
     if steps and steps < config.num_inference_steps:  # a step-distilled model has only so many
         config = replace(config, num_inference_steps=steps)
@@ -137,7 +140,7 @@ def _choices(model: str) -> dict[str, Cell]:
         "L1 in place of L0": learning(cell, regulariser="l1", weight=0.5),
         "gates kept through all steps": learning(cell, gate_draw="sample"),
         "and shared by all samples": learning(cell, gate_draw="trajectory"),
-        "gates drawn anew when recomputing": learning(cell, recompute="redraw"),
+        "gates drawn anew when recomputing": learning(cell, recompute="redraw", keep_last=1),
         "one noise for all prompts": learning(cell, fixed_noise=True),
         "one step at a time": learning(cell, objective="step"),
         "as the published code": replace(cell, config=faithful),
