@@ -209,7 +209,8 @@ def test_keep_last_for_a_learning_run():
 def test_learning_within_a_memory_budget(tmp_path, capsys):
     pipe, prompts = tiny("sd"), ["a cat", "a dog"]
     pipe.set_progress_bar_config(disable=True)
-    config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call={"height": 16, "width": 16}, keep_last=0)
+    size = {"height": 16, "width": 16}
+    config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call=size, keep_last=0, target_open=None)
     _, least = keep_last_for(pipe, config, "8GB")
     need = [cost(pipe, size=16, batch=2, steps=4, inner=False).update_peak(keep_last=k) for k in range(5)]
     assert least == need[4] and need[1] < need[2] < need[4]

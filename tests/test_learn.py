@@ -162,7 +162,7 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
     pipe = tiny_sd()
     config = replace(QUICK, updates=1)
     quiet(pipe, config=config, resume_dir=tmp_path)
-    with pytest.raises(EcoDiffError, match="config.weight was 2.0, is 1.0"):
+    with pytest.raises(EcoDiffError, match="config.weight was 4.0, is 1.0"):
         quiet(pipe, config=replace(config, weight=1.0), resume_dir=tmp_path)
     with pytest.raises(EcoDiffError, match="another run .prompts"):
         quiet(pipe, PROMPTS[:2], config=config, resume_dir=tmp_path)
@@ -180,8 +180,8 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_saved_before(tmp_path, monkeypatch):
-    pipe = tiny_sd()
-    quiet(pipe, config=replace(QUICK, updates=1), resume_dir=tmp_path)
+    pipe, config = tiny_sd(), replace(QUICK, target_open=None)
+    quiet(pipe, config=replace(config, updates=1), resume_dir=tmp_path)
     before = (tmp_path / "state.safetensors").read_bytes()
 
     def full(self, data):
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_what_was_saved_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(EcoDiffError, match="No space left"):
-        quiet(pipe, resume_dir=tmp_path)
+        quiet(pipe, config=config, resume_dir=tmp_path)
     assert (tmp_path / "state.safetensors").read_bytes() == before
     assert not list(tmp_path.rglob("*.tmp"))
 
