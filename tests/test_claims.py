@@ -320,24 +320,48 @@ def test_updates_of_other_weights_say_nothing(family):
 
 
 def test_times_at_full_size_that_differ_by_clock_and_by_processor_decide_nothing(store):
-    def row(ratio, cpu_ratio):
-        flops = {name: {"total": 1} for name in ("original", "pruned")}
-        values = {"variants": {"pruned": {"ratio": ratio, "cpu_ratio": cpu_ratio}}, "flops": flops}
+    def row(ratio, cpu_ratio, device="cpu"):
+        flops = {name: {"total": 1e12} for name in ("original", "pruned")}
+        variants = {"pruned": {"ratio": ratio, "cpu_ratio": cpu_ratio}, "original": {"seconds": 0.01}}
+        values = {"variants": variants, "flops": flops}
         config = {
             "what": "full_size_inference",
             "model": "sd2",
             "ratio": 0.2,
             "round_to": 1,
-            "device": "cpu",
+            "device": device,
+            "samples": 2,
             "turns": 3,
         }
         records.measure(config, lambda: values, name="full_size", recompute=True)
-        return decisions(cost.faster)[0].verdict
+        return decisions(cost.faster)[0 if device == "cpu" else 2].verdict
 
     assert row(0.9, 0.8) == verdict.COUNTED
     assert row(1.1, 1.2) == verdict.NOT_COUNTED
     assert row(1.1, 0.9) == verdict.OPEN
-    assert decisions(cost.faster)[1].verdict == verdict.MISSING
+    assert decisions(cost.faster)[1].verdict == decisions(cost.faster)[2].verdict == verdict.MISSING
+    assert row(0.9, 1.1, "a GPU") == verdict.COUNTED
+    assert row(1.1, 0.9, "a GPU") == verdict.NOT_COUNTED
+    assert decisions(cost.faster)[2].evidence.endswith("2 samples a call, 100 TFLOP/s")
+
+
+def test_updates_on_a_gpu_are_decided_apart_from_those_on_a_cpu(store):
+    def row(model, steps, device, **variants):
+        config = {"what": "full_size_update", "model": model, "T": steps, "device": device, "samples": 2}
+        values = {"variants": variants, "weight_bytes": 5e9}
+        records.measure(config, lambda: values, name="full_size")
+
+    for steps in (2, 10):
+        plain = {"peak_bytes": 1e9 * steps, "ratio": 1}
+        row("sd2", steps, "cpu", plain=plain, checkpointed={"peak_bytes": 1e9, "ratio": 1.2})
+        row("sdxl", steps, "a GPU", plain=plain, checkpointed={"peak_bytes": 1e9, "ratio": 2.5})
+    row("sdxl", 50, "a GPU", checkpointed={"peak_bytes": 12e9, "ratio": 1})  # plain did not fit
+    flat, slow = decisions(memory.constant_memory), decisions(memory.twice_the_time)
+    assert [d.verdict for d in flat[1:]] == [verdict.COUNTED, verdict.MISSING, verdict.COUNTED]
+    assert [d.verdict for d in slow[1:]] == [verdict.COUNTED, verdict.MISSING, verdict.NOT_COUNTED]
+    assert "2.50 to 2.50 times plain at 2 values of T up to 10" in slow[3].evidence
+    limit = decisions(memory.memory_of_an_update)[3]
+    assert limit.verdict == verdict.COUNTED and limit.evidence.startswith("17.0 GB")
 
 
 @pytest.fixture
@@ -362,7 +386,7 @@ def test_counted_claims_are_exact(counts_kept):
     operations = decisions(cost.operations, counts.PRESETS)
     assert [d.verdict for d in operations] == [HOLDS, FAILS, HOLDS, FAILS]
     assert operations[0].evidence.startswith("281,004;") and operations[1].evidence.startswith("298,866 or 597,732;")
-    assert verdicts(memory.memory_of_an_update) == [FAILS, HOLDS, FAILS, verdict.NOT_PRINTED]
+    assert verdicts(memory.memory_of_an_update) == [FAILS, HOLDS, FAILS, verdict.MISSING, verdict.NOT_PRINTED]
     assert verdicts(memory.memory_of_table_12) == [HOLDS] * 4
     assert verdicts(cost.small_gpus) == [HOLDS, FAILS, HOLDS, verdict.OPEN]
     assert verdicts(method.occlusion_is_slow) == [HOLDS]

@@ -90,33 +90,38 @@ def drawing(preset: str, ratio: float) -> tuple[str, dict]:
 
 
 def faster() -> Claim:
-    command = "python benchmarks/full_size.py sdxl --parts inference"
     return Claim(
         "§1, §4",
         "Pruned models draw faster.",
         "One denoiser call with random weights, 20 % of the units gone, over the original in the same turns: below 1 "
-        "by the clock and by processor time.",
+        "by the clock and, on a CPU, by processor time.",
         ("07_what_it_costs",),
         (
             _time("sd2", "Stable Diffusion 2, fp32"),
             _time("sdxl", "SDXL, bf16"),
-            Decision("SDXL, on a machine with a GPU", MISSING, command=command),
+            _time("sd2", "Stable Diffusion 2, bf16, on a GPU", on_gpu=True),
+            _time("sdxl", "SDXL, bf16, on a GPU", on_gpu=True),
         ),
     )
 
 
-def _time(preset: str, title: str) -> Decision:
-    found = counts.measured("inference", model=preset, ratio=0.2, round_to=1)
+def _time(preset: str, title: str, on_gpu: bool = False) -> Decision:
+    found = counts.measured("inference", model=preset, ratio=0.2, round_to=1, on_gpu=on_gpu)
     if not found:
         return Decision(title, MISSING, command=f"python benchmarks/full_size.py {preset} --parts inference")
     values, config = found[-1]["values"], found[-1]["config"]
     pruned = values["variants"]["pruned"]
-    times = [pruned[name] for name in ("ratio", "cpu_ratio") if name in pruned]
+    names = ("ratio",) if on_gpu else ("ratio", "cpu_ratio")  # waiting for a GPU counts as processor time
+    times = [pruned[name] for name in names if name in pruned]
     holds = None if min(times) < 1 <= max(times) else max(times) < 1
     left = values["flops"]["pruned"]["total"] / values["flops"]["original"]["total"]
     where = f"{config['device']}, medians of {config['turns']} turns"
     shown = " and ".join(f"{time:.2f}" for time in times)
-    return decided(f"{title}, measured", holds, f"time {shown} of the original ({where}), operations {left:.2f}")
+    shown = f"time {shown} of the original ({where}), operations {left:.2f}"
+    if on_gpu:
+        rate = values["flops"]["original"]["total"] / values["variants"]["original"]["seconds"] / 1e12
+        shown += f"; {config['samples']} samples a call, {rate:.0f} TFLOP/s"
+    return decided(f"{title}, measured", holds, shown)
 
 
 def small_gpus() -> Claim:

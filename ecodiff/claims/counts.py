@@ -92,8 +92,14 @@ def _every_second(units: int) -> torch.Tensor:
     return torch.arange(units) % 2 == 0
 
 
-def measured(what: str, **config) -> list[dict]:
-    """Recorded rows of full-size denoisers with random weights (benchmarks/full_size.py) with this configuration."""
+def measured(what: str, *, on_gpu: bool = False, **config) -> list[dict]:
+    """Recorded rows of full-size denoisers with random weights (benchmarks/full_size.py) with this configuration, of
+    a CPU or of a GPU."""
     rows = records.rows("full_size") if records.enabled() else []
     wanted = {"what": f"full_size_{what}", **config}
-    return [row for row in rows if all(row["config"].get(name) == value for name, value in wanted.items())]
+    return [
+        row
+        for row in rows
+        if (row["config"]["device"] != "cpu") == on_gpu
+        and all(row["config"].get(name) == value for name, value in wanted.items())
+    ]

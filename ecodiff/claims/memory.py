@@ -13,7 +13,12 @@ from .counts import SD2_UPDATE, by_count, decided
 from .rows import SDXL
 from .verdict import MISSING, NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted
 
-FULL_SD2 = "Stable Diffusion 2, random weights, measured"
+FULL = {
+    "Stable Diffusion 2, random weights, measured": {"model": "sd2", "on_gpu": False},
+    "Stable Diffusion 2, random weights, measured on a GPU": {"model": "sd2", "on_gpu": True},
+    "SDXL, random weights, measured on a GPU": {"model": "sdxl", "on_gpu": True},
+}
+"""Networks whose updates benchmarks/full_size.py measures, and where."""
 UPDATES = [("sdxl", {"batch": n, "steps": 50, "guidance": g}) for n in (1, 4) for g in (1.0, 5.0)]
 """SDXL's mask update by four readings of what the paper does not say: samples at a time, guidance."""
 ONE_GUIDED = UPDATES[1]
@@ -47,9 +52,23 @@ def memory_of_an_update() -> Claim:
             by_count("SDXL, counted: 1400 GB", near, *UPDATES),
             by_count("SDXL, counted: below 30 GB", under, ONE_GUIDED),
             by_count("SDXL, counted: 50 times", times, *UPDATES),
+            _under_on_gpu(limit),
             contradicted(arithmetic.memory()),
         ),
     )
+
+
+def _under_on_gpu(limit: float) -> Decision:
+    """SDXL's longest recorded checkpointed update on a GPU: its peak and the weights, against the printed limit."""
+    title = "SDXL, random weights, measured: below 30 GB"
+    found = counts.measured("update", model="sdxl", on_gpu=True)
+    if not found:
+        return Decision(title, MISSING, command="python benchmarks/full_size.py sdxl --samples 2 --parts update")
+    last = max(found, key=lambda r: r["config"]["T"])
+    config, values = last["config"], last["values"]
+    peak = (values["variants"]["checkpointed"]["peak_bytes"] + values["weight_bytes"]) / 1e9
+    shown = f"{peak:.1f} GB with the denoiser's weights, T = {config['T']}, {config['samples']} samples a call"
+    return decided(title, peak < limit, f"{shown} ({config['device']}); text encoders and VAE not counted")
 
 
 def constant_memory() -> Claim:
@@ -62,20 +81,25 @@ def constant_memory() -> Claim:
     )
 
 
-def on_updates(test: Callable[[dict], tuple[bool, str] | None]) -> tuple[Decision, Decision]:
-    """Decisions on recorded mask updates, {T: {variant: values}}: of the small model, and of SD2 with random weights.
+def on_updates(test: Callable[[dict], tuple[bool, str] | None]) -> tuple[Decision, ...]:
+    """Decisions on recorded mask updates, {T: {variant: values}}: of the small model, and of those of ``FULL``.
 
     ``test`` returns None where too little is recorded.
     """
-    full = {r["config"]["T"]: r["values"]["variants"] for r in counts.measured("update", model="sd2", samples=1)}
-    small, large = test(rows.updates()), test(full)
+    small = test(rows.updates())
     missing = Decision(rows.on(SDXL), MISSING, command=rows.command_of_updates())
     return (
         Decision(rows.on(SDXL), REPRODUCED if small[0] else NOT_REPRODUCED, small[1]) if small else missing,
-        decided(FULL_SD2, *large)
-        if large
-        else Decision(FULL_SD2, MISSING, command="python benchmarks/full_size.py sd2 --parts update"),
+        *(_on_full(test, title, **config) for title, config in FULL.items()),
     )
+
+
+def _on_full(test, title: str, *, model: str, on_gpu: bool) -> Decision:
+    found = counts.measured("update", model=model, on_gpu=on_gpu)
+    result = test({r["config"]["T"]: r["values"]["variants"] for r in found})
+    if result is None:
+        return Decision(title, MISSING, command=f"python benchmarks/full_size.py {model} --parts update")
+    return decided(title, result[0], f"{result[1]} ({found[0]['config']['device']})")
 
 
 def _flat(found: dict) -> tuple[bool, str] | None:
@@ -103,15 +127,17 @@ def twice_the_time() -> Claim:
 
 
 def _slower(found: dict) -> tuple[bool, str] | None:
+    compared = {steps: variants for steps, variants in sorted(found.items()) if "plain" in variants}
+
     def times(variant: str) -> list[float]:
-        values = [variants.get(variant, {}) for _, variants in sorted(found.items())]
+        values = [variants.get(variant, {}) for variants in compared.values()]
         return [
             value.get("times_plain", value.get("ratio")) for value in values if value.keys() & {"times_plain", "ratio"}
         ]
 
     if not (ours := times("checkpointed")):
         return None
-    shown = f"{min(ours):.2f} to {max(ours):.2f} times plain at {len(ours)} values of T up to {max(found)}"
+    shown = f"{min(ours):.2f} to {max(ours):.2f} times plain at {len(ours)} values of T up to {max(compared)}"
     if theirs := times("published"):
         shown += f"; the published loop {min(theirs):.2f} to {max(theirs):.2f}"
     return max(ours) <= claim("runtime_factor"), shown
