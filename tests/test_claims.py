@@ -347,10 +347,13 @@ def test_times_at_full_size_that_differ_by_clock_and_by_processor_decide_nothing
 
 def test_updates_on_a_gpu_are_decided_apart_from_those_on_a_cpu(store):
     def row(model, steps, device, **variants):
-        config = {"what": "full_size_update", "model": model, "T": steps, "device": device, "samples": 2}
+        samples = {"sd2": 1, "sdxl": 2}[model]
+        config = {"what": "full_size_update", "model": model, "T": steps, "device": device, "samples": samples}
         values = {"variants": variants, "weight_bytes": 5e9}
         records.measure(config, lambda: values, name="full_size")
 
+    row("sdxl", 1, "a GPU", plain={"peak_bytes": 1e9, "ratio": 1})  # nothing to recompute
+    assert decisions(memory.memory_of_an_update)[3].verdict == verdict.MISSING
     for steps in (2, 10):
         plain = {"peak_bytes": 1e9 * steps, "ratio": 1}
         row("sd2", steps, "cpu", plain=plain, checkpointed={"peak_bytes": 1e9, "ratio": 1.2})

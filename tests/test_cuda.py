@@ -5,16 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from pipelines import PROMPTS, TINY, call_kwargs, tiny_sdxl
-from test_learn import QUICK, quiet
+from pipelines import TINY, latents, tiny_sdxl
+from test_learn import QUICK, quiet, sized
+from test_surgery import assert_removed_is_masked, random_mask
+from test_trajectory import run
 
-import ecodiff
-from ecodiff.gates import Gates, apply_gates
-from ecodiff.learn import learn
+from ecodiff.gates import apply_gates
 from ecodiff.pipelines import denoiser
 from ecodiff.running import on_device
-from ecodiff.sites import find_sites
-from ecodiff.trajectory import final_latents
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
 
@@ -30,28 +28,13 @@ def deterministic(monkeypatch):
     cudnn.deterministic, cudnn.allow_tf32 = before
 
 
-def for_learning(model):
-    return {"max_sequence_length": 12} if model in ("flux", "sd3") else {}
-
-
-def gradient(pipe, **options):
-    net = denoiser(pipe)
-    gates = Gates.start(find_sites(net), 1.0, device="cuda")
-    taken = call_kwargs(pipe, n=2, steps=4, guidance_scale=4.0)
-    del taken["output_type"]
-    with apply_gates(net, gates.sample(torch.Generator("cuda").manual_seed(1)), gates.sites):
-        result = final_latents(pipe, **taken, **options)
-        result.square().mean().backward()
-    return result.detach(), torch.cat([value.grad for value in gates.log_alpha.values()])
-
-
 @pytest.mark.parametrize("model", TINY)
 def test_checkpointing_is_exact(model):
     pipe = TINY[model]().to("cuda")
-    plain, wanted = gradient(pipe, checkpoint=False)
+    plain, wanted = run(pipe, checkpoint=False)
     assert wanted.abs().max() > 0
     for keep_last in (0, 1, 2):
-        result, found = gradient(pipe, keep_last=keep_last)
+        result, found = run(pipe, keep_last=keep_last)
         assert torch.equal(result, plain)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
 
@@ -59,7 +42,7 @@ def test_checkpointing_is_exact(model):
 @pytest.mark.parametrize("model", TINY)
 def test_learns_on_the_gpu_and_moves_back(model):
     pipe = TINY[model]()
-    gates = quiet(pipe, config=replace(QUICK, updates=2, call=QUICK.call | for_learning(model)))
+    gates = quiet(pipe, config=replace(QUICK, updates=2, call=sized(pipe)))
     assert pipe.device.type == "cpu"
     assert all(value.device.type == "cpu" for value in gates.log_alpha.values())
     assert any((value != 3.0).any() for value in gates.log_alpha.values())
@@ -76,28 +59,22 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 
 def test_learns_in_bfloat16():
     pipe = tiny_sdxl().to(torch.bfloat16)
-    gates = learn(pipe, PROMPTS, QUICK, progress=False)
+    gates = quiet(pipe)
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in gates.log_alpha.values())
 
 
 def test_removed_is_masked_and_saved_is_loaded(tmp_path):
     pipe = tiny_sdxl().to("cuda")
-    net = denoiser(pipe)
-    sites = find_sites(net)
-    generator = torch.Generator().manual_seed(0)
-    mask = ecodiff.make_mask({name: torch.rand(s.units, generator=generator) for name, s in sites.items()}, sites, 0.3)
-    gates = {name: keep.to("cuda", torch.float32) for name, keep in mask.items()}
-    with torch.no_grad():
-        with apply_gates(net, gates, sites):
-            masked = pipe(**call_kwargs(pipe)).images
-        pruned = ecodiff.prune(pipe, mask)
-        removed = pruned(**call_kwargs(pipe)).images
-        pruned.save_pretrained(tmp_path / "pruned")
-        loaded = DiffusionPipeline.from_pretrained(tmp_path / "pruned").to("cuda")
-        again = loaded(**call_kwargs(pipe)).images
+    mask = random_mask(denoiser(pipe), ratio=0.3)
+    pruned = assert_removed_is_masked(pipe, mask)
+    with apply_gates(denoiser(pipe), mask):
+        masked = latents(pipe)
+    removed = latents(pruned)
+    pruned.save_pretrained(tmp_path / "pruned")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pruned").to("cuda")
     assert removed.is_cuda
     torch.testing.assert_close(removed, masked, rtol=1e-3, atol=1e-4)
-    assert torch.equal(again, removed)
+    assert torch.equal(latents(loaded), removed)
 
 
 def test_offloaded_pipelines_stay_offloaded():

@@ -27,6 +27,11 @@ def quiet(pipe, prompts=PROMPTS, config=QUICK, **more):
     return learn(pipe, prompts, config, progress=False, **more)
 
 
+def sized(pipe):
+    """QUICK's arguments of the call, with the length of the text where the pipeline takes one."""
+    return SIZE | ({"max_sequence_length": 12} if hasattr(pipe, "transformer") else {})
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -34,8 +39,7 @@ def same(a, b):
 @pytest.mark.parametrize("model", TINY)
 def test_learns_on_every_pipeline(model):
     pipe = TINY[model]()
-    length = {"max_sequence_length": 12} if hasattr(pipe, "transformer") else {}
-    gates = quiet(pipe, config=replace(QUICK, updates=2, call=SIZE | length))
+    gates = quiet(pipe, config=replace(QUICK, updates=2, call=sized(pipe)))
     assert gates.log_alpha.keys() == find_sites(denoiser(pipe)).keys()
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in gates.log_alpha.values())
     assert any((value != 3.0).any() for value in gates.log_alpha.values())

@@ -44,7 +44,7 @@ def arguments(pipe, **more):
 def run(pipe, draw="trajectory", **options):
     """Final latents and the gradient of every λ, for gates with noise."""
     net = denoiser(pipe)
-    gates = Gates.start(find_sites(net), 1.0)
+    gates = Gates.start(find_sites(net), 1.0, device=pipe.device)
 
     def fresh(name):
         value = gates.log_alpha[name]

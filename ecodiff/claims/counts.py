@@ -94,7 +94,7 @@ def _every_second(units: int) -> torch.Tensor:
 
 def measured(what: str, *, on_gpu: bool = False, **config) -> list[dict]:
     """Recorded rows of full-size denoisers with random weights (benchmarks/full_size.py) with this configuration, of
-    a CPU or of a GPU."""
+    a CPU or of GPUs."""
     rows = records.rows("full_size") if records.enabled() else []
     wanted = {"what": f"full_size_{what}", **config}
     return [
