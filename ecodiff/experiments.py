@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ from .retrain import retrain
 from .retrain_config import RetrainConfig
 from .sites import find_sites
 from .surgery import fold_gates, prune
+from .trace import flops_while
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = 
     ``colour`` (1 where the background has the named colour); with ``protocol.features`` also ``object`` (1 where the
     probe names the one object) and the numbers ``fid`` and ``kid`` to the real scenes of the same captions; with a
     trained judge ``clip`` (100 times the cosine with the caption), ``found`` (1 where all objects are there) and
-    ``facts`` (1 where all that the caption says is); and the denoiser's number of ``parameters``.
+    ``facts`` (1 where all that the caption says is); and the denoiser's number of ``parameters`` and its ``gflop`` for
+    a picture (``picture_gflop``).
     """
     described = describe_cell(pipe, cell)
     if only_recorded:
@@ -297,17 +300,25 @@ def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     protocol, scenes = cell.protocol, cell.protocol.scenes()
     with anew(recompute):
         smaller = smaller_model(pipe, cell, recompute)
+        reused = "deepcache" in apart(cell.method)[1]
         drawn = original = draw(pipe, scenes, cell.seed, protocol)
-        if "deepcache" in apart(cell.method)[1]:
-            with deepcache(smaller, interval=2):
-                drawn = draw(smaller, scenes, cell.seed, protocol, keep=False)
-        elif smaller is not pipe:
-            drawn = draw(smaller, scenes, cell.seed, protocol)
+        with deepcache(smaller, interval=2) if reused else nullcontext():
+            if reused or smaller is not pipe:
+                drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
+            gflop = picture_gflop(smaller, protocol)
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
+        "gflop": gflop,
         "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],
         **judge_pictures(drawn, scenes, features=protocol.features),
     }
+
+
+def picture_gflop(pipe, protocol: Protocol) -> float:
+    """Billions of floating-point operations of the denoiser for one picture: all steps, with guidance's second call,
+    attention's products included. Counted while one is drawn."""
+    scenes = protocol.scenes()[:1]
+    return flops_while(denoiser(pipe), lambda: draw(pipe, scenes, 0, protocol, keep=False)).total / 1e9
 
 
 def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digits: int | None = None) -> str:

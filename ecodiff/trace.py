@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from .errors import EcoDiffError
 from .gates import apply_gates
 from .sites import Site
+from .trajectory import replaced_forward
 
 aten = torch.ops.aten
 _LINEAR = {aten.mm, aten.addmm, aten._addmm_activation, aten.addmv, aten.mv}
@@ -233,6 +234,24 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
             nested = with_gradients(first=False, backward=True)
     sizes = {_key(t): t.untyped_storage().nbytes() for t in tree_leaves(made) if isinstance(t, Tensor)}
     return Trace(Flops(**watch.flops), sum(sizes.values()), watch.peak, update, first or 0, nested)
+
+
+def flops_while(model: nn.Module, run: Callable[[], object]) -> Flops:
+    """Operations of all calls of a model while ``run()`` runs, counted as they happen: for a model whose calls differ,
+    such as one with feature reuse. ``trace`` needs neither weights nor the calls' arithmetic."""
+    watch = _Watch(set(), {_key(tensor) for tensor in (*model.parameters(), *model.buffers())})
+
+    def wrap(forward):
+        @wraps(forward)
+        def counting(*args, **kwargs):
+            with watch:
+                return forward(*args, **kwargs)
+
+        return counting
+
+    with replaced_forward(model, wrap):
+        run()
+    return Flops(**watch.flops)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -12,6 +12,7 @@ from pipelines import latents, tiny_sd
 
 from ecodiff import experiments, protocol, records, studies
 from ecodiff.claims.rows import HUB
+from ecodiff.cost import cost
 from ecodiff.errors import EcoDiffError
 from ecodiff.experiments import Cell
 from ecodiff.gates import apply_gates
@@ -100,6 +101,17 @@ def test_methods_beside_unit_scores_have_cells_too(toy, method):
     assert len(values["ssim"]) == 3 and min(values["ssim"]) < 1
     fewer = method.startswith(("blocks", "random"))
     assert (values["parameters"] < whole["parameters"]) == fewer
+    if method == "sparse24":
+        assert values["gflop"] == whole["gflop"]
+    else:
+        assert 0 < values["gflop"] < whole["gflop"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_operations_counted_while_a_picture_is_drawn_are_those_of_the_cost_model(toy, guidance):
+    drawn = replace(SMALL, num_inference_steps=3, guidance_scale=guidance)
+    counted = cost(toy, size=CALL["height"], steps=3, guidance=guidance)
+    assert experiments.picture_gflop(toy, drawn) == pytest.approx(counted.picture_flops.total / 1e9, rel=1e-12)
 
 
 def test_a_cell_can_retrain_what_it_pruned(toy):
@@ -147,6 +159,10 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(EcoDiffError, match="toy, random: ssim is .* and was recorded as"):
         run.verify(toy, ["toy"], "tiny", 1, seed=0)
+    row["values"] |= {"ssim": [value + 0.5 for value in row["values"]["ssim"]], "gflop": 1.02 * row["values"]["gflop"]}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(EcoDiffError, match="toy, random: gflop is .* and was recorded as"):
+        run.verify(toy, ["toy"], "tiny", 1, seed=0)
 
 
 def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
@@ -155,6 +171,7 @@ def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
     monkeypatch.setattr(protocol, "generate", lambda *a, **k: drawn.append(k["cache_dir"]) or real(*a, **k))
     kept = {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
     assert kept and run.verify(toy, ["toy"], "tiny", 1, seed=0)
+    drawn = [folder for folder in drawn if folder]  # the picture whose operations are counted is not kept
     assert len(drawn) == 2 and not any(folder.is_relative_to(store) for folder in drawn)
     assert kept == {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
 
@@ -245,27 +262,18 @@ def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
         assert any(studies.planned(name, model) for model in (studies.SDXL, studies.DEV))
 
 
-def test_seeds_after_0_measure_the_rows_that_are_repeated(toy, monkeypatch):
-    study = replace(studies.STUDIES["toy"], plan={"tiny": 3}, repeated=("random",))
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
-    assert len(studies.cells("toy", "tiny", 0)) == 3 and list(studies.cells("toy", "tiny", 1)) == ["random"]
-    assert [(row, cell.seed) for _, row, cell in run.missing(toy, {"toy": 3}, "tiny")][3:] == [
-        ("random", 1),
-        ("random", 2),
-    ]
-    assert studies.progress({"random": [{}, {}]}, "toy", "tiny").startswith("2 of 5 cells of this table")
-
-
 def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     short = {"tiny": ("original", "random")}
-    study = replace(studies.STUDIES["toy"], plan={"tiny": 2}, repeated=("random",), short=short)
+    study = replace(studies.STUDIES["toy"], plan={"tiny": 2}, short=short)
     monkeypatch.setattr(studies, "STUDIES", {"toy": study})
     assert [list(studies.cells("toy", model)) for model in ("tiny", "other")] == [
         ["original", "random"],
         ["original", "random", "learned"],
     ]
-    assert list(studies.cells("toy", "tiny", 1)) == ["random"]
-    assert studies.progress({"original": [{}]}, "toy", "tiny").startswith("1 of 3 cells of this table")
+    again = [("original", 1), ("random", 1)]
+    assert [(row, cell.seed) for row, cell in studies.cells("toy", "tiny", 1).items()] == again
+    assert [(row, cell.seed) for _, row, cell in run.missing(toy, {"toy": 2}, "tiny")][2:] == again
+    assert studies.progress({"original": [{}]}, "toy", "tiny").startswith("1 of 4 cells of this table")
 
 
 @pytest.mark.parametrize("name", list(studies.STUDIES))
@@ -273,17 +281,6 @@ def test_every_row_that_a_plan_names_is_a_row_of_the_study(name):
     study = studies.STUDIES[name]
     for model, named in study.short.items():
         assert set(named) <= set(study.rows(model)) and model in study.plan
-        assert set(study.repeated) <= set(named)
-    for model in study.plan:
-        assert set(study.repeated) <= set(study.rows(model))
-
-
-@pytest.mark.parametrize("model", (studies.SDXL, studies.SCHNELL))
-def test_the_main_study_has_every_row_that_it_repeats(model):
-    assert list(studies.cells("main", model, 2)) == [
-        row for row in studies.cells("main", model) if row in studies.REPEATED
-    ]
-    assert set(studies.REPEATED) <= set(studies.cells("main", model))
 
 
 def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):

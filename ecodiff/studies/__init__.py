@@ -9,7 +9,7 @@
 A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``); chapters read what is recorded
 through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of the paper on the model that
 stands for the paper's, and what is not in the paper where the question arises. Seed 0 of all studies comes first, so
-that a short run gives a whole picture and a long one its intervals over seeds, of the rows that claims need these for.
+that a short run gives a whole picture and a long one its intervals over seeds.
 """
 
 from __future__ import annotations
@@ -197,15 +197,22 @@ def _best(model: str) -> dict[str, Cell]:
 
 
 def _retraining(model: str) -> dict[str, Cell]:
-    """Light retraining on 100 pictures of the original: settings for models of this size, not the published ones."""
+    """Light retraining on 100 pictures of the original: settings for models of this size, not the published ones. The
+    original retrained in the same way is the control: what is its change is no recovery."""
     lora = RetrainConfig(steps=300, batch_size=16, lr=1e-3)
     full = RetrainConfig(method="full", steps=300, batch_size=16, lr=2e-4)
-    rows = {}
+    whole = base(model, method="original")
+    rows = {
+        "original": whole,
+        "original, LoRA": replace(whole, retrain=lora),
+        "original, all weights": replace(whole, retrain=full),
+    }
     for ratio in (0.3, 0.5):
         for method in ("learned", "random"):
             cell, name = base(model, method=method, ratio=ratio), f"{method}, {ratio:.0%}"
             rows[name] = cell
             rows[f"{name}, LoRA"] = replace(cell, retrain=lora)
+            rows[f"{name}, LoRA, a tenth of the rate"] = replace(cell, retrain=replace(lora, lr=1e-4))
             rows[f"{name}, all weights"] = replace(cell, retrain=full)
     rows["2:4 weights"] = base(model, method="sparse24", ratio=0.5)
     rows["2:4 weights, straight through"] = base(model, method="original", retrain=replace(full, method="2:4"))
@@ -220,22 +227,21 @@ class Study:
     paper: str
     rows: Callable[[str], dict[str, Cell]]
     plan: Mapping[str, int] = field(default_factory=dict)  # embedded model -> seeds that are measured on it
-    repeated: Collection[str] = ()  # the rows that seeds after 0 measure; all where none is named
     short: Mapping[str, Collection[str]] = field(default_factory=dict)  # model -> its rows, where these are not all
 
 
 MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
 PAIRS = dict.fromkeys(MAIN, 1)
 BOTH_KINDS = {SDXL: 1, DEV: 1}  # a U-Net and a transformer
-REPEATED = ("original", "learned, 20%", "learned, 10%", "magnitude, 20%", "random, 20%")
 # Of Stable Diffusion 2 the paper has one short table; every method is compared on a U-Net and on a transformer.
-SHORT = (*REPEATED, *(f"{method}, 20%" for method in ("diff-pruning", "obs+compensation", "learned+compensation")))
+SHORT_METHODS = ("learned", "random", "magnitude", "diff-pruning", "obs+compensation", "learned+compensation")
+SHORT = ("original", "learned, 10%", *(f"{method}, 20%" for method in SHORT_METHODS))
 REUSE = ("deepcache", "learned+deepcache, 20%")
 # A learned mask of a U-Net takes thrice as long as one of a transformer: these decide claims about both.
 CORRECTIONS = ("corrected", "L1 in place of L0", "and shared by all samples", "one step at a time")
 STUDIES = {
     "main": Study(
-        "Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, REPEATED, {SD2: (*SHORT, *REUSE)}
+        "Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, short={SD2: (*SHORT, *REUSE)}
     ),
     "pairs": Study(
         "Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, PAIRS, short={SD2: SHORT}
@@ -251,7 +257,7 @@ STUDIES = {
     "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation, {DEV: 1}),
     "best": Study("What could be better than the best", "not in the paper", _best, {DEV: 1}),
     "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft, BOTH_KINDS),
-    "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining, {SDXL: 1}),
+    "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining, BOTH_KINDS),
     "transfer": Study("Masks used where they were not learned", "not in the paper", _transfer, {DEV: 1, SCHNELL: 1}),
 }
 
@@ -265,15 +271,13 @@ def planned(study: str, model: str) -> int:
 
 
 def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
-    """The rows of a study for one seed, {name: cell}: all that the model has for seed 0, those that are repeated for
-    others. ``STUDIES[study].rows(model)`` has the rows that the plan leaves out of a model, too. Raises EcoDiffError
-    for a study that is none."""
+    """The rows of a study for one seed, {name: cell}. ``STUDIES[study].rows(model)`` has the rows that the plan leaves
+    out of a model, too. Raises EcoDiffError for a study that is none."""
     if study not in STUDIES:
         raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
     rows = STUDIES[study].rows(model)
     names = STUDIES[study].short.get(model) or rows
-    repeated = (STUDIES[study].repeated if seed else ()) or names
-    return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in names and name in repeated}
+    return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in names}
 
 
 def recorded(
@@ -288,8 +292,7 @@ def recorded(
 ) -> dict[str, list[dict]]:
     """What is recorded of a study, {row: values of each seed}; rows without seed 0 are left out.
 
-    Seeds are those from 0 to the first that is missing, so that place s of every row is seed s; some studies repeat
-    only some rows with other seeds.
+    Seeds are those from 0 to the first that is missing, so that place s of every row is seed s.
     ``only``: these rows. ``adjust`` changes each cell first, such as to fewer pictures. ``measure``: measure what is
     not recorded, instead of leaving it out.
     """
@@ -325,6 +328,7 @@ MEASURES = {  # column of a table -> what of a cell, scale, digits
     "background right (%)": ("colour", 100, 1),
     "CLIP score": ("clip", 1, 2),
 }
+GFLOP = "GFLOP a picture"  # the denoiser's, all calls
 SET_MEASURES = {"FID": ("fid", 1), "KID x 1000": ("kid", 1000)}
 
 
@@ -365,6 +369,9 @@ def _minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) 
 
 
 def _shown(column: str, per_seed: Sequence[dict]) -> str:
+    if column == GFLOP:
+        counted = [cell["gflop"] for cell in per_seed if "gflop" in cell]
+        return f"{statistics.mean(counted):.2f}" if counted else "–"
     if column in SET_MEASURES:
         name, scale = SET_MEASURES[column]
         values = [scale * cell[name] for cell in per_seed if name in cell]

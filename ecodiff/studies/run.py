@@ -57,8 +57,8 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
     """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare; a sentence each.
 
     Gates are those that are kept; scores and pictures are made anew. Raises EcoDiffError where a mean of SSIM or of a
-    share differs by more than 0.02: another processor rounds otherwise, and a picture near a threshold may fall to its
-    other side.
+    share differs by more than 0.02, parameters or operations by more than 1 %: another processor rounds otherwise, and
+    a picture or a unit near a threshold may fall to its other side.
     """
     found = [
         (study, row, cell)
@@ -71,15 +71,19 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
         before = compare(pipe, cell, only_recorded=True)
         with anew():
             after = measure_cell(pipe, cell)
-        for name in ("ssim", "object", "found", "facts", "colour"):
-            if not before.get(name):
-                continue
-            means = [statistics.mean(values[name]) for values in (before, after)]
-            if abs(means[0] - means[1]) > 0.02:
-                raise EcoDiffError(
-                    f"{study}, {row}: {name} is {means[1]:.3f} now and was recorded as {means[0]:.3f}; measure it "
-                    f"again with ECODIFF_RECOMPUTE=1 python -m ecodiff.studies {study} --model {model}."
-                )
+        means = {
+            name: [statistics.mean(values[name]) for values in (before, after)]
+            for name in ("ssim", "object", "found", "facts", "colour")
+            if before.get(name)
+        }
+        wrong = {name: pair for name, pair in means.items() if abs(pair[0] - pair[1]) > 0.02}
+        counts = {name: [before[name], after[name]] for name in ("parameters", "gflop") if name in before}
+        wrong |= {name: pair for name, pair in counts.items() if abs(pair[0] - pair[1]) > 0.01 * pair[1]}
+        for name, (then, now) in wrong.items():
+            raise EcoDiffError(
+                f"{study}, {row}: {name} is {now:,.3f} now and was recorded as {then:,.3f}; measure it again with "
+                f"ECODIFF_RECOMPUTE=1 python -m ecodiff.studies {study} --model {model}."
+            )
         lines.append(f"{study}, {row}: as recorded (SSIM {statistics.mean(after['ssim']):.3f})")
     return lines
 
