@@ -11,6 +11,7 @@
     machine    processor, cores, memory; nothing that names it
     seconds    what it took
     date       UTC
+    added      in some rows: names of values that were measured later, at which commit and when
 
 ``measure`` reads the row where the configuration is the same, and computes it otherwise. Environment variables:
 ECODIFF_RECOMPUTE=1 ignores what is recorded (and replaces it); ECODIFF_RECORDS=off neither reads nor writes rows

@@ -89,6 +89,16 @@ def _pairs(model: str) -> dict[str, Cell]:
     return {name: judging(cell, split="heldout", count=2) for name, cell in rows.items()}
 
 
+def _equal_parameters(model: str) -> dict[str, Cell]:
+    """A share of the units' parameters in the place of a share of the units, which are not all of one size."""
+    methods = (*METHODS, "learned+compensation", f"{METHODS[-1]}+compensation")
+    return {
+        f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio, count="parameters")
+        for ratio in (0.2, 0.1)
+        for method in methods
+    }
+
+
 def _ratios(model: str) -> dict[str, Cell]:
     shorter = {"pictures": 64, "features": False}
     return {
@@ -246,6 +256,7 @@ STUDIES = {
     "pairs": Study(
         "Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, PAIRS, short={SD2: SHORT}
     ),
+    "parameters": Study("Equal parameters removed", "Table 1", _equal_parameters, BOTH_KINDS),
     "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios, {SDXL: 1, DEV: 1, SCHNELL: 1}),
     "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight, {SDXL: 1, SCHNELL: 1}),
     "data_size": Study("The number of training prompts", "Tables 5 and 10", _data_size, {SDXL: 1, SCHNELL: 1}),
