@@ -35,6 +35,7 @@ HUB = {
     SCHNELL: "black-forest-labs/FLUX.1-schnell",
 }
 LEARNED, ORIGINAL = ("main", "learned, 20%"), ("main", "original")
+EQUAL = ("parameters", "learned, 20%")
 WORDS = {"ssim": "SSIM", "facts": "all facts right", "object": "object named", "found": "all objects found"}
 Place = tuple[str, str]
 FLOOR = 4
@@ -90,10 +91,9 @@ def _values(model: str, place: Place, seed: int) -> dict | None:
     seen = _seen.get()
     if seen is None or (model, place, seed) not in seen:
         study, row = place
-        cell = studies.cells(study, model, seed).get(row)  # None, too, for a row that this seed does not repeat
-        if cell is None and row not in studies.cells(study, model):
+        if (cell := studies.cells(study, model, seed).get(row)) is None:
             raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
-        values = compare(load_once(model), cell, only_recorded=True) if cell and readable(model) else None
+        values = compare(load_once(model), cell, only_recorded=True) if readable(model) else None
         if seen is None:
             return values
         seen[model, place, seed] = values
