@@ -99,7 +99,7 @@ def inception_features(
     num_features: int = 2048,
     source: str | None = None,
     size: int = SIZE,
-    batch_size: int = 16,
+    batch_size: int = 8,
     device: str | torch.device = "cpu",
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
