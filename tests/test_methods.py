@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.gates import apply_gates
 from ecodiff.learn_config import LearnConfig
 from ecodiff.methods import METHODS, Sampling, prune_compensated, second_moments
+from ecodiff.methods.gauss_newton import _signs
 from ecodiff.methods.obs import DAMPING, compensated, damped, from_moments, time_weight
 from ecodiff.methods.sampling import columns, draw, mix
 from ecodiff.methods.taylor import NoisePrediction, noised_input
@@ -131,6 +133,64 @@ def test_taylor_is_the_slope_of_the_loss_in_a_gate(make):
         assert scores[site.name][best].item() == pytest.approx(abs(slope), rel=0.02)
 
 
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_fisher_squares_the_slope_of_every_prompt_and_step(make):
+    pipe = make()
+    scores = score("fisher", pipe)
+    loss = NoisePrediction.prepare(pipe, PROMPTS[:2], Sampling(**settings(pipe, batch_size=1)))
+    site = first(pipe, "feed_forward")
+    best = int(scores[site.name].argmax())
+
+    def losses(value):
+        gate = torch.ones(site.units)
+        gate[best] = value
+        with torch.no_grad(), apply_gates(denoiser(pipe), {site.name: gate}):
+            return torch.tensor([replace(loss, recorded=[one])(step) for one in loss.recorded for step in loss.steps])
+
+    slopes = (losses(1.05) - losses(0.95)) / 0.1
+    assert len(slopes) == 4
+    assert scores[site.name][best].item() == pytest.approx(slopes.square().sum().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_gauss_newton_is_the_squared_derivative_of_final_latents_along_random_signs(make):
+    pipe, given = make(), settings(make(), probes=2)
+    scores = METHODS["gauss-newton"](pipe, PROMPTS[:2], **given)
+    close(METHODS["gauss-newton"](pipe, PROMPTS[:2], keep_last=0, **given), scores, rtol=0, atol=0)
+    close(METHODS["gauss-newton"](pipe, PROMPTS[:2], keep_last=2, **given), scores, rtol=0, atol=0)
+    sampling = {name: value for name, value in given.items() if name != "probes"}
+    for kind in ("attention", "feed_forward"):
+        site = first(pipe, kind)
+        best = int(scores[site.name].argmax())
+
+        def final(value, site=site, best=best):
+            gate = torch.ones(site.units)
+            gate[best] = value
+            with apply_gates(denoiser(pipe), {site.name: gate}):
+                return draw(pipe, PROMPTS[:2], Sampling(**sampling))
+
+        slope = (final(1.02) - final(0.98)) / 0.04
+        seeds = [[mix(given["seed"], probe, i) for i in range(2)] for probe in range(2)]
+        signs = torch.stack([torch.stack([_signs(slope.shape[1:], seed) for seed in row]) for row in seeds])
+        assert signs.abs().eq(1).all() and abs(signs.mean()) < 0.3
+        expected = (signs * slope).flatten(2).sum(-1).square().mean(0).sum()
+        assert scores[site.name][best].item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_gauss_newton_foretells_the_loss_of_a_gate_that_closes_a_little():
+    """With many probes: ‖J_j‖² (1 - m)² for the gate of one unit."""
+    pipe = tiny_sd()
+    site = first(pipe, "attention")
+    scores = METHODS["gauss-newton"](pipe, PROMPTS[:1], **settings(pipe, probes=100))[site.name]
+    whole = draw(pipe, PROMPTS[:1], Sampling(**settings(pipe)))
+    for unit in range(site.units):
+        gate = torch.ones(site.units)
+        gate[unit] = 0.95
+        with apply_gates(denoiser(pipe), {site.name: gate}):
+            moved = (draw(pipe, PROMPTS[:1], Sampling(**settings(pipe))) - whole).square().sum()
+        assert moved.item() == pytest.approx(scores[unit].item() * 0.05**2, rel=0.4)
+
+
 def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
     asked = []
 
@@ -144,7 +204,8 @@ def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
     for method in METHODS:
         score(method, pipe)
     taylor = ["taylor.scores"] * 2  # Diff-Pruning, too
-    assert asked == ["wanda.norms", *taylor, "occlusion.scores", "wanda.norms", "obs.second_moments"]
+    slopes = ["fisher.scores", "gauss_newton.scores"]
+    assert asked == ["wanda.norms", *taylor, *slopes, "occlusion.scores", "wanda.norms", "obs.second_moments"]
 
 
 def test_taylor_needs_no_gradients_switched_on_by_the_caller():
@@ -391,6 +452,7 @@ def test_bad_input_is_named():
     for name, wrong, message in (
         ("taylor", {"threshold": 1.0}, "share of the largest loss"),
         ("occlusion", {"distance": "fid"}, "is not one of moments, paired"),
+        ("gauss-newton", {"probes": 0}, "at least one backward pass"),
         ("obs", {"time_weights": "none"}, "is not one of log, uniform"),
         ("obs", {"damping": 0.0}, "must be positive"),
     ):

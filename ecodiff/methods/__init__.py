@@ -9,6 +9,8 @@ Beside them, what the paper compares with and is no score of units: `deepcache` 
 weights), `blocks` (whole blocks go).
 """
 
+from .fisher import scores as fisher
+from .gauss_newton import scores as gauss_newton
 from .magnitude import scores as magnitude
 from .obs import prune_adapted, prune_compensated, second_moments
 from .obs import scores as obs
@@ -25,6 +27,8 @@ METHODS = {
     "wanda": wanda,
     "taylor": taylor,
     "diff-pruning": diff_pruning,
+    "fisher": fisher,
+    "gauss-newton": gauss_newton,
     "occlusion": occlusion,
     "obs": obs,
 }
@@ -33,6 +37,8 @@ __all__ = [
     "METHODS",
     "Sampling",
     "diff_pruning",
+    "fisher",
+    "gauss_newton",
     "magnitude",
     "obs",
     "occlusion",

@@ -125,6 +125,13 @@ def draw(
     return torch.cat(parts)
 
 
+def gates_of_samples(model: nn.Module, sites: Mapping[str, Site], samples: int) -> dict[str, Tensor]:
+    """Open gates, one for each unit and sample of a batch, {site name: ones [samples, units]}: gradients in them are
+    those of every sample by itself."""
+    device = next(model.parameters()).device
+    return {name: torch.ones(samples, site.units, device=device, requires_grad=True) for name, site in sites.items()}
+
+
 def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False) -> dict[str, Site]:
     """The sites of these kinds; raises EcoDiffError where there is none or, with ``readers``, no layer reads one."""
     sites = find_sites(denoiser(pipe), kinds)

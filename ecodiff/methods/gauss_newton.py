@@ -1,0 +1,78 @@
+"""The loss that EcoDiff learns by (Eq. 2), expanded to second order in the gates: nothing is learned.
+
+With gates m the denoising process ends in ẑ_0(m), and ẑ_0(1) = z_0. At m = 1 the loss is at its minimum, zero, so its
+value and its slope say nothing, and its curvature is the Gauss-Newton matrix of the whole process F:
+
+    ‖z_0 - ẑ_0(m)‖² ≈ (1 - m)ᵀ JᵀJ (1 - m),        J = ∂ẑ_0/∂m at m = 1.
+
+The score of a unit is its diagonal entry ‖J_j‖², the expected loss of closing that gate alone. The derivative goes
+through all steps, as in learning (`trajectory.final_latents`, time-step checkpointing included). For random signs v the
+mean of (vᵀ J_j)² is ‖J_j‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for all units and samples at once.
+This is optimal brain damage (LeCun et al., 1990) for gates and a process in the place of weights and a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import EcoDiffError
+from ..gates import apply_gates
+from ..pipelines import denoiser
+from ..prompts import checked_prompts, collate, mix
+from ..running import not_half, placed
+from ..trajectory import final_latents
+from .sampling import KINDS, Sampling, gates_of_samples, sites_of
+
+
+@placed
+def scores(
+    pipe, prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, probes: int = 4, keep_last: int = 1, **sampling
+) -> dict[str, Tensor]:
+    """``‖∂z_0/∂m_j‖²``, summed over prompts, for the gate of each unit, {site name: fp32 [units]}.
+
+    Args:
+        probes: vectors of random signs for each prompt, each a backward pass. The estimate of one unit from one probe
+            and prompt has a relative error of about √2; probes and prompts average it.
+        keep_last: steps whose activations are kept, as in ``final_latents``; time and memory only.
+        sampling: fields of ``Sampling``.
+
+    Raises EcoDiffError for fewer than one probe, a denoiser in float16, and a loop that does not pass gradients on.
+    """
+    if probes < 1:
+        raise EcoDiffError(f"gauss-newton: probes={probes}: at least one backward pass is needed.")
+    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    not_half(model, "gauss-newton")
+    prompts = checked_prompts(prompts, "gauss-newton")
+    guidance = {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
+    totals = {name: torch.zeros(site.units) for name, site in sites.items()}
+    with tqdm(total=len(prompts), desc="gauss-newton", disable=not settings.progress) as bar:
+        for first in range(0, len(prompts), settings.batch_size):
+            batch = prompts[first : first + settings.batch_size]
+            numbers, gates = range(first, first + len(batch)), gates_of_samples(model, sites, len(batch))
+            with apply_gates(model, gates, sites):
+                latents = final_latents(
+                    pipe,
+                    keep_last=keep_last,
+                    num_inference_steps=settings.num_inference_steps,
+                    generator=[torch.Generator().manual_seed(mix(settings.seed, i)) for i in numbers],
+                    **collate(batch),
+                    **guidance,
+                    **settings.call,
+                ).float()
+                for probe in range(probes):
+                    signs = torch.stack([_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
+                    product, last = (latents * signs.to(latents.device)).sum(), probe == probes - 1
+                    slopes = torch.autograd.grad(product, gates.values(), retain_graph=not last, allow_unused=True)
+                    for total, slope in zip(totals.values(), slopes, strict=True):
+                        if slope is not None:
+                            total += slope.square().sum(0).cpu() / probes
+            bar.update(len(batch))
+    return totals
+
+
+def _signs(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
