@@ -152,7 +152,8 @@ def _run(options: argparse.Namespace) -> int:
         todo, seconds = todo + left, seconds + took
     if len(models) > 1:
         print(f"together {len(todo)} cells, about {seconds / 3600:.1f} hours", flush=True)
-    todo.sort(key=lambda item: item[2].seed)
+    place = {study: number for number, study in enumerate(studies.STUDIES)}
+    todo.sort(key=lambda item: (item[2].seed, place[item[0]]))
     if options.list:
         return 0
 
