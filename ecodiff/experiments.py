@@ -164,8 +164,8 @@ def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[
 
 def calibration(method: str, captions: Sequence[str]) -> list[str]:
     """The captions a method of ``ecodiff.methods`` watches: the first 32; 8 for occlusion, which draws them anew for
-    every part."""
-    return list(captions[: 8 if method == "occlusion" else 32])
+    every part; all for Gauss-Newton, which makes one backward pass with each, as a learned mask makes many."""
+    return list(captions[: {"occlusion": 8, "gauss-newton": len(captions)}.get(method, 32)])
 
 
 def _sampling(config: LearnConfig, seed: int) -> dict:

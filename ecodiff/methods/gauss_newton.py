@@ -5,14 +5,18 @@ value and its slope say nothing, and its curvature is the Gauss-Newton matrix of
 
     ‖z_0 - ẑ_0(m)‖² ≈ (1 - m)ᵀ JᵀJ (1 - m),        J = ∂ẑ_0/∂m at m = 1.
 
-The score of a unit is its diagonal entry ‖J_j‖², the expected loss of closing that gate alone. The derivative goes
-through all steps, as in learning (`trajectory.final_latents`, time-step checkpointing included). For random signs v the
-mean of (vᵀ J_j)² is ‖J_j‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for all units and samples at once.
-This is optimal brain damage (LeCun et al., 1990) for gates and a process in the place of weights and a network.
+The score of a unit is the root of its diagonal entry, ‖J_j‖: how far final latents move as that gate alone closes. It
+is optimal brain damage (LeCun et al., 1990) for gates and a process in the place of weights and a network. The
+derivative goes through all steps, as in learning (`trajectory.final_latents`, time-step checkpointing included).
+
+For random signs v, vᵀ J_j has mean 0 and variance ‖J_j‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for all
+units and samples at once. It is a sum of many terms, so about normal, and its mean modulus is √(2/π) ‖J_j‖. Moduli are
+averaged, not squares: pictures differ a hundredfold in ‖J‖², and a mean of squares would be that of very few of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,13 +34,13 @@ from .sampling import KINDS, Sampling, gates_of_samples, sites_of
 
 @placed
 def scores(
-    pipe, prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, probes: int = 4, keep_last: int = 1, **sampling
+    pipe, prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, probes: int = 1, keep_last: int = 1, **sampling
 ) -> dict[str, Tensor]:
-    """``‖∂z_0/∂m_j‖²``, summed over prompts, for the gate of each unit, {site name: fp32 [units]}.
+    """``‖∂z_0/∂m_j‖``, its mean over prompts, for the gate of each unit, {site name: fp32 [units]}.
 
     Args:
-        probes: vectors of random signs for each prompt, each a backward pass. The estimate of one unit from one probe
-            and prompt has a relative error of about √2; probes and prompts average it.
+        probes: vectors of random signs for each prompt, each a backward pass. More prompts are worth more than more
+            probes at the same cost.
         keep_last: steps whose activations are kept, as in ``final_latents``; time and memory only.
         sampling: fields of ``Sampling``.
 
@@ -69,9 +73,9 @@ def scores(
                     slopes = torch.autograd.grad(product, gates.values(), retain_graph=not last, allow_unused=True)
                     for total, slope in zip(totals.values(), slopes, strict=True):
                         if slope is not None:
-                            total += slope.square().sum(0).cpu() / probes
+                            total += slope.abs().sum(0).cpu()
             bar.update(len(batch))
-    return totals
+    return {name: math.sqrt(math.pi / 2) * total / (len(prompts) * probes) for name, total in totals.items()}
 
 
 def _signs(shape: Sequence[int], seed: int) -> Tensor:
