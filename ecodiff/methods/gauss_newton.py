@@ -42,7 +42,7 @@ def scores(
         probes: vectors of random signs for each prompt, each a backward pass. More prompts are worth more than more
             probes at the same cost.
         keep_last: steps whose activations are kept, as in ``final_latents``; time and memory only.
-        sampling: fields of ``Sampling``.
+        sampling: fields of ``Sampling``. Memory is that of one denoiser call with gradients for ``batch_size`` prompts.
 
     Raises EcoDiffError for fewer than one probe, a denoiser in float16, and a loop that does not pass gradients on.
     """
