@@ -80,7 +80,7 @@ def picture_grid(pictures, rows: Sequence[str] = (), columns: Sequence[str] = ()
 def table(rows: Sequence[Mapping[str, object]], caption: str, name: str) -> None:
     """Show rows as a numbered table that `{numref}` can name; numbers are shown as the strings they are given as.
 
-    An interval "(a to b)" stays on one line: narrow columns break before it.
+    An interval "(a to b)" stays on one line: narrow columns break before it. "learned+compensation" may break after +.
     """
     from IPython.display import Markdown, display
 
@@ -100,7 +100,8 @@ def note(text: str) -> None:
 
 
 def _cell(entry: object) -> str:
-    return re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", str(entry).replace("|", r"\|"))
+    text = re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", str(entry).replace("|", r"\|"))
+    return re.sub(r"(?<=[a-z]\+)(?=[a-z])", "\u200b", text)
 
 
 def _is_number(entry: object) -> bool:

@@ -231,6 +231,13 @@ def test_an_interval_in_a_table_stays_on_one_line(monkeypatch):
     assert "| 0.9 (0.8\u00a0to\u00a01.0) | right (go to the next page) |" in shown[0]
 
 
+def test_a_name_of_two_parts_may_break_after_its_plus_and_a_number_may_not(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
+    plotting.table([{"row": "learned+compensation, 20%", "difference": "+0.001"}], "A caption", "tab-name")
+    assert "| learned+\u200bcompensation, 20% | +0.001 |" in shown[0]
+
+
 def test_a_note_is_shown_and_an_empty_one_is_not(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
