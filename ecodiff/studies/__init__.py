@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
+from ..cache import hashed_once
 from ..errors import EcoDiffError
 from ..experiments import Cell, compare, difference, interval_text
 from ..learn_config import LearnConfig
@@ -307,9 +309,15 @@ def recorded(
     not recorded, instead of leaving it out.
     """
     found: dict[str, list[dict]] = {}
-    for seed in range(seeds):
-        for name, cell in cells(study, model, seed).items():
-            if (only and name not in only) or len(found.get(name, [])) < seed:
+    asked = (
+        (seed, name, cell)
+        for seed in range(seeds)
+        for name, cell in cells(study, model, seed).items()
+        if not only or name in only
+    )
+    with nullcontext() if measure else hashed_once():  # looking up changes no weights
+        for seed, name, cell in asked:
+            if len(found.get(name, [])) < seed:
                 continue
             if values := compare(pipe, adjust(cell), only_recorded=not measure):
                 found.setdefault(name, []).append(values)
