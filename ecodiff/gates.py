@@ -78,6 +78,11 @@ class HardConcrete:
         return self._closed + self._noise_bound
 
     @property
+    def always_closed(self) -> float:
+        """λ at and below which the gate is 0 for any noise, so that nothing has a gradient; minus infinity for δ = 0."""
+        return self._closed - self._noise_bound
+
+    @property
     def _noise_bound(self) -> float:
         return math.log((1 + self.delta) / self.delta) if self.delta else math.inf
 

@@ -77,7 +77,8 @@ def learn(
         tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
-    _warn_where_gradient_is_zero(config)
+    for sentence in config.zero_at_start():
+        warnings.warn(sentence, stacklevel=2)
     if memory_budget is not None:
         config = _within(memory_budget, pipe, prompts[0], config, progress)
     with on_device(pipe, "learn") as device:
@@ -324,23 +325,6 @@ def _open_share(gates: Gates) -> dict[str, float]:
     for name, site in gates.sites.items():
         shares.setdefault(f"open_{site.kind}", []).append(gates.distribution.prob_open(gates.log_alpha[name].detach()))
     return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
-
-
-def _warn_where_gradient_is_zero(config: LearnConfig) -> None:
-    start, distribution = config.log_alpha_start, config.distribution
-    if start >= distribution.saturation:
-        warnings.warn(
-            f"λ starts at {start}, above {distribution.saturation:.3f} where every gate is 1 for any noise "
-            f"(δ={config.delta}): the reconstruction has exactly zero gradient until the regulariser alone has moved λ "
-            "down. Start lower or lower δ.",
-            stacklevel=3,
-        )
-    if config.regulariser == "l0" and start >= distribution.l0_saturation:
-        warnings.warn(
-            f"λ starts at {start}, above {distribution.l0_saturation:.3f} where P(gate open) is 1 (δ={config.delta}): "
-            "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound).",
-            stacklevel=3,
-        )
 
 
 def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiffError:

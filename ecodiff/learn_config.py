@@ -128,6 +128,36 @@ class LearnConfig:
     def distribution(self) -> HardConcrete:
         return HardConcrete(self.temperature, self.gamma, self.zeta, self.delta)
 
+    def zero_at_start(self) -> list[str]:
+        """What has exactly no gradient where λ starts, a sentence each; empty where all of the loss is alive there.
+
+        Such a run is not wrong, but what is dead at its start says nothing: a regulariser without a gradient closes no
+        gate, a reconstruction without one lets the regulariser alone move λ. The bounds are those of ``HardConcrete``.
+        """
+        start, gate = self.log_alpha_start, self.distribution
+        sentences = []
+        if start >= gate.saturation:
+            sentences.append(
+                f"λ starts at {start:g}, above {gate.saturation:.3f} where every gate is 1 for any noise "
+                f"(δ={self.delta:g}): the reconstruction has exactly zero gradient until the regulariser alone has moved "
+                "λ down. Start lower or lower δ."
+            )
+        if start <= gate.always_closed:
+            sentences.append(
+                f"λ starts at {start:g}, below {gate.always_closed:.3f} where every gate is 0 for any noise "
+                f"(δ={self.delta:g}): nothing has a gradient there. Start higher or lower δ."
+            )
+        if self.weight == 0:
+            sentences.append("weight (β) is 0: there is no regulariser.")
+        elif self.regulariser == "l0" and start >= gate.l0_saturation:
+            sentences.append(
+                f"λ starts at {start:g}, above {gate.l0_saturation:.3f} where P(gate open) is 1 (δ={self.delta:g}): "
+                "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound)."
+            )
+        elif self.regulariser == "l1" and start == 0:
+            sentences.append("λ starts at 0, where |λ| has no slope: the L1 regulariser has exactly zero gradient there.")
+        return sentences
+
     def learning_rate(self, kind: str) -> float:
         """The learning rate of a kind; raises EcoDiffError where ``lr`` names none for it."""
         if not isinstance(self.lr, Mapping):
@@ -163,7 +193,8 @@ class LearnConfig:
         Not reproduced: λ kept in bf16 (here fp32); FLUX's λ wrapped in a sigmoid before the L1; four samples run one
         by one and their gradients summed (here averaged, which Adam does not see). Alg. 1 prints ascent (line 6);
         both descend. Both draw one z_T for all prompts; the paper reads as one mask a trajectory, the code draws in
-        each module call and again when it recomputes (``gate_draw="call"``, ``recompute="redraw"`` here).
+        each module call and again when it recomputes, which it does for every step (``gate_draw="call"``,
+        ``recompute="redraw"``, ``keep_last=0`` here).
         """
         if model not in ("sdxl", "flux") or source not in ("paper", "code"):
             raise EcoDiffError(
@@ -191,6 +222,7 @@ class LearnConfig:
             delta=0.5 if sdxl else 0.1,
             gate_draw="call",
             recompute="redraw",
+            keep_last=0,
             fixed_noise=True,
         )
         return replace(config, **changes)

@@ -6,8 +6,10 @@
     python -m ecodiff.studies --list                # what there is, what is recorded, what the rest would take
     python -m ecodiff.studies --verify 2            # measure two recorded cells again and compare
 
-A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``); chapters read what is recorded
-through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of the paper on the model that
+A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``), a statement of what those rows
+vary, and the row that they are compared with. ``cells`` refuses a row that varies nothing, one that varies something
+else, and one whose loss has no gradient where learning starts, unless the study says why. Chapters read what is
+recorded through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of the paper on the model that
 stands for the paper's, and what is not in the paper where the question arises. Seed 0 of all studies comes first, the
 paper's tables before the others, so that a short run gives a whole picture and a long one its intervals over seeds.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 from ..cache import hashed_once
 from ..errors import EcoDiffError
@@ -131,12 +133,63 @@ def _kinds(model: str) -> dict[str, Cell]:
     return {name: learning(base(model), kinds=chosen) for name, chosen in kinds.items()}
 
 
+L1_BETAS = (0.01, 0.05, 0.1, 0.5)
+"""β of the L1 of λ that are tried. The paper prints 0.5 for SDXL and 0.1 for FLUX, its code has 0.01 for FLUX."""
+TUNED_L1: dict[str, tuple[str, float]] = {SDXL: ("above the line", 0.05), DEV: ("above the line", 0.05)}
+"""How L1 acts and its β, the best on captions that no table uses (study "l1_tuning"); a test holds this to the rows."""
+WHEN = {"above the line": LearnConfig().target_open, "in every update": None}
+"""When β acts: only while more gates are open than a straight line to 80 % allows, our default; always, as published."""
+
+
+def l1(cell: Cell, when: str, beta: float) -> Cell:
+    """The same cell learned with the L1 of λ in the place of the closed form of L0, with a β of its own."""
+    return learning(cell, regulariser="l1", weight=beta, target_open=WHEN[when])
+
+
+def _l1(model: str) -> dict[str, Cell]:
+    """The closed form of L0 against L1, each at several β; on a U-Net, whose masks take thrice as long to learn, only
+    where β acts as in the default."""
+    cell = judging(base(model), features=False)
+    rows = {"L0 above the line, β = 4": cell}
+    if is_flux(model):
+        rows |= {f"L0 in every update, β = {b:g}": learning(cell, weight=b, target_open=None) for b in (0.5, 2.0, 8.0)}
+    for when in WHEN if is_flux(model) else ("above the line",):
+        for beta in L1_BETAS:
+            rows[f"L1 {when}, β = {beta:g}"] = l1(cell, when, beta)
+    return rows
+
+
+def _l1_tuning(model: str) -> dict[str, Cell]:
+    """The same masks, judged on captions that no table uses: what β is chosen by."""
+    return {name: judging(cell, split="train", pictures=100) for name, cell in _l1(model).items()}
+
+
+def tuned_l1(model: str) -> str:
+    """The row of study "l1" that L1 is judged by on a model: the one with the best β on captions of no table."""
+    when, beta = TUNED_L1.get(model, TUNED_L1[DEV])
+    return f"L1 {when}, β = {beta:g}"
+
+
 def _relaxation(model: str) -> dict[str, Cell]:
-    """δ, temperature and where λ starts, which the paper leaves to future work."""
-    cell = base(model)
-    rows = {f"δ = {delta:g}": learning(cell, delta=delta) for delta in (0.0, 0.1, 0.5)}
-    rows |= {f"temperature {value:g}": learning(cell, temperature=value) for value in (0.33, 0.83, 1.5)}
-    return rows | {f"λ starts at {start:g}": learning(cell, log_alpha_start=start) for start in (1.0, 3.0, 5.0)}
+    """δ, temperature and where λ starts, which the paper leaves to future work.
+
+    For δ > 0 the closed form of L0 has no gradient above λ = 0.41 (δ = 0.1) or -0.89 (δ = 0.5), so that a run from 3
+    would have no regulariser. These rows take L1, whose gradient does not depend on δ, in every update, as published.
+    """
+    cell = judging(base(model), features=False)
+    rows = {"default": cell}
+    rows |= {f"temperature {value:g}": learning(cell, temperature=value) for value in (0.33, 1.5)}
+    rows |= {f"λ starts at {start:g}": learning(cell, log_alpha_start=start) for start in (1.0, 5.0)}
+    with_l1 = l1(cell, "in every update", RELAXATION_BETA)
+    for delta in (0.0, 0.1, 0.5):
+        rows[f"L1, δ = {delta:g}"] = learning(with_l1, delta=delta)
+        rows[f"L1, δ = {delta:g}, λ starts at 5"] = learning(with_l1, delta=delta, log_alpha_start=5.0)
+    return rows
+
+
+RELAXATION_BETA = 0.05
+"""β of L1 where δ varies: the best of ``L1_BETAS`` in every update on openmoji-flux-dev at δ = 0 (study "l1_tuning")."""
+_ABOVE = "above δ's bound at 5 by design: whether such a start is smooth is what the row asks"
 
 
 def _choices(model: str) -> dict[str, Cell]:
@@ -151,12 +204,14 @@ def _choices(model: str) -> dict[str, Cell]:
         call=cell.config.call,
         kinds=cell.config.kinds,
     )
+    when, beta = TUNED_L1.get(model, TUNED_L1[DEV])
     return {
         "corrected": cell,
-        "L1 in place of L0": learning(cell, regulariser="l1", weight=0.5),
+        "L1 in place of L0": l1(cell, when, beta),
         "gates kept through all steps": learning(cell, gate_draw="sample"),
         "and shared by all samples": learning(cell, gate_draw="trajectory"),
-        "gates drawn anew when recomputing": learning(cell, recompute="redraw", keep_last=1),
+        # As in the published loop every step is recomputed: a step that is kept would have the exact gradient.
+        "gates drawn anew when recomputing": learning(cell, recompute="redraw", keep_last=0),
         "one noise for all prompts": learning(cell, fixed_noise=True),
         "one step at a time": learning(cell, objective="step"),
         "as the published code": replace(cell, config=faithful),
@@ -233,16 +288,80 @@ def _retraining(model: str) -> dict[str, Cell]:
 
 @dataclass(frozen=True)
 class Study:
-    """A table of this project: what varies, and where the paper has the like."""
+    """A table of this project: what varies, what the rows are compared with, and where the paper has the like.
+
+    ``varies`` names the fields of ``Cell`` that rows may change against their reference, such as "config.delta"; all
+    other fields are held fixed. ``reference`` names the row that others are compared with, the first of these that a
+    model has; ``against`` names another one for single rows. ``dead`` says for single rows why they are there although
+    a part of their loss has no gradient at the start.
+    """
 
     title: str
     paper: str
     rows: Callable[[str], dict[str, Cell]]
+    varies: tuple[str, ...]
+    reference: tuple[str, ...]
     plan: Mapping[str, int] = field(default_factory=dict)  # embedded model -> seeds that are measured on it
     short: Mapping[str, Collection[str]] = field(default_factory=dict)  # model -> its rows, where these are not all
+    further: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """Model -> its rows that have more than one seed, where these are not all. Seeds after the first are then judged
+    without Inception (no FID, KID or probe), which takes longer than all the rest of such a cell."""
+    against: Mapping[str, str] = field(default_factory=dict)
+    dead: Mapping[str, str] = field(default_factory=dict)
+
+    def reference_of(self, row: str, rows: Collection[str]) -> str | None:
+        """The row that ``row`` is compared with among these; None for a reference itself, or where it is not there."""
+        if row in self.against:
+            wanted = (self.against[row],)
+        else:
+            wanted = self.reference
+        found = next((name for name in wanted if name in rows), None)
+        return None if found == row else found
+
+    def says(self) -> str:
+        """A sentence on what the rows vary and what is held fixed."""
+        return f"Rows vary {', '.join(self.varies)}; everything else is the same in all of them."
 
 
-MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
+def changed(cell: Cell, reference: Cell) -> list[str]:
+    """The fields in which two cells differ, with dots into their configurations, such as "config.delta"."""
+    found = []
+    for item in fields(Cell):
+        ours, theirs = getattr(cell, item.name), getattr(reference, item.name)
+        if ours == theirs:
+            continue
+        if is_dataclass(ours) and is_dataclass(theirs):
+            inner = [part.name for part in fields(ours) if getattr(ours, part.name) != getattr(theirs, part.name)]
+            found += [f"{item.name}.{name}" for name in inner]
+        else:
+            found.append(item.name)
+    return found
+
+
+def check(study: Study, rows: Mapping[str, Cell]) -> None:
+    """Raises EcoDiffError for a row that does not test what its study says.
+
+    Such is a row that equals the one it is compared with, one that differs in a field that the study holds fixed, and
+    a learned mask whose reconstruction or regulariser has exactly no gradient where learning starts.
+    """
+    for name, cell in rows.items():
+        reference = study.reference_of(name, rows)
+        if reference is not None:
+            found = changed(cell, rows[reference])
+            if not found:
+                raise EcoDiffError(f"Study {study.title!r}: row {name!r} is the same cell as {reference!r}: it tests nothing.")
+            if others := [field_name for field_name in found if field_name not in study.varies]:
+                raise EcoDiffError(
+                    f"Study {study.title!r}: row {name!r} differs from {reference!r} in {', '.join(others)}, which the "
+                    f"study holds fixed; it varies {', '.join(study.varies)}."
+                )
+        if cell.method.startswith("learned") and name not in study.dead:
+            if sentences := cell.config.zero_at_start():
+                raise EcoDiffError(f"Study {study.title!r}: row {name!r} cannot show anything: {sentences[0]}")
+
+
+MAIN = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: SEEDS, SD2: 1}
+PAIRS = {SDXL: SEEDS, SCHNELL: SEEDS, DEV: 1, SD2: 1}
 BOTH_KINDS = {SDXL: 1, DEV: 1}  # a U-Net and a transformer
 # Of Stable Diffusion 2 the paper has one short table; every method is compared on a U-Net and on a transformer.
 SHORT_METHODS = ("learned", "random", "magnitude", "diff-pruning", "gauss-newton", "obs+compensation", *ADAPTED)
@@ -250,27 +369,135 @@ SHORT = ("original", "learned, 10%", *(f"{method}, 20%" for method in SHORT_METH
 REUSE = ("deepcache", "learned+deepcache, 20%")
 # A learned mask of a U-Net takes thrice as long as one of a transformer: these decide claims about both.
 CORRECTIONS = ("corrected", "L1 in place of L0", "and shared by all samples", "one step at a time")
+METHOD = ("method", "ratio")
+FIFTH = tuple(f"{method}, 20%" for method in (*METHODS, *ADAPTED))
+"""Rows of the transformer's tables that README quotes: three seeds."""
 STUDIES = {  # in the order of measuring: the tables and figures of the paper first
     "main": Study(
-        "Every method, one object", "Tables 1, 6, 7, Figure 6", _main, MAIN, short={SD2: (*SHORT, *REUSE)}
+        "Every method, one object",
+        "Tables 1, 6, 7, Figure 6",
+        _main,
+        METHOD,
+        ("original",),
+        plan=MAIN,
+        short={SD2: (*SHORT, *REUSE)},
+        further={DEV: ("original", *FIFTH)},
     ),
     "pairs": Study(
-        "Every method, two objects, pairs never seen", "Table 1, Figure 6", _pairs, MAIN, short={SD2: SHORT}
+        "Every method, two objects, pairs never seen",
+        "Table 1, Figure 6",
+        _pairs,
+        METHOD,
+        ("original",),
+        plan=PAIRS,
+        short={SD2: SHORT},
     ),
-    "ratios": Study("How much can go", "Figures 7, 9, 14, 15", _ratios, {SDXL: 1, DEV: 1, SCHNELL: 1}),
-    "beta": Study("The weight β of the regulariser", "Tables 4 and 9", _weight, {SDXL: 1, SCHNELL: 1}),
-    "data_size": Study("The number of training prompts", "Tables 5 and 10", _data_size, {SDXL: 1, SCHNELL: 1}),
-    "scope": Study("What competes with what", "Table 11, Figure 12", _scope, BOTH_KINDS),
-    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds, BOTH_KINDS),
-    "retraining": Study("Light retraining", "Table 8, Figure 11", _retraining, BOTH_KINDS),
-    "parameters": Study("Equal parameters removed", "Table 1", _equal_parameters, BOTH_KINDS),
+    "ratios": Study(
+        "How much can go",
+        "Figures 7, 9, 14, 15",
+        _ratios,
+        METHOD,
+        ("learned, 5%",),
+        plan={SDXL: 1, DEV: 1, SCHNELL: 1},
+    ),
+    "beta": Study(
+        "The weight β of the regulariser",
+        "Tables 4 and 9",
+        _weight,
+        ("config.weight", "config.target_open"),
+        ("β until 80 % are open",),
+        plan={SDXL: 1, SCHNELL: 1},
+    ),
+    "data_size": Study(
+        "The number of training prompts",
+        "Tables 5 and 10",
+        _data_size,
+        ("prompts",),
+        ("100 prompts",),
+        plan={SDXL: 1, SCHNELL: 1},
+    ),
+    "scope": Study("What competes with what", "Table 11, Figure 12", _scope, ("scope",), ("kind",), plan=BOTH_KINDS),
+    "kinds": Study(
+        "Heads only, neurons only", "Figure 13", _kinds, ("config.kinds",), ("both",), plan=BOTH_KINDS
+    ),
+    "retraining": Study(
+        "Light retraining",
+        "Table 8, Figure 11",
+        _retraining,
+        (*METHOD, "retrain"),
+        ("original",),
+        plan=BOTH_KINDS,
+    ),
+    "parameters": Study(
+        "Equal parameters removed",
+        "Table 1",
+        _equal_parameters,
+        METHOD,
+        ("learned, 20%",),
+        plan={SDXL: 1, DEV: SEEDS},
+        further={DEV: (*FIFTH, "occlusion+compensation, 20%")},
+    ),
+    "l1_tuning": Study(
+        "L1 and closed-form L0, on captions of no table",
+        "§2.2, Tables 4 and 9",
+        _l1_tuning,
+        ("config.regulariser", "config.weight", "config.target_open"),
+        ("L0 above the line, β = 4",),
+        plan=BOTH_KINDS,
+    ),
+    "l1": Study(
+        "L1 and closed-form L0",
+        "§2.2, Tables 4 and 9",
+        _l1,
+        ("config.regulariser", "config.weight", "config.target_open"),
+        ("L0 above the line, β = 4",),
+        plan=BOTH_KINDS,
+    ),
     "choices": Study(
-        "As published, and corrected", "§2.2, Algorithm 1", _choices, BOTH_KINDS, short={SDXL: CORRECTIONS}
+        "As published, and corrected",
+        "§2.2, Algorithm 1",
+        _choices,
+        tuple(f"config.{item.name}" for item in fields(LearnConfig)),  # the last row varies most of them
+        ("corrected",),
+        plan={SDXL: 1, DEV: SEEDS},
+        short={SDXL: CORRECTIONS},
+        further={DEV: tuple(_choices(DEV))},
     ),
-    "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft, BOTH_KINDS),
-    "relaxation": Study("δ, temperature, start of λ", "left to future work", _relaxation, {DEV: 1}),
-    "transfer": Study("Masks used where they were not learned", "not in the paper", _transfer, {DEV: 1, SCHNELL: 1}),
-    "best": Study("What could be better than the best", "not in the paper", _best, {DEV: 1}),
+    "soft": Study(
+        "Gates between 0 and 1", "a reviewer's question", _soft, METHOD, ("cut",), plan=BOTH_KINDS
+    ),
+    "relaxation": Study(
+        "δ, temperature, start of λ",
+        "left to future work",
+        _relaxation,
+        ("config.temperature", "config.log_alpha_start", "config.delta"),
+        ("default",),
+        plan={DEV: 1},
+        against={
+            "L1, δ = 0": "L1, δ = 0",
+            "L1, δ = 0.1": "L1, δ = 0",
+            "L1, δ = 0.5": "L1, δ = 0",
+            **{f"L1, δ = {delta}, λ starts at 5": f"L1, δ = {delta}" for delta in ("0", "0.1", "0.5")},
+        },
+        dead={f"L1, δ = {delta}, λ starts at 5": _ABOVE for delta in ("0.1", "0.5")},
+    ),
+    "transfer": Study(
+        "Masks used where they were not learned",
+        "not in the paper",
+        _transfer,
+        # A mask of another model is learned with that model's own settings.
+        ("config.num_inference_steps", "config.keep_last", "config.guidance_scale", "config.call", "split", "learned_on"),
+        ("learned in 8 steps", "learned in 4 steps"),
+        plan={DEV: 1, SCHNELL: 1},
+    ),
+    "best": Study(
+        "What could be better than the best",
+        "not in the paper",
+        _best,
+        (*METHOD, "config.updates"),
+        ("learned, 20%",),
+        plan={DEV: 1},
+    ),
 }
 
 
@@ -284,11 +511,15 @@ def planned(study: str, model: str) -> int:
 
 def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
     """The rows of a study for one seed, {name: cell}. ``STUDIES[study].rows(model)`` has the rows that the plan leaves
-    out of a model, too. Raises EcoDiffError for a study that is none."""
+    out of a model, too. Raises EcoDiffError for a study that is none, and for rows that do not test what it says."""
     if study not in STUDIES:
         raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
     rows = STUDIES[study].rows(model)
+    check(STUDIES[study], rows)
     names = STUDIES[study].short.get(model) or rows
+    further = STUDIES[study].further.get(model)
+    if seed > 0 and further is not None:
+        rows = {name: judging(cell, features=False) for name, cell in rows.items() if name in further}
     return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in names}
 
 
