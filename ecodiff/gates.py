@@ -79,7 +79,7 @@ class HardConcrete:
 
     @property
     def always_closed(self) -> float:
-        """λ at and below which the gate is 0 for any noise, so that nothing has a gradient; minus infinity for δ = 0."""
+        """λ at and below which the gate is 0 for any noise, so that nothing has a gradient; -inf for δ = 0."""
         return self._closed - self._noise_bound
 
     @property

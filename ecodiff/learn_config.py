@@ -139,8 +139,8 @@ class LearnConfig:
         if start >= gate.saturation:
             sentences.append(
                 f"λ starts at {start:g}, above {gate.saturation:.3f} where every gate is 1 for any noise "
-                f"(δ={self.delta:g}): the reconstruction has exactly zero gradient until the regulariser alone has moved "
-                "λ down. Start lower or lower δ."
+                f"(δ={self.delta:g}): the reconstruction has exactly zero gradient until the regulariser alone has "
+                "moved λ down. Start lower or lower δ."
             )
         if start <= gate.always_closed:
             sentences.append(
@@ -155,7 +155,9 @@ class LearnConfig:
                 "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound)."
             )
         elif self.regulariser == "l1" and start == 0:
-            sentences.append("λ starts at 0, where |λ| has no slope: the L1 regulariser has exactly zero gradient there.")
+            sentences.append(
+                "λ starts at 0, where |λ| has no slope: the L1 regulariser has exactly zero gradient there."
+            )
         return sentences
 
     def learning_rate(self, kind: str) -> float:

@@ -8,10 +8,12 @@
 
 A study is a function from a model's id to rows of cells (``ecodiff.experiments.Cell``), a statement of what those rows
 vary, and the row that they are compared with. ``cells`` refuses a row that varies nothing, one that varies something
-else, and one whose loss has no gradient where learning starts, unless the study says why. Chapters read what is
-recorded through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of the paper on the model that
-stands for the paper's, and what is not in the paper where the question arises. Seed 0 of all studies comes first, the
-paper's tables before the others, so that a short run gives a whole picture and a long one its intervals over seeds.
+else, and one whose loss has no gradient where learning starts, unless the study says why.
+
+Chapters read what is recorded through ``table``, and say where nothing is. The plan (``Study.plan``) has each table of
+the paper on the model that stands for the paper's, and what is not in the paper where the question arises. Seed 0 of
+all studies comes first, the paper's tables before the others, so that a short run gives a whole picture and a long one
+its intervals over seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ..cache import hashed_once
 from ..errors import EcoDiffError
 from ..experiments import Cell, compare, difference, interval_text
 from ..learn_config import LearnConfig
-from ..metrics import Interval
+from ..metrics import EFFECTS, Interval
 from ..pipelines import embedded
 from ..protocol import Protocol
 from ..retrain_config import RetrainConfig
@@ -135,39 +137,25 @@ def _kinds(model: str) -> dict[str, Cell]:
 
 L1_BETAS = (0.01, 0.05, 0.1, 0.5)
 """β of the L1 of λ that are tried. The paper prints 0.5 for SDXL and 0.1 for FLUX, its code has 0.01 for FLUX."""
-TUNED_L1: dict[str, tuple[str, float]] = {SDXL: ("above the line", 0.05), DEV: ("above the line", 0.05)}
-"""How L1 acts and its β, the best on captions that no table uses (study "l1_tuning"); a test holds this to the rows."""
-WHEN = {"above the line": LearnConfig().target_open, "in every update": None}
-"""When β acts: only while more gates are open than a straight line to 80 % allows, our default; always, as published."""
+TUNED_L1 = {SDXL: 0.05, DEV: 0.05}
+"""The best of them on captions that no table uses (study "l1"), where β acts as in our default. A test holds this to the
+recorded rows."""
 
 
-def l1(cell: Cell, when: str, beta: float) -> Cell:
+def tuned_l1(model: str) -> float:
+    """β of the L1 of λ on a model: the best on captions of no table; of a model where none was tried, a FLUX's or SDXL's."""
+    return TUNED_L1.get(model, TUNED_L1[DEV if is_flux(model) else SDXL])
+
+
+def l1(cell: Cell, beta: float) -> Cell:
     """The same cell learned with the L1 of λ in the place of the closed form of L0, with a β of its own."""
-    return learning(cell, regulariser="l1", weight=beta, target_open=WHEN[when])
+    return learning(cell, regulariser="l1", weight=beta)
 
 
 def _l1(model: str) -> dict[str, Cell]:
-    """The closed form of L0 against L1, each at several β; on a U-Net, whose masks take thrice as long to learn, only
-    where β acts as in the default."""
-    cell = judging(base(model), features=False)
-    rows = {"L0 above the line, β = 4": cell}
-    if is_flux(model):
-        rows |= {f"L0 in every update, β = {b:g}": learning(cell, weight=b, target_open=None) for b in (0.5, 2.0, 8.0)}
-    for when in WHEN if is_flux(model) else ("above the line",):
-        for beta in L1_BETAS:
-            rows[f"L1 {when}, β = {beta:g}"] = l1(cell, when, beta)
-    return rows
-
-
-def _l1_tuning(model: str) -> dict[str, Cell]:
-    """The same masks, judged on captions that no table uses: what β is chosen by."""
-    return {name: judging(cell, split="train", pictures=100) for name, cell in _l1(model).items()}
-
-
-def tuned_l1(model: str) -> str:
-    """The row of study "l1" that L1 is judged by on a model: the one with the best β on captions of no table."""
-    when, beta = TUNED_L1.get(model, TUNED_L1[DEV])
-    return f"L1 {when}, β = {beta:g}"
+    """The closed form of L0 against L1 at several β, judged on captions that no table uses: what L1's β is chosen by."""
+    cell = judging(base(model), split="train", pictures=100, features=False)
+    return {"L0, β = 4": cell} | {f"L1, β = {beta:g}": l1(cell, beta) for beta in L1_BETAS}
 
 
 def _relaxation(model: str) -> dict[str, Cell]:
@@ -176,19 +164,18 @@ def _relaxation(model: str) -> dict[str, Cell]:
     For δ > 0 the closed form of L0 has no gradient above λ = 0.41 (δ = 0.1) or -0.89 (δ = 0.5), so that a run from 3
     would have no regulariser. These rows take L1, whose gradient does not depend on δ, in every update, as published.
     """
-    cell = judging(base(model), features=False)
+    cell = base(model)
     rows = {"default": cell}
     rows |= {f"temperature {value:g}": learning(cell, temperature=value) for value in (0.33, 1.5)}
     rows |= {f"λ starts at {start:g}": learning(cell, log_alpha_start=start) for start in (1.0, 5.0)}
-    with_l1 = l1(cell, "in every update", RELAXATION_BETA)
+    with_l1 = judging(learning(l1(cell, tuned_l1(model)), target_open=None), features=False)
     for delta in (0.0, 0.1, 0.5):
         rows[f"L1, δ = {delta:g}"] = learning(with_l1, delta=delta)
+    for delta in (0.1, 0.5):
         rows[f"L1, δ = {delta:g}, λ starts at 5"] = learning(with_l1, delta=delta, log_alpha_start=5.0)
     return rows
 
 
-RELAXATION_BETA = 0.05
-"""β of L1 where δ varies: the best of ``L1_BETAS`` in every update on openmoji-flux-dev at δ = 0 (study "l1_tuning")."""
 _ABOVE = "above δ's bound at 5 by design: whether such a start is smooth is what the row asks"
 
 
@@ -204,10 +191,9 @@ def _choices(model: str) -> dict[str, Cell]:
         call=cell.config.call,
         kinds=cell.config.kinds,
     )
-    when, beta = TUNED_L1.get(model, TUNED_L1[DEV])
     return {
         "corrected": cell,
-        "L1 in place of L0": l1(cell, when, beta),
+        "L1 in place of L0": l1(cell, tuned_l1(model)),
         "gates kept through all steps": learning(cell, gate_draw="sample"),
         "and shared by all samples": learning(cell, gate_draw="trajectory"),
         # As in the published loop every step is recomputed: a step that is kept would have the exact gradient.
@@ -349,7 +335,9 @@ def check(study: Study, rows: Mapping[str, Cell]) -> None:
         if reference is not None:
             found = changed(cell, rows[reference])
             if not found:
-                raise EcoDiffError(f"Study {study.title!r}: row {name!r} is the same cell as {reference!r}: it tests nothing.")
+                raise EcoDiffError(
+                    f"Study {study.title!r}: row {name!r} is the same cell as {reference!r}: it tests nothing."
+                )
             if others := [field_name for field_name in found if field_name not in study.varies]:
                 raise EcoDiffError(
                     f"Study {study.title!r}: row {name!r} differs from {reference!r} in {', '.join(others)}, which the "
@@ -370,7 +358,8 @@ REUSE = ("deepcache", "learned+deepcache, 20%")
 # A learned mask of a U-Net takes thrice as long as one of a transformer: these decide claims about both.
 CORRECTIONS = ("corrected", "L1 in place of L0", "and shared by all samples", "one step at a time")
 METHOD = ("method", "ratio")
-FIFTH = tuple(f"{method}, 20%" for method in (*METHODS, *ADAPTED))
+QUOTED = ("learned", "taylor", "diff-pruning", "fisher", "obs+compensation", "learned+compensation")
+FIFTH = tuple(f"{method}, 20%" for method in QUOTED)
 """Rows of the transformer's tables that README quotes: three seeds."""
 STUDIES = {  # in the order of measuring: the tables and figures of the paper first
     "main": Study(
@@ -417,9 +406,7 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
         plan={SDXL: 1, SCHNELL: 1},
     ),
     "scope": Study("What competes with what", "Table 11, Figure 12", _scope, ("scope",), ("kind",), plan=BOTH_KINDS),
-    "kinds": Study(
-        "Heads only, neurons only", "Figure 13", _kinds, ("config.kinds",), ("both",), plan=BOTH_KINDS
-    ),
+    "kinds": Study("Heads only, neurons only", "Figure 13", _kinds, ("config.kinds",), ("both",), plan=BOTH_KINDS),
     "retraining": Study(
         "Light retraining",
         "Table 8, Figure 11",
@@ -435,22 +422,14 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
         METHOD,
         ("learned, 20%",),
         plan={SDXL: 1, DEV: SEEDS},
-        further={DEV: (*FIFTH, "occlusion+compensation, 20%")},
-    ),
-    "l1_tuning": Study(
-        "L1 and closed-form L0, on captions of no table",
-        "§2.2, Tables 4 and 9",
-        _l1_tuning,
-        ("config.regulariser", "config.weight", "config.target_open"),
-        ("L0 above the line, β = 4",),
-        plan=BOTH_KINDS,
+        further={DEV: FIFTH},
     ),
     "l1": Study(
-        "L1 and closed-form L0",
+        "L1 and closed-form L0, on captions of no table",
         "§2.2, Tables 4 and 9",
         _l1,
-        ("config.regulariser", "config.weight", "config.target_open"),
-        ("L0 above the line, β = 4",),
+        ("config.regulariser", "config.weight"),
+        ("L0, β = 4",),
         plan=BOTH_KINDS,
     ),
     "choices": Study(
@@ -459,13 +438,10 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
         _choices,
         tuple(f"config.{item.name}" for item in fields(LearnConfig)),  # the last row varies most of them
         ("corrected",),
-        plan={SDXL: 1, DEV: SEEDS},
+        plan=BOTH_KINDS,
         short={SDXL: CORRECTIONS},
-        further={DEV: tuple(_choices(DEV))},
     ),
-    "soft": Study(
-        "Gates between 0 and 1", "a reviewer's question", _soft, METHOD, ("cut",), plan=BOTH_KINDS
-    ),
+    "soft": Study("Gates between 0 and 1", "a reviewer's question", _soft, METHOD, ("cut",), plan=BOTH_KINDS),
     "relaxation": Study(
         "δ, temperature, start of λ",
         "left to future work",
@@ -477,7 +453,7 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
             "L1, δ = 0": "L1, δ = 0",
             "L1, δ = 0.1": "L1, δ = 0",
             "L1, δ = 0.5": "L1, δ = 0",
-            **{f"L1, δ = {delta}, λ starts at 5": f"L1, δ = {delta}" for delta in ("0", "0.1", "0.5")},
+            **{f"L1, δ = {delta}, λ starts at 5": f"L1, δ = {delta}" for delta in ("0.1", "0.5")},
         },
         dead={f"L1, δ = {delta}, λ starts at 5": _ABOVE for delta in ("0.1", "0.5")},
     ),
@@ -486,7 +462,14 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
         "not in the paper",
         _transfer,
         # A mask of another model is learned with that model's own settings.
-        ("config.num_inference_steps", "config.keep_last", "config.guidance_scale", "config.call", "split", "learned_on"),
+        (
+            "config.num_inference_steps",
+            "config.keep_last",
+            "config.guidance_scale",
+            "config.call",
+            "split",
+            "learned_on",
+        ),
         ("learned in 8 steps", "learned in 4 steps"),
         plan={DEV: 1, SCHNELL: 1},
     ),
@@ -593,28 +576,48 @@ def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[d
     return lines
 
 
-def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -> str:
-    """SSIM of a row minus that of another, paired by picture over the seeds that both have, with its 95 % interval; a
-    dash for the reference itself and where it is not recorded."""
-    d = _minus(rows, row, reference)
-    return f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})" if d else "–"
+PAIRED = {"ssim": ("SSIM", 1, 3), "facts": ("facts right", 100, 1), "object": ("objects named", 100, 1)}
+"""Measures that are compared image by image -> words, scale, digits.
+
+SSIM to the original is close to what learning optimises; the facts are what an image is asked to show."""
 
 
-def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None) -> str:
-    """Which rows keep more SSIM than the reference's, which less, and which their 95 % intervals cannot tell from it;
-    empty where there is nothing to compare."""
-    found: dict[str, list[str]] = {"more": [], "less": [], "cannot be told apart": []}
+def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None, measure: str = "ssim") -> str:
+    """A measure of a row minus that of another, paired by image over the seeds that both have, with its 95 % interval.
+
+    A dash for the reference itself and where it is not recorded."""
+    d = paired(rows, row, reference, measure)
+    if d is None:
+        return "–"
+    _, scale, digits = PAIRED[measure]
+    return f"{scale * d.mean:+.{digits}f} ({scale * d.low:+.{digits}f} to {scale * d.high:+.{digits}f})"
+
+
+def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None, measure: str = "ssim") -> str:
+    """Which rows have more of a measure than the reference, which less, and for which the 95 % interval says that no
+    difference matters or decides nothing; empty where there is nothing to compare."""
+    found: dict[str, list[str]] = {word: [] for word in EFFECTS}
+    _, scale, digits = PAIRED[measure]
     for row in rows:
-        if rows[row] != rows.get(reference) and (d := _minus(rows, row, reference)):  # equal ones are the same cell
-            found[d.word].append(f"{row} ({d.mean:+.3f})")
+        d = paired(rows, row, reference, measure)
+        if d is not None:
+            found[d.word].append(f"{row} ({scale * d.mean:+.{digits}f})")
     return "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
 
 
-def _minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None) -> Interval | None:
-    both = min(len(rows[row]), len(rows.get(reference, [])))
-    if row == reference or not both:
+def paired(
+    rows: Mapping[str, Sequence[dict]], row: str, reference: str | None, measure: str = "ssim"
+) -> Interval | None:
+    """The paired difference of a measure, a row minus the reference, over the seeds that both have; None for the
+    reference itself, and where one of them does not have the measure."""
+    if row == reference:
         return None
-    return difference(*([cell["ssim"] for cell in rows[name][:both]] for name in (row, reference)))
+    both = min(len(rows[row]), len(rows.get(reference, [])))
+    sets = [[cell.get(measure) for cell in rows.get(name, [])[:both]] for name in (row, reference)]
+    pairs = [(ours, theirs) for ours, theirs in zip(*sets, strict=True) if ours and theirs]
+    if not pairs:
+        return None
+    return difference([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
 
 
 def _shown(column: str, per_seed: Sequence[dict]) -> str:
