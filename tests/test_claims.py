@@ -42,7 +42,8 @@ def family(store, monkeypatch):
     monkeypatch.setattr(rows, "load_once", lambda model: pipe)
     monkeypatch.setattr(rows, "trained", lambda model: True)
     toy = {name: Cell("random", ratio, protocol=SMALL, config=CONFIG) for name, ratio in (("a", 0.2), ("b", 0.3))}
-    monkeypatch.setitem(studies.STUDIES, "toy", studies.Study("A toy", "no table", lambda model: toy, ("ratio",), ("a",)))
+    study = studies.Study("A toy", "no table", lambda model: toy, varies=("ratio",), reference=("a",))
+    monkeypatch.setitem(studies.STUDIES, "toy", study)
     return pipe
 
 
@@ -145,7 +146,10 @@ def test_rows_of_a_published_checkpoint_decide_what_waits_for_it(family, monkeyp
 
     monkeypatch.setattr(rows, "trained", lambda model: model in rows.FAMILY)
     toy = studies.STUDIES["toy"].rows(MODEL)
-    of_model = studies.Study("A toy", "no table", lambda m: {n: judging(cell, model=m) for n, cell in toy.items()})
+    def of(m):
+        return {name: judging(cell, model=m) for name, cell in toy.items()}
+
+    of_model = replace(studies.STUDIES["toy"], rows=of)
     monkeypatch.setitem(studies.STUDIES, "toy", of_model)
     waiting = rows.real(MODEL, "toy", rule)
     assert waiting.verdict == verdict.CHECKPOINT
@@ -245,7 +249,8 @@ def test_rules_at_their_edges():
 @pytest.mark.parametrize("width", [0.0, 0.04, 0.09, 0.2])
 def test_no_difference_is_both_a_gain_and_nothing(low, width):
     """Better one way excludes that nothing was lost the other way."""
-    there, back = Interval(low + width / 2, low, low + width, 0.95), Interval(-low - width / 2, -low - width, -low, 0.95)
+    there = Interval(low + width / 2, low, low + width, 0.95)
+    back = Interval(-there.mean, -there.high, -there.low, 0.95)
     if verdict.better([there]) == verdict.REPRODUCED:
         assert there.word == "more" and verdict.kept([back]) == verdict.NOT_REPRODUCED
     if there.word == "no difference that matters":

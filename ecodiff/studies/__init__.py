@@ -138,12 +138,13 @@ def _kinds(model: str) -> dict[str, Cell]:
 L1_BETAS = (0.01, 0.05, 0.1, 0.5)
 """β of the L1 of λ that are tried. The paper prints 0.5 for SDXL and 0.1 for FLUX, its code has 0.01 for FLUX."""
 TUNED_L1 = {SDXL: 0.05, DEV: 0.05}
-"""The best of them on captions that no table uses (study "l1"), where β acts as in our default. A test holds this to the
-recorded rows."""
+"""The best of them on captions that no table uses (study "l1"), where β acts as in our default. A test holds this to
+the recorded rows."""
 
 
 def tuned_l1(model: str) -> float:
-    """β of the L1 of λ on a model: the best on captions of no table; of a model where none was tried, a FLUX's or SDXL's."""
+    """β of the L1 of λ on a model: the best on captions of no table, or that of a model of its kind where none was
+    tried."""
     return TUNED_L1.get(model, TUNED_L1[DEV if is_flux(model) else SDXL])
 
 
@@ -153,7 +154,7 @@ def l1(cell: Cell, beta: float) -> Cell:
 
 
 def _l1(model: str) -> dict[str, Cell]:
-    """The closed form of L0 against L1 at several β, judged on captions that no table uses: what L1's β is chosen by."""
+    """The closed form of L0 against L1 at several β, on captions that no table uses: what L1's β is chosen by."""
     cell = judging(base(model), split="train", pictures=100, features=False)
     return {"L0, β = 4": cell} | {f"L1, β = {beta:g}": l1(cell, beta) for beta in L1_BETAS}
 
