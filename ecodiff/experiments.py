@@ -263,13 +263,47 @@ def _pruned(pipe, cell: Cell, recompute: bool):
     captions = cell.captions()
     if method in BLOCKS:
         return _without_blocks(pipe, method, calibration(method, captions), cell)
-    source = _source(pipe, cell)
-    scores = scores_of(source, method, captions, cell.config, cell.seed, recompute)
-    mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+    mask = _mask(pipe, cell, recompute)
     if "soft" in extras:
-        gates = learned_gates(source, captions, cell.seeded)
+        gates = learned_gates(_source(pipe, cell), captions, cell.seeded)
         pipe = fold_gates(pipe, gates.deterministic())
     return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
+
+
+def _mask(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
+    """The mask {site: bool [units]} of a cell whose method scores units."""
+    method, _ = apart(cell.method)
+    scores = scores_of(_source(pipe, cell), method, cell.captions(), cell.config, cell.seed, recompute)
+    return make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+
+
+def removed_units(pipe, cell: Cell, *, only_recorded: bool = False) -> dict[str, dict] | None:
+    """How many units of each site a cell's mask removes, recorded or computed now; None where it is not recorded.
+
+    Returns {site: {"kind", "units", "removed", "params_per_unit"}}. The mask depends on no image that is judged, so the
+    row does not depend on the protocol.
+    """
+    described = describe_cell(pipe, cell)
+    for judging in ("protocol", "judge", "vae"):
+        del described[judging]
+    described |= {"what": "removed_units", "version": 1}
+
+    def count() -> dict:
+        mask, sites = _mask(pipe, cell), find_sites(denoiser(pipe))
+        return {
+            name: {
+                "kind": site.kind,
+                "units": site.units,
+                "removed": int((~mask[name]).sum()),
+                "params_per_unit": site.params_per_unit,
+            }
+            for name, site in sites.items()
+        }
+
+    if only_recorded:
+        row = records.find(described, name="removed_units")
+        return row and row["values"]
+    return records.measure(described, count, name="removed_units")["values"]
 
 
 BLOCKS = ("blocks", "blocks-clip")  # whole blocks by the prediction's error (LAPTOP-Diff), by CLIP score (SnapFusion)
