@@ -306,6 +306,30 @@ def removed_units(pipe, cell: Cell, *, only_recorded: bool = False) -> dict[str,
     return records.measure(described, count, name="removed_units")["values"]
 
 
+def compare_sparing(pipe, cell: Cell, sites: Sequence[str], *, only_recorded: bool = False) -> dict | None:
+    """What a cell comes to if no unit of these sites may go, recorded or measured now; as ``compare`` otherwise.
+
+    The next units of the cell's own order go in their place, so that as much is removed. Raises EcoDiffError for a name
+    that is no site.
+    """
+    sites = sorted(sites)
+    known = find_sites(denoiser(pipe))
+    if unknown := [name for name in sites if name not in known]:
+        raise EcoDiffError(f"{unknown[0]!r} is no site of this model: take some of {', '.join(known)}.")
+    described = {**describe_cell(pipe, cell), "spared": sites}
+
+    def measured() -> dict:
+        scores = dict(scores_of(pipe, cell.method, cell.captions(), cell.config, cell.seed))
+        scores |= {name: torch.full_like(scores[name], float("inf")) for name in sites}
+        mask = make_mask(scores, known, cell.ratio, scope=cell.scope, count=cell.count)
+        return _judged(pipe, prune(pipe, mask), cell)
+
+    if only_recorded:
+        row = records.find(described, name="spared")
+        return row and row["values"]
+    return records.measure(described, measured, name="spared")["values"]
+
+
 BLOCKS = ("blocks", "blocks-clip")  # whole blocks by the prediction's error (LAPTOP-Diff), by CLIP score (SnapFusion)
 
 
@@ -331,15 +355,19 @@ def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
 
 def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     """The values of a cell, measured now; gates, scores and pictures that are kept are read, unless ``recompute``."""
-    protocol, scenes = cell.protocol, cell.protocol.scenes()
     with anew(recompute):
-        smaller = smaller_model(pipe, cell, recompute)
-        reused = "deepcache" in apart(cell.method)[1]
-        drawn = original = draw(pipe, scenes, cell.seed, protocol)
-        with deepcache(smaller, interval=2) if reused else nullcontext():
-            if reused or smaller is not pipe:
-                drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
-            gflop = picture_gflop(smaller, protocol)
+        return _judged(pipe, smaller_model(pipe, cell, recompute), cell)
+
+
+def _judged(pipe, smaller, cell: Cell) -> dict:
+    """What ``compare`` returns of a smaller pipeline, drawn and judged now."""
+    protocol, scenes = cell.protocol, cell.protocol.scenes()
+    reused = "deepcache" in apart(cell.method)[1]
+    drawn = original = draw(pipe, scenes, cell.seed, protocol)
+    with deepcache(smaller, interval=2) if reused else nullcontext():
+        if reused or smaller is not pipe:
+            drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
+        gflop = picture_gflop(smaller, protocol)
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
         "gflop": gflop,

@@ -38,9 +38,9 @@ def cosines(
     """Cosines between the exact gradient in λ and the one with gates drawn anew in recomputation, one per seed.
 
     Both gradients have the same forward pass: all λ at ``log_alpha``, gates of each sample drawn in every call of a
-    module, the squared error of the final latents. All steps are recomputed (``keep_last=0``), as in the published loop;
-    a step whose activations are kept would have the exact gradient. A cosine of 0 also stands where one of the two
-    gradients is exactly zero. Results are recorded rows (``data/results/redrawn.jsonl``).
+    module, the squared error of the final latents. All steps are recomputed (``keep_last=0``), as in the published
+    loop; a step whose activations are kept would have the exact gradient. A cosine of 0 also stands where one of the
+    two gradients is exactly zero. Results are recorded rows (``data/results/redrawn.jsonl``).
 
     Raises EcoDiffError through ``final_latents`` for a pipeline that cannot be differentiated.
     """

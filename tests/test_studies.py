@@ -444,6 +444,31 @@ def test_gates_of_units_that_stay_can_stay_too(toy):
             experiments.compare(toy, replace(cut, method=method))
 
 
+def test_the_units_that_go_are_recorded_and_depend_on_no_image(toy, monkeypatch):
+    cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
+    assert experiments.removed_units(toy, cell, only_recorded=True) is None
+    found = experiments.removed_units(toy, cell)
+    smaller = experiments.smaller_model(toy, cell)
+    gone = sum(site["removed"] * site["params_per_unit"] for site in found.values())
+    sizes = [sum(p.numel() for p in pipe.unet.parameters()) for pipe in (toy, smaller)]
+    assert sizes[0] - sizes[1] == gone > 0
+    monkeypatch.setattr(experiments, "scores_of", None)  # read, for any protocol
+    other = replace(cell, protocol=replace(SMALL, pictures=7, split="heldout"))
+    assert experiments.removed_units(toy, other) == found
+
+
+def test_sites_can_be_spared_and_as_much_goes_elsewhere(toy):
+    cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2, count="parameters")
+    before = {name: site["removed"] for name, site in experiments.removed_units(toy, cell).items()}
+    spared = max((name for name in before if "attn" in name), key=before.get)
+    values, usual = experiments.compare_sparing(toy, cell, [spared]), experiments.compare(toy, cell)
+    assert values["ssim"] != usual["ssim"]
+    assert values["parameters"] == pytest.approx(usual["parameters"], rel=0.02)
+    assert experiments.compare_sparing(toy, cell, [spared], only_recorded=True) == values
+    with pytest.raises(EcoDiffError, match="'nowhere' is no site of this model"):
+        experiments.compare_sparing(toy, cell, ["nowhere"])
+
+
 def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     other = tiny_sd()
     with torch.no_grad():
