@@ -147,9 +147,7 @@ class LearnConfig:
                 f"λ starts at {start:g}, below {gate.always_closed:.3f} where every gate is 0 for any noise "
                 f"(δ={self.delta:g}): nothing has a gradient there. Start higher or lower δ."
             )
-        if self.weight == 0:
-            sentences.append("weight (β) is 0: there is no regulariser.")
-        elif self.regulariser == "l0" and start >= gate.l0_saturation:
+        if self.regulariser == "l0" and start >= gate.l0_saturation:
             sentences.append(
                 f"λ starts at {start:g}, above {gate.l0_saturation:.3f} where P(gate open) is 1 (δ={self.delta:g}): "
                 "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound)."

@@ -345,7 +345,10 @@ def check(study: Study, rows: Mapping[str, Cell]) -> None:
                     f"study holds fixed; it varies {', '.join(study.varies)}."
                 )
         if cell.method.startswith("learned") and name not in study.dead:
-            if sentences := cell.config.zero_at_start():
+            sentences = cell.config.zero_at_start()
+            if cell.config.weight == 0:
+                sentences.append("weight (β) is 0, so there is no regulariser.")
+            if sentences:
                 raise EcoDiffError(f"Study {study.title!r}: row {name!r} cannot show anything: {sentences[0]}")
 
 
