@@ -31,6 +31,7 @@ from .objective import conditioning, encode, join, training_loss
 from .pipelines import denoiser as find_denoiser
 from .pipelines import with_denoiser
 from .prompts import checked_prompts, mix
+from .recompute import undisturbed
 from .retrain_config import RetrainConfig
 from .running import epoch_batch, in_words, on_device, without_adapters
 from .sites import find_sites
@@ -75,7 +76,11 @@ def retrain(
     original = find_denoiser(pipe)
     _check_denoiser(pipe, original)
     training_loss(pipe.scheduler)  # an unknown objective is named before anything runs
-    with on_device(pipe, "retrain") as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        on_device(pipe, "retrain") as device,
+        undisturbed(device),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()
         task = _Task(with_denoiser(pipe, network), pictures, captions, config, device)

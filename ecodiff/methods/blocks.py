@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from ..errors import EcoDiffError
 from ..generate import generate
+from ..hooks import replaced_forward
 from ..judge import Judge
 from ..pipelines import denoiser, with_denoiser
 from ..prompts import encoding_once, mix
 from ..running import placed
 from ..trace import Given, trace
-from ..trajectory import replaced_forward
 from .sampling import Call, Sampling, draw
 
 _HIDDEN = ("hidden_states", "input_tensor")
