@@ -86,6 +86,7 @@ class Hooks:
 
     def _add(self, layer: str, site: str | None, register: str, hook) -> None:
         module = self.model.get_submodule(layer)
+        hook.of_ecodiff = True  # copies of the model do not get it (`ecodiff.carried`)
         self._handles.append(getattr(module, register)(hook, with_kwargs=True))
         self._sites[layer] = layer if site is None else site
 
@@ -138,6 +139,7 @@ def replaced_forward(module: nn.Module, wrap: Callable[[Callable], Callable], mu
         called = True
         return wrapped(*args, **kwargs)
 
+    forward.in_place_of = own  # copies of the model get this one (`ecodiff.carried`)
     module.forward = forward
     try:
         with eagerly():

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import resume
+from .carried import refuse_elsewhere
 from .errors import EcoDiffError
 from .gates import Gates, apply_gates
 from .hooks import Hooks, hooked, never_ran, replaced_forward
@@ -28,8 +29,9 @@ from .learn_config import RAMP, LearnConfig
 from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
 from .recompute import undisturbed
-from .running import epoch_batch, in_words, not_half, on_device, without_adapters
+from .running import epoch_batch, in_words, not_half, on_device
 from .sites import Site, sites_but, skipped_modules
+from .surgery import check_prunable
 from .trajectory import final_latents, prediction
 
 
@@ -74,7 +76,8 @@ def learn(
     """
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
-    without_adapters(network, "learn")
+    check_prunable(network, "learn")
+    refuse_elsewhere(network, "learn")
     not_half(network, "learn")
     sites = sites_but(network, config.kinds, exclude)
     if progress and (skipped := skipped_modules(network)):

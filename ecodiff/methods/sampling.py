@@ -18,6 +18,7 @@ from ..errors import EcoDiffError
 from ..hooks import hooked
 from ..pipelines import denoiser
 from ..prompts import checked_prompts, collate, encoding_once, mix
+from ..running import without_adapters
 from ..sites import Site, Span, sites_but
 from ..trajectory import count_steps, frozen, private_copy
 
@@ -139,6 +140,7 @@ def gates_of_samples(model: nn.Module, sites: Mapping[str, Site], samples: int) 
 def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False, exclude: Sequence[str] = ()) -> dict[str, Site]:
     """The sites of these kinds but the excluded ones; raises EcoDiffError where there is none, an excluded name is no
     site or, with ``readers``, no layer reads one."""
+    without_adapters(denoiser(pipe), "scores")
     sites = sites_but(denoiser(pipe), kinds, exclude)
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(kinds)}.")
