@@ -76,8 +76,8 @@ def learn(
     """
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
-    check_prunable(network, "learn")
     refuse_elsewhere(network, "learn")
+    check_prunable(network, "learn")
     not_half(network, "learn")
     sites = sites_but(network, config.kinds, exclude)
     if progress and (skipped := skipped_modules(network)):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .carried import refuse_elsewhere
 from .errors import EcoDiffError
 from .methods import sparse24
 from .objective import conditioning, encode, join, training_loss
@@ -216,3 +217,4 @@ def _check_denoiser(pipe, denoiser: nn.Module) -> None:
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         raise EcoDiffError("retrain trains on one device: load the pipeline without offloading or a device map.")
     without_adapters(denoiser, "retrain")
+    refuse_elsewhere(denoiser, "retrain")

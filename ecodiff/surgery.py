@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import guard_flux_loader, guarded_methods
-from .carried import COMPILED, all_tensors, carry_casting, carry_over, carry_pipeline, kept_elsewhere, plain_name
+from .carried import (
+    COMPILED,
+    all_tensors,
+    carry_casting,
+    carry_over,
+    carry_pipeline,
+    kept_elsewhere,
+    plain_name,
+    refuse_elsewhere,
+)
 from .errors import EcoDiffError
 from .gates import check_units
 from .paths import whole_folder
@@ -166,6 +175,7 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
     what the original draws under `apply_gates`, to rounding. Raises EcoDiffError for unknown sites, wrong lengths, and
     sites that no layer reads.
     """
+    refuse_elsewhere(find_denoiser(pipe), "fold_gates")
     folded = copy.deepcopy(find_denoiser(pipe))
     sites = find_sites(folded, KINDS)
     check_units(gates, sites, "fold_gates")

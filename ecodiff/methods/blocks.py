@@ -178,8 +178,8 @@ def choose(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: fl
 def remove(pipe, names: Collection[str]):
     """A pipeline whose denoiser lacks these blocks (a copy); other components are shared.
 
-    It draws, learns and prunes like any other; diffusers cannot save it, since its config has no word for a missing
-    block.
+    It draws and is retrained like any other. `learn` and `prune` refuse it and diffusers cannot save it, since its
+    config has no word for a missing block.
     """
     _check(denoiser(pipe), names)
     smaller = copy.deepcopy(denoiser(pipe))

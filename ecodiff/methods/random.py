@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_seed
-from .sampling import sites_of
+from ..pipelines import denoiser
+from ..sites import sites_but
 
 
 def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int = 0, **sampling) -> dict[str, Tensor]:
@@ -15,5 +16,5 @@ def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int =
     Prompts and other settings are not used.
     """
     generator = torch.Generator().manual_seed(checked_seed(seed, "random"))
-    sites = sites_of(pipe, kinds, exclude=sampling.get("exclude", ()))
+    sites = sites_but(denoiser(pipe), kinds, sampling.get("exclude", ()))
     return {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}

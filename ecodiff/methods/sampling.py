@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..carried import refuse_elsewhere
 from ..checks import checked_call, checked_guidance, checked_seed
 from ..errors import EcoDiffError
 from ..hooks import hooked
@@ -138,9 +139,12 @@ def gates_of_samples(model: nn.Module, sites: Mapping[str, Site], samples: int) 
 
 
 def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False, exclude: Sequence[str] = ()) -> dict[str, Site]:
-    """The sites of these kinds but the excluded ones; raises EcoDiffError where there is none, an excluded name is no
-    site or, with ``readers``, no layer reads one."""
+    """The sites of these kinds but the excluded ones, of a denoiser that has all its weights and no adapters.
+
+    Raises EcoDiffError where there is none, an excluded name is no site or, with ``readers``, no layer reads one.
+    """
     without_adapters(denoiser(pipe), "scores")
+    refuse_elsewhere(denoiser(pipe), "scores")
     sites = sites_but(denoiser(pipe), kinds, exclude)
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(kinds)}.")
