@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import EcoDiffError
+from .hooks import replaced_forward
 from .pipelines import denoiser as find_denoiser
 from .pipelines import sampling_loop
 from .trace import Given, outputs, without_weights
-from .trajectory import private_copy, replaced_forward
+from .trajectory import private_copy
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
         return zeros
 
     try:
-        with torch.no_grad(), replaced_forward(denoiser, wrap):
+        with torch.no_grad(), replaced_forward(denoiser, wrap, must_run=False):  # said below, in other words
             result = call(private_copy(pipe), **given)
     except EcoDiffError:
         raise

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .hooks import hooked, never_ran
 from .paths import write_whole
 from .sites import KINDS, Site, find_sites
 
@@ -219,6 +220,7 @@ def apply_gates(
     values: Mapping[str, Tensor] | Callable[[str], Tensor],
     sites: Mapping[str, Site] | None = None,
     learned: Iterable[Tensor] = (),
+    must_run: bool = True,
 ) -> Iterator[None]:
     """While the context is open every forward of the denoiser is multiplied by these gates (Eq. 9, 10); hooks only.
 
@@ -230,9 +232,14 @@ def apply_gates(
         sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
         learned: when `values` is a function: the tensors it makes gates from (λ). Time-step checkpointing returns
             gradients to these, and refuses to run on to a wrong gradient where they are left out.
+        must_run: False allows gated layers that never run while the context is open.
 
     A gate multiplies the input of the layers that read its units, in the activations' dtype; joint attention's image
     and text outputs read the same heads and share their gates. The hooks are removed on exit, also after an error.
+    A compiled denoiser runs eagerly inside, since compiled code does not see hooks.
+
+    Raises EcoDiffError for gates that do not fit the sites, and on leaving for a gated layer that never ran, whose gate
+    had no effect: leave its site out of ``values`` (or ``sites``) where that is meant.
     """
     if callable(values):
         sites = find_sites(denoiser) if sites is None else sites
@@ -242,24 +249,20 @@ def apply_gates(
         check_units(values, sites, "apply_gates", samples=True)
         chosen, current, learned = {name: sites[name] for name in values}, dict(values), None
 
-    handles = []
     opened = (current, learned)
     _OPEN.setdefault(denoiser, []).append(opened)
     try:
-        for name, site in chosen.items():
-            if callable(values):
-                module = denoiser.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(_draw_hook(values, name, current)))
-            for span in site.gated:
-                layer = denoiser.get_submodule(span.layer)
-                if site.readers:
-                    handles.append(layer.register_forward_pre_hook(_input_hook(current, name, span)))
-                else:
-                    handles.append(layer.register_forward_hook(_output_hook(current, name, span)))
-        yield
+        with hooked(denoiser, "apply_gates", must_run) as hooks:
+            for name, site in chosen.items():
+                if callable(values):
+                    hooks.before(name, _draw_hook(values, name, current), site=name)
+                for span in site.gated:
+                    if site.readers:
+                        hooks.before(span.layer, _input_hook(current, name, span), site=name)
+                    else:
+                        hooks.after(span.layer, _output_hook(current, name, span), site=name)
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         _OPEN[denoiser] = [entry for entry in _OPEN[denoiser] if entry is not opened]
 
 
@@ -302,21 +305,23 @@ class OpenGates:
 
 
 def _draw_hook(draw, name, current):
-    def hook(module, args):
+    def hook(x):
         current[name] = draw(name)
 
     return hook
 
 
 def _input_hook(current, name, span):
-    def hook(module, args):
-        return (_multiply(args[0], current[name], span), *args[1:])
+    def hook(x):
+        if name not in current:  # gates are drawn as the site's module is called
+            raise never_ran("apply_gates", [name], 1, name)
+        return _multiply(x, current[name], span)
 
     return hook
 
 
 def _output_hook(current, name, span):
-    def hook(module, args, output):
+    def hook(args, kwargs, output):
         return _multiply(output, current[name], span)
 
     return hook

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cache import cached, canonical, key, weights_hash
+from .checks import checked_call, checked_guidance, checked_seed
 from .errors import EcoDiffError
 from .pipelines import denoiser
 from .prompts import checked_prompts, collate, encoding_once
@@ -66,6 +67,8 @@ def generate(
     if taken := sorted(set(_OURS) & call_kwargs.keys()):
         raise EcoDiffError(f"generate sets {taken[0]!r} itself: leave it out of the arguments.")
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    checked_guidance(guidance_scale, "generate")
+    checked_call(call_kwargs, "generate")
     settings = call_kwargs | {name: value for name, value in given.items() if value is not None}
 
     # One fixed order, each different picture once: a permutation of the arguments cannot change a bit.
@@ -111,7 +114,7 @@ def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> 
 def _checked(prompts, seeds) -> tuple[list, list[int]]:
     prompts = checked_prompts(prompts, "generate")
     try:
-        seeds = [int(seed) for seed in seeds]
+        seeds = [checked_seed(seed, "generate") for seed in seeds]
     except TypeError as error:
         raise EcoDiffError("generate needs a list of seeds, one whole number a prompt.") from error
     if len(seeds) != len(prompts):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from .checks import checked_call, checked_guidance, checked_seed
 from .errors import EcoDiffError
 from .gates import HardConcrete
 
@@ -35,8 +36,9 @@ class LearnConfig:
     batch_size: int = 6
     """Samples (prompt and noise) an update."""
     micro_batch_size: int | None = None
-    """Samples that run together (None: all). Smaller needs less memory. With gate_draw="trajectory" it also averages
-    the gradient over more gate samples."""
+    """Samples that run together (None: all). Smaller needs less memory. It also changes which gates are drawn, and so
+    λ: with gate_draw="call" (the default) all draws of an update come from one stream, in the order of the calls, and
+    with gate_draw="trajectory" the gradient is averaged over more gate samples. gate_draw="sample" is not affected."""
     num_inference_steps: int = 8
     guidance_scale: float | None = None
     """None: the pipeline's own default. Guidance runs both halves through the gated denoiser."""
@@ -87,7 +89,8 @@ class LearnConfig:
     checkpoint: bool = True
     keep_last: int = 1
     mixed_precision: str = "no"
-    """bf16 runs the denoiser under autocast; λ, gates and loss stay fp32. On a CPU without bf16 units it is slower."""
+    """bf16 runs the denoiser under autocast; λ, gates and loss stay fp32. On a CPU without bf16 units it is slower. no:
+    autocast is off, also where the caller has it on."""
     save_every: int = 10
     """Updates between two writes to resume_dir."""
     snapshot_every: int = 10
@@ -122,6 +125,9 @@ class LearnConfig:
             raise EcoDiffError(f"LearnConfig: clip_grad_norm={self.clip_grad_norm} must be positive, or None.")
         if self.target_open is not None and not 0 < self.target_open < 1:
             raise EcoDiffError(f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, or be None.")
+        object.__setattr__(self, "seed", checked_seed(self.seed, "LearnConfig"))
+        checked_guidance(self.guidance_scale, "LearnConfig")
+        checked_call(self.call, "LearnConfig: call")
         self.distribution  # noqa: B018 (raises for constants that make no distribution)
 
     @property

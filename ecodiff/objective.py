@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import EcoDiffError
+from .hooks import replaced_forward
 from .pipelines import denoiser as find_denoiser
 from .pipelines import sampling_loop
 from .prompts import collate
-from .trajectory import private_copy, replaced_forward
+from .trajectory import private_copy
 
 
 def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[..., Tensor]:

@@ -84,7 +84,8 @@ def denoiser_name(pipe) -> str:
 
 def denoiser(pipe) -> nn.Module:
     """The network that predicts noise, velocity or flow; the one that is pruned."""
-    return getattr(pipe, denoiser_name(pipe))
+    network = getattr(pipe, denoiser_name(pipe))
+    return getattr(network, "_orig_mod", network)  # behind the wrapper of ``torch.compile(network)``
 
 
 def with_denoiser(pipe, network: nn.Module):

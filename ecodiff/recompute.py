@@ -142,6 +142,18 @@ def _refuse_others(outputs: list[Tensor], known: list[Tensor]) -> None:
 
 
 @contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Inside, autocast is off and gradients can be recorded, whatever the caller has on (autocast, ``torch.no_grad``,
+    ``torch.inference_mode``): what is computed here depends on its own settings alone."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted({"cpu", device.type}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards all is as
     before."""

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .carried import refuse_elsewhere
 from .errors import EcoDiffError
 from .methods import sparse24
 from .objective import conditioning, encode, join, training_loss
 from .pipelines import denoiser as find_denoiser
 from .pipelines import with_denoiser
 from .prompts import checked_prompts, mix
+from .recompute import undisturbed
 from .retrain_config import RetrainConfig
 from .running import epoch_batch, in_words, on_device, without_adapters
 from .sites import find_sites
@@ -75,7 +77,11 @@ def retrain(
     original = find_denoiser(pipe)
     _check_denoiser(pipe, original)
     training_loss(pipe.scheduler)  # an unknown objective is named before anything runs
-    with on_device(pipe, "retrain") as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        on_device(pipe, "retrain") as device,
+        undisturbed(device),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()
         task = _Task(with_denoiser(pipe, network), pictures, captions, config, device)
@@ -211,3 +217,4 @@ def _check_denoiser(pipe, denoiser: nn.Module) -> None:
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         raise EcoDiffError("retrain trains on one device: load the pipeline without offloading or a device map.")
     without_adapters(denoiser, "retrain")
+    refuse_elsewhere(denoiser, "retrain")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -21,10 +22,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .adapters import guard_flux_loader, guarded_methods
+from .carried import (
+    COMPILED,
+    all_tensors,
+    carry_casting,
+    carry_over,
+    carry_pipeline,
+    kept_elsewhere,
+    plain_name,
+    refuse_elsewhere,
+)
 from .errors import EcoDiffError
 from .gates import check_units
 from .paths import whole_folder
-from .pipelines import align, with_denoiser
+from .pipelines import align, denoiser_name, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .running import without_adapters
 from .sites import KINDS, Site, find_sites, skipped_modules
@@ -44,21 +56,91 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     """Return a pipeline of the same class whose denoiser lacks the masked units; all other components are shared.
 
     mask: {site name: bool tensor [units]}, True = keep; sites it does not name stay whole.
-    The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay. The
-    result's `save_pretrained` is `save`. A pruned pipeline can be pruned again (its modulation layers excepted).
+    The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay, and so
+    does what is neither config nor weight: FreeU, attention processors, patched methods, hooks, gradient checkpointing,
+    modes, layerwise casting. One warning names what could not be carried over (`ecodiff.carried`). Weights that
+    offloading keeps elsewhere are fetched. The result's `save_pretrained` is `save`. A pruned pipeline can be pruned
+    again (its modulation layers excepted).
 
     Raises EcoDiffError for unknown sites, wrong lengths or dtypes, a denoiser with adapters or with other layers than
-    its class makes, and for an attention whose processor is unknown here and that would lose its last head.
+    its class makes, weights that are not there (meta device), and for an attention whose processor is unknown here and
+    that would lose its last head.
     """
-    pruned = with_denoiser(pipe, prune_denoiser(find_denoiser(pipe), mask))
+    denoiser = find_denoiser(pipe)
+    smaller, missing = _smaller(denoiser, mask)
+    if kept_elsewhere(smaller):
+        raise EcoDiffError(
+            f"prune: the weights of this {type(denoiser).__name__} are on the meta device: load the pipeline with them."
+        )
+    pruned = with_denoiser(pipe, smaller)
+    missing += carry_pipeline(pipe, pruned, denoiser, smaller)
+    if getattr(pipe, denoiser_name(pipe)) is not denoiser:
+        missing.append(COMPILED)
+    _warn(missing)
     pruned.save_pretrained = partial(save, pruned)
     return pruned
 
 
 def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
-    """`prune` for a denoiser by itself: a smaller copy."""
+    """`prune` for a denoiser by itself: a smaller copy. One that is on the meta device gives one that is, too."""
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    smaller, missing = _smaller(denoiser, mask)
+    _warn(missing)
+    return smaller
+
+
+def _warn(missing: list[str]) -> None:
+    """One warning that names what a pruned model lacks; nothing where it lacks nothing."""
+    if missing:
+        warnings.warn(
+            "prune: the pruned model draws and trains like the original but for this, which is neither config nor "
+            f"weight and was not carried over: {'; '.join(missing)}.",
+            stacklevel=3,
+        )
+
+
+def check_prunable(denoiser: nn.Module, caller: str) -> None:
+    """Raise EcoDiffError, in the name of ``caller``, for a denoiser that `prune` would refuse whatever the mask: for
+    those who spend hours on the mask first."""
+    _unpruned(denoiser, caller)
+
+
+def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
+    """A pruned class's model without units removed yet: layers of the denoiser's config, which borrow its tensors.
+
+    Raises EcoDiffError where the denoiser has other layers than its config makes, or not all of its weights.
+    """
     from accelerate import init_empty_weights
 
+    if not hasattr(denoiser, "config"):
+        raise EcoDiffError(f"{caller}: {type(denoiser).__name__} is not a diffusers model.")
+    without_adapters(denoiser, caller)
+    tensors = all_tensors(denoiser)
+    absent = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if absent and len(absent) < len(tensors):
+        raise EcoDiffError(
+            f"{caller}: the weights of {absent[0]!r} and {len(absent) - 1} others are on the meta device, and no hook "
+            "says where they are: load the pipeline with them."
+        )
+    with init_empty_weights():
+        pruned = _pruned_like(type(denoiser)).from_config(dict(denoiser.config))
+    state = {plain_name(name): value for name, value in denoiser.state_dict().items()}
+    state = {name: tensors[name].detach() if name in tensors else value for name, value in state.items()}
+    try:
+        pruned.load_state_dict(state, assign=True)
+        for name, _ in denoiser.named_buffers():
+            owner, _, leaf = plain_name(name).rpartition(".")
+            pruned.get_submodule(owner)._buffers[leaf] = tensors[plain_name(name)]
+    except (RuntimeError, AttributeError) as error:
+        raise EcoDiffError(
+            f"{caller}: {type(denoiser).__name__} has other layers than its class makes, such as fused projections or "
+            f"those of an IP-Adapter: undo that first ({str(error).splitlines()[-1].strip()[:200]})."
+        ) from error
+    return pruned
+
+
+def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
+    """The pruned denoiser, and what could not be carried over to it, in words."""
     if not hasattr(denoiser, "config"):
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
     without_adapters(denoiser, "prune")
@@ -66,27 +148,24 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
     _check_mask(mask, sites, skipped_modules(denoiser))
     removing = {name: int(keep.sum()) for name, keep in mask.items() if not keep.all()}
 
-    cls = pruned_class(type(denoiser).__name__.removeprefix("Pruned"))
-    with init_empty_weights():
-        pruned = cls.from_config(dict(denoiser.config))
     # Same shapes as the original up to here: borrow its tensors, cut them, then copy what is still shared.
-    try:
-        pruned.load_state_dict(denoiser.state_dict(), assign=True)
-    except RuntimeError as error:
-        raise EcoDiffError(
-            f"prune: {type(denoiser).__name__} has other layers than its class makes, such as fused projections or "
-            f"those of an IP-Adapter: undo that first ({str(error).splitlines()[-1].strip()[:200]})."
-        ) from error
-    for name, buffer in denoiser.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        pruned.get_submodule(owner)._buffers[leaf] = buffer
+    pruned = _unpruned(denoiser, "prune")
+    missing = carry_over(denoiser, pruned)
+    patched = [name for name, module in pruned.named_modules() if "forward" in vars(module)]
     _cut(pruned, sites, {name: mask[name].cpu() for name in removing})
+    modules = dict(pruned.named_modules())
+    missing += [
+        f"the patched forward of {name}, which has no units left"
+        for name in patched
+        if name in modules and "forward" not in vars(modules[name])
+    ]
     pruned._apply(lambda tensor: tensor.detach().clone())
+    carry_casting(denoiser, pruned)
     pruned.register_to_config(pruned_units={**denoiser.config.get("pruned_units", {}), **removing})
-    trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    trained = {plain_name(name) for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name in trained)
-    return pruned.train(denoiser.training)
+    return pruned, missing
 
 
 def fold_gates(pipe, gates: Mapping[str, Tensor]):
@@ -96,6 +175,7 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
     what the original draws under `apply_gates`, to rounding. Raises EcoDiffError for unknown sites, wrong lengths, and
     sites that no layer reads.
     """
+    refuse_elsewhere(find_denoiser(pipe), "fold_gates")
     folded = copy.deepcopy(find_denoiser(pipe))
     sites = find_sites(folded, KINDS)
     check_units(gates, sites, "fold_gates")
@@ -170,7 +250,8 @@ def pruned_class(name: str) -> type:
             base.save_pretrained(self, folder, *args, **kwargs)
 
     body = {"__module__": "ecodiff", "__doc__": f"{name} with units removed.", "save_pretrained": save_pretrained}
-    cls = type(f"Pruned{name}", (_Pruned, base), body)
+    cls = type(f"Pruned{name}", (_Pruned, base), body | guarded_methods(base))
+    guard_flux_loader(_Pruned)
     try:  # diffusers finds the rule for LoRA scales by class name
         from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as rules
     except ImportError:
@@ -178,6 +259,20 @@ def pruned_class(name: str) -> type:
     if name in rules:
         rules[cls.__name__] = rules[name]
     return cls
+
+
+def _pruned_like(cls: type) -> type:
+    """The pruned class for a denoiser's class: of a diffusers class or, for a user's subclass of one, a subclass of
+    both, so that the user's own methods act in the pruned model as well."""
+    import diffusers
+
+    if cls.__name__.startswith("Pruned") and issubclass(cls, _Pruned):
+        return cls
+    for base in cls.__mro__:
+        if getattr(diffusers, base.__name__, None) is base and issubclass(base, diffusers.ModelMixin):
+            pruned = pruned_class(base.__name__)
+            return pruned if base is cls else type(pruned.__name__, (pruned, cls), {"__module__": "ecodiff"})
+    return pruned_class(cls.__name__)  # which says that there is none
 
 
 def _cut(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
@@ -228,7 +323,12 @@ def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another; hooks of the user's and the mode stay."""
     owner, _, leaf = name.rpartition(".")
+    before = model.get_submodule(name)
+    for key, value in vars(before).items():
+        if "_hooks" in key or key == "training":
+            module.__dict__[key] = value
     setattr(model.get_submodule(owner), leaf, module)
 
 

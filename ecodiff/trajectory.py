@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import EcoDiffError
 from .gates import OpenGates
+from .hooks import eagerly, replaced_forward
 from .pipelines import denoiser as find_denoiser
 from .pipelines import sampling_loop
 from .recompute import frozen, frozen_inside, kept, recomputed
@@ -97,7 +97,7 @@ def final_latents(
 
     def wrap(forward):
         def frozen_forward(*args, **kwargs):  # here too, because recomputation happens after final_latents returned
-            with frozen(denoiser):
+            with frozen(denoiser), eagerly():
                 return forward(*args, **kwargs)
 
         @wraps(forward)
@@ -167,17 +167,3 @@ def count_steps(scheduler) -> dict:
 
     scheduler.step = counted
     return watch
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, wrap):
-    """Inside, ``module.forward`` is ``wrap(module.forward)``; one that was set on the instance before comes back."""
-    own = module.__dict__.get("forward")
-    module.forward = wrap(module.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from ..errors import EcoDiffError
 from ..generate import generate
+from ..hooks import replaced_forward
 from ..judge import Judge
 from ..pipelines import denoiser, with_denoiser
 from ..prompts import encoding_once, mix
 from ..running import placed
 from ..trace import Given, trace
-from ..trajectory import replaced_forward
 from .sampling import Call, Sampling, draw
 
 _HIDDEN = ("hidden_states", "input_tensor")
@@ -178,8 +178,8 @@ def choose(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: fl
 def remove(pipe, names: Collection[str]):
     """A pipeline whose denoiser lacks these blocks (a copy); other components are shared.
 
-    It draws, learns and prunes like any other; diffusers cannot save it, since its config has no word for a missing
-    block.
+    It draws and is retrained like any other. `learn` and `prune` refuse it and diffusers cannot save it, since its
+    config has no word for a missing block.
     """
     _check(denoiser(pipe), names)
     smaller = copy.deepcopy(denoiser(pipe))

@@ -48,7 +48,8 @@ def scores(
     """
     if probes < 1:
         raise EcoDiffError(f"gauss-newton: probes={probes}: at least one backward pass is needed.")
-    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
     not_half(model, "gauss-newton")
     prompts = checked_prompts(prompts, "gauss-newton")
     guidance = {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}

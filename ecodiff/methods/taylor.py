@@ -53,7 +53,8 @@ def scores(
     """
     if not 0 <= threshold < 1:
         raise EcoDiffError(f"taylor: threshold={threshold} is a share of the largest loss, in [0, 1).")
-    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
     not_half(model, "taylor")
     loss = NoisePrediction.prepare(pipe, prompts, settings)
     device = next(model.parameters()).device
