@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import EcoDiffError
-from .pipelines import denoiser as find_denoiser
-from .pipelines import sampling_loop
+from .pipelines import one_denoiser, sampling_loop
 from .prompts import collate
 from .trajectory import private_copy, replaced_forward
 
@@ -118,7 +117,7 @@ def conditioning(pipe, caption: str | Mapping, size: Sequence[int], call: Mappin
     guidance_scale among them counts only for a denoiser that reads it. Raises EcoDiffError where the call lacks an
     argument or does not call its denoiser with one caption by itself.
     """
-    network, runner, loop = find_denoiser(pipe), private_copy(pipe), sampling_loop(pipe)
+    network, runner, loop = one_denoiser(pipe, "conditioning"), private_copy(pipe), sampling_loop(pipe)
     arguments = {**call, **collate([caption])}
     arguments |= {"height": size[0], "width": size[1], "num_inference_steps": 2, "output_type": "latent"}
     known = inspect.signature(loop).parameters

@@ -28,8 +28,7 @@ from tqdm import tqdm
 from .errors import EcoDiffError
 from .methods import sparse24
 from .objective import conditioning, encode, join, training_loss
-from .pipelines import denoiser as find_denoiser
-from .pipelines import with_denoiser
+from .pipelines import one_denoiser, with_denoiser
 from .prompts import checked_prompts, mix
 from .retrain_config import RetrainConfig
 from .running import epoch_batch, in_words, on_device, without_adapters
@@ -72,7 +71,7 @@ def retrain(
     """
     captions = checked_prompts(captions, "retrain")
     _check_pictures(pictures, captions)
-    original = find_denoiser(pipe)
+    original = one_denoiser(pipe, "retrain")
     _check_denoiser(pipe, original)
     training_loss(pipe.scheduler)  # an unknown objective is named before anything runs
     with on_device(pipe, "retrain") as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -97,7 +96,7 @@ class _Task:
     """Latents, what the denoiser is told with each, and the loss of some of them."""
 
     def __init__(self, pipe, pictures: Tensor, captions: list, config: RetrainConfig, device: torch.device):
-        self.config, self.device, self.network = config, device, find_denoiser(pipe)
+        self.config, self.device, self.network = config, device, one_denoiser(pipe, "retrain")
         self.conditions = [conditioning(pipe, caption, pictures.shape[2:], config.call) for caption in captions]
         self.latents = torch.cat([_latents(pipe, part, device) for part in pictures.split(8)])
         first = self.conditions[0]

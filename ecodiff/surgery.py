@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .errors import EcoDiffError
 from .gates import check_units
 from .paths import whole_folder
-from .pipelines import align, with_denoiser
+from .pipelines import Experts, align, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .running import without_adapters
 from .sites import KINDS, Site, find_sites, skipped_modules
@@ -59,6 +59,9 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
     """`prune` for a denoiser by itself: a smaller copy."""
     from accelerate import init_empty_weights
 
+    if isinstance(denoiser, Experts):
+        _check_mask(mask, find_sites(denoiser, KINDS), skipped_modules(denoiser))  # by the names that it was given
+        return denoiser.each(prune_denoiser, mask)
     if not hasattr(denoiser, "config"):
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
     without_adapters(denoiser, "prune")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import EcoDiffError
 from .gates import OpenGates
 from .pipelines import denoiser as find_denoiser
-from .pipelines import sampling_loop
+from .pipelines import experts, sampling_loop
 from .recompute import frozen, frozen_inside, kept, recomputed
 
 
@@ -171,13 +171,17 @@ def count_steps(scheduler) -> dict:
 
 @contextmanager
 def replaced_forward(module: nn.Module, wrap):
-    """Inside, ``module.forward`` is ``wrap(module.forward)``; one that was set on the instance before comes back."""
-    own = module.__dict__.get("forward")
-    module.forward = wrap(module.forward)
+    """Inside, ``module.forward`` is ``wrap(module.forward)``, for `Experts` that of each; one that was set on the
+    instance before comes back."""
+    networks = experts(module)
+    before = [network.__dict__.get("forward") for network in networks]
+    for network in networks:
+        network.forward = wrap(network.forward)
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        for network, own in zip(networks, before, strict=True):
+            if own is None:
+                del network.forward
+            else:
+                network.forward = own

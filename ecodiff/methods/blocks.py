@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..errors import EcoDiffError
 from ..generate import generate
 from ..judge import Judge
-from ..pipelines import denoiser, with_denoiser
+from ..pipelines import denoiser, one_denoiser, with_denoiser
 from ..prompts import encoding_once, mix
 from ..running import placed
 from ..trace import Given, trace
@@ -85,7 +85,7 @@ def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling)
         whole, batch = call.output[0].float(), len(call.output[0])
         for i, names in enumerate(sets):
             with left_out(model, names):
-                other = model.forward(*call.args, **call.kwargs)[0].float()
+                other = call.network.forward(*call.args, **call.kwargs)[0].float()
             totals[i] += batch * (other - whole).square().mean().item()
         calls += batch
 
@@ -108,7 +108,7 @@ def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[
     measures milliseconds on a phone, and the model is taken as it is, where that one first trains it with blocks left
     out at random. Costs drawing the prompts once more for each candidate. ``sampling``: fields of ``Sampling``.
     """
-    model, settings, pipe = denoiser(pipe), Sampling(**sampling), encoding_once(pipe)
+    model, settings, pipe = one_denoiser(pipe, "blocks.clip_scores"), Sampling(**sampling), encoding_once(pipe)
     names, calls = list(_some(model)), []
     steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
     seeds = [mix(settings.seed, i) for i in range(len(prompts))]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import EcoDiffError
-from ..pipelines import denoiser
+from ..pipelines import denoiser, experts
 from ..prompts import checked_prompts, collate, encoding_once, mix
 from ..sites import Site, Span, find_sites
 from ..trajectory import count_steps, frozen, private_copy
@@ -65,6 +65,8 @@ class Call:
     args: tuple
     kwargs: dict
     output: object
+    network: nn.Module
+    """That was called: the denoiser, or one of `Experts`."""
 
 
 def draw(
@@ -91,9 +93,10 @@ def draw(
     clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
     def hook(module, args, kwargs, output):
-        each_call(Call(clock.step, args, kwargs, output))
+        each_call(Call(clock.step, args, kwargs, output, module))
 
-    handle = denoiser(pipe).register_forward_hook(hook, with_kwargs=True) if each_call else None
+    watched = experts(denoiser(pipe)) if each_call else []
+    handles = [network.register_forward_hook(hook, with_kwargs=True) for network in watched]
     parts = []
     bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
     try:
@@ -120,7 +123,7 @@ def draw(
                     each_batch(latents, runner.scheduler)
                 bar.update(len(batch))
     finally:
-        if handle:
+        for handle in handles:
             handle.remove()
     return torch.cat(parts)
 
