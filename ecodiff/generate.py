@@ -12,14 +12,13 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .cache import cached, canonical, key, weights_hash
+from .cache import cached, canonical
 from .errors import EcoDiffError
-from .pipelines import denoiser
+from .fingerprint import Undescribed, describe, of_pipeline
 from .prompts import checked_prompts, collate, encoding_once
 from .trajectory import frozen, private_copy
 
@@ -47,8 +46,10 @@ def generate(
         seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.
         batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above).
         num_inference_steps, guidance_scale: left out, the pipeline's own defaults.
-        cache_dir: folder for finished pictures, filed under weights, configurations, versions, prompts, seeds and
-            settings. Not used (with a warning) while hooks change the denoiser, for these do not show in its weights.
+        cache_dir: folder for finished pictures, filed under all that they depend on: prompts, seeds, settings, versions
+            and, of the pipeline and its components, classes, configurations, weights and all that is set on their
+            modules (adapters and their scales, FreeU, attention processors). Where something is code of one's own (a
+            hook, a processor, a callback), which shows in none of these, nothing is kept, and a warning says what it is.
         progress: show a bar, counted in pictures; the pipeline's own bar is silent either way.
         **call_kwargs: further arguments of the pipeline's call, the same for all pictures (``height``,
             ``negative_prompt``).
@@ -69,15 +70,23 @@ def generate(
     settings = call_kwargs | {name: value for name, value in given.items() if value is not None}
 
     # One fixed order, each different picture once: a permutation of the arguments cannot change a bit.
-    wanted = [(canonical(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    try:
+        wanted = [(canonical(describe(prompt, "a prompt")), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        unknown = None
+    except Undescribed as error:  # then each is another one, in the order that was given
+        wanted = [(f"{number:09d}", seed) for number, seed in enumerate(seeds)]
+        unknown = error
     by_name = dict(zip(wanted, prompts, strict=True))
     order = sorted(by_name)
-    if cache_dir is not None and _has_hooks(denoiser(pipe)):
-        warnings.warn(
-            f"The denoiser of this {type(pipe).__name__} has hooks: its pictures are not cached.", stacklevel=2
-        )
-        cache_dir = None
-    request = {} if cache_dir is None else {"pictures": order, "settings": settings, "pipeline": _describe(pipe)}
+    request = {}
+    if cache_dir is not None:
+        try:
+            if unknown:
+                raise unknown
+            request = {"pictures": order, "settings": describe(settings, "call"), "pipeline": of_pipeline(pipe)}
+        except Undescribed as error:
+            warnings.warn(f"The images of this {type(pipe).__name__} are not cached: {error}.", stacklevel=2)
+            cache_dir = None
     todo = [(by_name[name], name[1]) for name in order]
     pictures = cached(cache_dir, "pictures", request, lambda: _draw(pipe, todo, batch_size, settings, progress))
     position = {name: i for i, name in enumerate(order)}
@@ -111,37 +120,13 @@ def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> 
 def _checked(prompts, seeds) -> tuple[list, list[int]]:
     prompts = checked_prompts(prompts, "generate")
     try:
-        seeds = [int(seed) for seed in seeds]
-    except TypeError as error:
+        whole = [int(seed) for seed in seeds]
+    except (TypeError, ValueError, OverflowError) as error:
         raise EcoDiffError("generate needs a list of seeds, one whole number a prompt.") from error
+    for given, seed in zip(seeds, whole, strict=True):
+        if given != seed:
+            raise EcoDiffError(f"generate needs a list of seeds, one whole number a prompt: {given!r} is none.")
+    seeds = whole
     if len(seeds) != len(prompts):
         raise EcoDiffError(f"{len(prompts)} prompts but {len(seeds)} seeds: generate needs one seed a prompt.")
     return prompts, seeds
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def _describe(pipe) -> dict:
-    """All of a pipeline that its pictures depend on, as plain values. Names with a leading _ hold paths: left out."""
-    described = {
-        "class": type(pipe).__name__,
-        "device": pipe.device.type,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-    for name, part in pipe.components.items():
-        config = getattr(part, "config", None)
-        config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-        config = {
-            entry: value
-            for entry, value in config.items()
-            if not entry.startswith("_") and entry != "transformers_version"
-        }
-        described[name] = {"class": type(part).__name__, "config": config}
-        if isinstance(part, nn.Module):
-            described[name]["weights"] = weights_hash(part)
-        elif hasattr(part, "get_vocab"):
-            described[name] |= {"vocabulary": key(part.get_vocab()), "most tokens": part.model_max_length}
-    return described

@@ -19,6 +19,7 @@ import copy
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -186,19 +187,19 @@ def remove(pipe, names: Collection[str]):
     for name in names:
         owner, _, leaf = name.rpartition(".")
         block = smaller.get_submodule(name)
-        setattr(smaller.get_submodule(owner), leaf, _Missing(inspect.signature(block.forward), block))
+        setattr(smaller.get_submodule(owner), leaf, _Missing(type(block)))
     return with_denoiser(pipe, smaller)
 
 
 class _Missing(nn.Module):
     """In the place of a block: returns what the block is given, in the block's form."""
 
-    def __init__(self, signature: inspect.Signature, block: nn.Module):
+    def __init__(self, block: type[nn.Module]):
         super().__init__()
-        self._pass = _through(signature, type(block).__name__)
+        self.block = block
 
     def forward(self, *args, **kwargs):
-        return self._pass(*args, **kwargs)
+        return _through(inspect.signature(partial(self.block.forward, self)), self.block.__name__)(*args, **kwargs)
 
 
 def _passing(forward):
