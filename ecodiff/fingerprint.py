@@ -201,7 +201,7 @@ def _module(module: nn.Module, where: str) -> dict:
 
 
 def _state(module: nn.Module, where: str) -> dict:
-    """The attributes of a module itself, with the buffers that a save leaves out, and the configuration if it has one."""
+    """The attributes of a module itself, its configuration, and the buffers that a save leaves out."""
     described: dict = {}
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         if not _home(hook).startswith(_HARMLESS_HOOKS):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import in_batches, together
 from .cache import cached, canonical
 from .errors import EcoDiffError
 from .fingerprint import Undescribed, describe, of_pipeline
@@ -44,12 +45,13 @@ def generate(
         prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one
             picture (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
         seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.
-        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above).
+        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above). Where
+            the pipeline does not treat the pictures of a batch as it does single ones, they are drawn one by one.
         num_inference_steps, guidance_scale: left out, the pipeline's own defaults.
         cache_dir: folder for finished pictures, filed under all that they depend on: prompts, seeds, settings, versions
             and, of the pipeline and its components, classes, configurations, weights and all that is set on their
-            modules (adapters and their scales, FreeU, attention processors). Where something is code of one's own (a
-            hook, a processor, a callback), which shows in none of these, nothing is kept, and a warning says what it is.
+            modules (adapters and their scales, FreeU, attention processors). Code of one's own (a hook, a processor, a
+            callback) shows in none of these: then nothing is kept, and a warning says what it is.
         progress: show a bar, counted in pictures; the pipeline's own bar is silent either way.
         **call_kwargs: further arguments of the pipeline's call, the same for all pictures (``height``,
             ``negative_prompt``).
@@ -97,23 +99,28 @@ def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> 
     runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     parts = []
+
+    def draw(numbers: list[int]) -> None:
+        batch = [todo[number] for number in numbers]
+        pictures = runner(
+            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+            output_type="pt",
+            return_dict=False,
+            **collate([prompt for prompt, _ in batch]),
+            **settings,
+        )[0]
+        if not torch.isfinite(pictures).all():
+            raise EcoDiffError(
+                f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a wider "
+                "dtype."
+            )
+        parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        bar.update(len(batch))
+
     with frozen(*modules), tqdm(total=len(todo), desc="pictures", disable=not progress) as bar:
-        for first in range(0, len(todo), batch_size):
-            batch = todo[first : first + batch_size]
-            pictures = runner(
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-                output_type="pt",
-                return_dict=False,
-                **collate([prompt for prompt, _ in batch]),
-                **settings,
-            )[0]
-            if not torch.isfinite(pictures).all():
-                raise EcoDiffError(
-                    f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a "
-                    "wider dtype."
-                )
-            parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-            bar.update(len(batch))
+        if batch_size > 1 and not together(runner, [prompt for prompt, _ in todo], output_type="pt", **settings):
+            batch_size = 1
+        in_batches(range(len(todo)), batch_size, draw)
     return torch.cat(parts)
 
 

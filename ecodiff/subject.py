@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor, nn
 
 from . import fullsize, pipelines
@@ -18,6 +17,7 @@ from .capture import capture
 from .errors import EcoDiffError
 from .pipelines import DTYPES, Experts, experts
 from .trace import weight_bytes
+
 
 @dataclass(frozen=True)
 class Subject(fullsize.Setting):

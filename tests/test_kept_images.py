@@ -1,11 +1,7 @@
 """Kept images and interrupted runs are found again by the values of all that they depend on, and by nothing else."""
 
-import os
-import subprocess
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +111,11 @@ def forward_of_an_instance(pipe, on):
 def method_of_the_pipeline(pipe, on):
     if on:
         encode = pipe.encode_prompt
-        pipe.encode_prompt = lambda *args, **kwargs: tuple(None if p is None else p * 2 for p in encode(*args, **kwargs))
+
+        def louder(*args, **kwargs):
+            return tuple(None if part is None else part * 2 for part in encode(*args, **kwargs))
+
+        pipe.encode_prompt = louder
 
 
 def hook_of_the_text_encoder(pipe, on):
@@ -216,25 +216,6 @@ def test_what_changes_no_image_is_found_again(tmp_path):
     assert key(of_pipeline(pipe)) == first
     pipe.save_pretrained(tmp_path / "saved")
     assert key(of_pipeline(ecodiff.load(tmp_path / "saved"))) == first
-
-
-def test_another_process_finds_the_same_key():
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from diffusers import EulerDiscreteScheduler; from pipelines import tiny_sdxl\n"
-        "from ecodiff.cache import key; from ecodiff.fingerprint import of_pipeline\n"
-        "from ecodiff.resume import conditions\n"
-        "pipe = tiny_sdxl(); pipe.scheduler = EulerDiscreteScheduler.from_config({'beta_schedule': 'scaled_linear'})\n"
-        "print(key(of_pipeline(pipe)), key(conditions(pipe)))\n"
-    )
-    keys = set()
-    for seed in ("1", "2"):
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
-            env={**os.environ, "PYTHONHASHSEED": seed, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        keys.add(result.stdout.strip())
-    assert len(keys) == 1
 
 
 def test_a_picture_in_the_call_counts_by_its_pixels(tmp_path):

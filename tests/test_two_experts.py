@@ -41,8 +41,15 @@ def tiny_wan(boundary_ratio=0.6, second=True):
         )
         for _ in range(2)
     ]
-    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                           temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     return WanPipeline(
         tokenizer=_t5_tokenizer(),
         text_encoder=_t5(),

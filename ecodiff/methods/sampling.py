@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..batches import in_batches, together
 from ..errors import EcoDiffError
 from ..pipelines import denoiser, experts
 from ..prompts import checked_prompts, collate, encoding_once, mix
@@ -99,29 +100,33 @@ def draw(
     handles = [network.register_forward_hook(hook, with_kwargs=True) for network in watched]
     parts = []
     bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
+    settings = {
+        "num_inference_steps": sampling.num_inference_steps,
+        "output_type": "latent",
+        "return_dict": False,
+        **guidance,
+        **sampling.call,
+    }
+
+    def run(numbers: list[int]) -> None:
+        clock.watch["steps"] = 0
+        generators = [torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers]
+        latents = runner(generator=generators, **collate([prompts[i] for i in numbers]), **settings)[0]
+        if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
+            raise EcoDiffError(
+                f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
+            )
+        parts.append(latents.float())
+        if each_batch:
+            each_batch(latents, runner.scheduler)
+        bar.update(len(numbers))
+
     try:
         with torch.no_grad(), frozen(*modules), bar:
-            for first in range(0, len(prompts), sampling.batch_size):
-                batch = prompts[first : first + sampling.batch_size]
-                clock.watch["steps"] = 0
-                numbers = range(first, first + len(batch))
-                latents = runner(
-                    num_inference_steps=sampling.num_inference_steps,
-                    generator=[torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers],
-                    output_type="latent",
-                    return_dict=False,
-                    **collate(batch),
-                    **guidance,
-                    **sampling.call,
-                )[0]
-                if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
-                    raise EcoDiffError(
-                        f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
-                    )
-                parts.append(latents.float())
-                if each_batch:
-                    each_batch(latents, runner.scheduler)
-                bar.update(len(batch))
+            size = sampling.batch_size
+            if size > 1 and not together(runner, prompts, **settings):
+                size = 1
+            in_batches(range(len(prompts)), size, run)
     finally:
         for handle in handles:
             handle.remove()
