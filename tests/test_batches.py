@@ -11,11 +11,12 @@ from PIL import Image
 from pipelines import PROMPTS, TINY, _unet, call_kwargs, tiny_sd
 
 import ecodiff
+from ecodiff import records
 from ecodiff.batches import in_batches, together
 from ecodiff.errors import EcoDiffError
 from ecodiff.methods import METHODS
-from ecodiff.prompts import NotJoined, checked_prompts, encoding_once
-from ecodiff.trajectory import private_copy
+from ecodiff.prompts import NotJoined, checked_prompts, encoding_once, read_prompts
+from ecodiff.trajectory import final_latents, private_copy
 
 SETTINGS = {"num_inference_steps": 2, "progress": False}
 
@@ -291,3 +292,54 @@ def test_what_is_no_list_of_prompts_is_a_clear_error(prompts, message):
 def test_seeds_are_whole_numbers(seeds):
     with pytest.raises(EcoDiffError, match="list of seeds, one whole number a prompt"):
         ecodiff.generate(made(Tiny), PROMPTS[:2], seeds, **SETTINGS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_of_prompts_is_read_whatever_its_mark(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a café\r\n\r\na cat\u2028on a mat\n".encode(encoding))
+    assert read_prompts(path) == ["a café", "a cat\u2028on a mat"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a café".encode("latin-1"), "no UTF-8 text"),
+        ("a cat".encode("utf-16-le"), "no UTF-8 text"),
+        (b"", "holds no prompt"),
+        (b"\xef\xbb\xbf\n \n", "holds no prompt"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_none_is_a_clear_error(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(EcoDiffError, match=message):
+        read_prompts(path)
+
+
+def test_a_row_may_hold_any_line_separator(tmp_path):
+    prompt = "a cat\u2028on\u2029a\x85mat\x0bor\x1cso"
+    for number in range(2):
+        records.measure({"prompt": prompt, "n": number}, lambda: {"said": prompt}, name="odd", folder=tmp_path)
+    assert [row["values"]["said"] for row in records.rows("odd", tmp_path)] == [prompt, prompt]
+
+
+def test_a_dtype_may_be_named(tmp_path):
+    tiny_sd().save_pretrained(tmp_path)
+    assert ecodiff.load(tmp_path, dtype="bfloat16").unet.dtype == torch.bfloat16
+    with pytest.raises(EcoDiffError, match="dtype is one of bf16.*not 'float31'"):
+        ecodiff.load(tmp_path, dtype="float31")
+    with pytest.raises(EcoDiffError, match="not 16"):
+        ecodiff.load(tmp_path, torch_dtype=16)
+
+
+def test_no_guidance_scale_is_the_pipelines_own():
+    pipe = tiny_sd()
+    call = {"height": 16, "width": 16, "gradients": False}
+    latents = [
+        final_latents(pipe, PROMPTS[:1], generator=torch.Generator().manual_seed(0), **more, **call)
+        for more in ({"guidance_scale": None, "num_inference_steps": 2}, {"num_inference_steps": 2})
+    ]
+    assert torch.equal(*latents)
