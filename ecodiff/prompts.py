@@ -142,8 +142,8 @@ def encoding_once(pipe):
             bound.arguments.update(_for_some(given, [0, second], len(prompts)))
             with torch.no_grad():
                 own = original(*bound.args, **bound.kwargs)
-            rules[rule_of] = _rule(rows[0], rows[second], own)
-        return _joined(rows, rules[rule_of])
+            rules[rule_of] = joining_rule(rows[0], rows[second], own)
+        return joined(rows, rules[rule_of])
 
     runner.encode_prompt = encode_prompt
     return runner
@@ -173,7 +173,7 @@ def _name(arguments: Mapping) -> str | None:
         return None
 
 
-def _rule(a, b, own):
+def joining_rule(a, b, own):
     """How two encodings make the pipeline's own one of both: the dimension in which tensors are put one after the
     other, "one" where they share a value, "list" where lists are; in the structure of ``own``. Raises `NotJoined`."""
     if isinstance(own, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -184,17 +184,18 @@ def _rule(a, b, own):
                 return dimension
     elif isinstance(own, (list, tuple)) and isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) == len(b) == len(own):
-            return [_rule(*parts) for parts in zip(a, b, own, strict=True)]
+            return [joining_rule(*parts) for parts in zip(a, b, own, strict=True)]
         if len(a) + len(b) == len(own) and all(map(alike, (*a, *b), own)):
             return "list"
     elif type(a) is type(b) is type(own) and isinstance(own, Mapping) and a.keys() == b.keys() == own.keys():
-        return {name: _rule(a[name], b[name], own[name]) for name in own}
+        return {name: joining_rule(a[name], b[name], own[name]) for name in own}
     elif alike(a, own) and alike(b, own):
         return "one"
     raise NotJoined("prompts that are encoded one by one do not make the batch that the pipeline makes of them")
 
 
-def _joined(rows: Sequence, rule):
+def joined(rows: Sequence, rule):
+    """Encodings of single prompts as one batch, by the rule that was found with two of them. Raises `NotJoined`."""
     first = rows[0]
     if rule == "one":
         return first
@@ -206,8 +207,8 @@ def _joined(rows: Sequence, rule):
         except RuntimeError as error:
             raise NotJoined(f"these prompts are encoded to different lengths ({error}): run them one by one") from error
     if isinstance(rule, Mapping):
-        return type(first)({name: _joined([row[name] for row in rows], part) for name, part in rule.items()})
-    return type(first)(_joined(parts, part) for parts, part in zip(zip(*rows, strict=True), rule, strict=True))
+        return type(first)({name: joined([row[name] for row in rows], part) for name, part in rule.items()})
+    return type(first)(joined(parts, part) for parts, part in zip(zip(*rows, strict=True), rule, strict=True))
 
 
 def fits(a: Tensor, b: Tensor, own: Tensor, dimension: int) -> bool:

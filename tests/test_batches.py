@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines import PROMPTS, TINY, _unet, call_kwargs, tiny_sd
 
 import ecodiff
-from ecodiff import records
+from ecodiff import objective, records
 from ecodiff.batches import in_batches, together
 from ecodiff.errors import EcoDiffError
 from ecodiff.methods import METHODS
@@ -224,6 +224,33 @@ def test_one_picture_for_all_prompts_of_a_call():
     for image, prompt, seed in zip(drawn, PROMPTS, (0, 1), strict=False):
         expected = ecodiff.generate(pipe, [prompt], [seed], **settings)[0]
         assert (image.int() - expected.int()).abs().max() <= 1
+
+
+def test_retraining_tells_the_denoiser_what_a_batch_of_the_pipeline_does():
+    class Layers(UNet2DConditionModel):
+        def forward(self, sample, timestep, encoder_hidden_states, **more):
+            return super().forward(sample, timestep, encoder_hidden_states.mean(0), **more)
+
+    class ToLayers(Stacked):
+        def embeds(self, encoded):
+            return encoded
+
+        @torch.no_grad()
+        def __call__(self, prompt, height=16, width=16, generator=None, **more):
+            generator = generator if isinstance(generator, list) else [generator]
+            return Stacked.__call__.__wrapped__(self, prompt, generator=generator, **more)
+
+        def step(self, t, latents, embeds):
+            prediction = self.unet(latents, timestep=t, encoder_hidden_states=embeds, return_dict=False)[0]
+            return self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+
+    tiny = tiny_sd()
+    unet = Layers(**_unet(attention_head_dim=(1, 2), transformer_layers_per_block=1)).eval()
+    pipe = ToLayers(unet, tiny.text_encoder, tiny.tokenizer, tiny.scheduler)
+    conditions = [objective.conditioning(pipe, prompt, (16, 16), {}) for prompt in PROMPTS[:3]]
+    rule = objective.rule_of_joining(pipe, PROMPTS[:3], conditions, (16, 16), {})
+    both = objective.join(conditions, rule)["encoder_hidden_states"]
+    assert torch.allclose(both, pipe.encode_prompt(PROMPTS[:3]), atol=1e-5)
 
 
 def test_mappings_whose_tensors_do_not_lead_with_the_batch():
