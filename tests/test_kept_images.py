@@ -96,7 +96,7 @@ def library_processor_on_text(pipe, on):
 
 
 def module_attribute(pipe, on):
-    pipe.unet.time_proj.downscale_freq_shift = 0.5 if on else 0
+    pipe.unet.time_proj.flip_sin_to_cos = not on
 
 
 def model_config(pipe, on):
@@ -121,7 +121,7 @@ def method_of_the_pipeline(pipe, on):
 def hook_of_the_text_encoder(pipe, on):
     if on:
         layer = pipe.text_encoder.encoder.layers[0].mlp
-        layer.register_forward_hook(lambda module, args, output: output + 1)
+        layer.register_forward_hook(lambda module, args, output: 5 * output)
 
 
 def scheduler_tensor(pipe, on):
@@ -129,14 +129,9 @@ def scheduler_tensor(pipe, on):
         pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod**2
 
 
-def scheduler_step(pipe, on):
+def method_of_the_scheduler(pipe, on):
     if on:
-        step = type(pipe.scheduler).step
-
-        def other(self, output, *args, **kwargs):
-            return step(self, output * 2, *args, **kwargs)
-
-        pipe.scheduler.step = types.MethodType(other, pipe.scheduler)
+        pipe.scheduler.scale_model_input = lambda sample, timestep: 2 * sample
 
 
 def activation(pipe, on):
@@ -149,7 +144,7 @@ def activation(pipe, on):
 CHANGES = [
     freeu, freeu_changed, lora_scale, lora_off, lora_fused, processor, processor_changed, library_processor_on_text,
     module_attribute, model_config, forward_of_an_instance, method_of_the_pipeline, hook_of_the_text_encoder,
-    scheduler_tensor, scheduler_step, activation,
+    scheduler_tensor, method_of_the_scheduler, activation,
 ]  # fmt: skip
 
 
