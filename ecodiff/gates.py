@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import EcoDiffError
 from .hooks import hooked, never_ran
 from .paths import write_whole
+from .pipelines import Experts, experts
 from .sites import KINDS, Site, find_sites
 
 
@@ -279,7 +280,9 @@ class OpenGates:
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser, self.checked = denoiser, False
-        entries = _OPEN.get(denoiser, ())
+        # Gates may be open on all experts of a pipeline, or on one of them alone.
+        owners = [denoiser, *experts(denoiser)] if isinstance(denoiser, Experts) else [denoiser]
+        entries = [entry for owner in owners for entry in _OPEN.get(owner, ())]
         self._places = [
             (current, name)
             for current, learned in entries

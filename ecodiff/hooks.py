@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .pipelines import experts
 
 _CAUSES = (
     "Either this run does not reach them (then leave them out), or their weights are used without calling the module, "
@@ -125,32 +126,40 @@ def never_ran(caller: str, layers: Iterable[str], of: int, site: str) -> EcoDiff
 @contextmanager
 def replaced_forward(module: nn.Module, wrap: Callable[[Callable], Callable], must_run: bool = True) -> Iterator[None]:
     """Inside, ``module.forward`` is ``wrap(module.forward)``, run eagerly; one that was set on the instance before
-    comes back on leaving.
+    comes back on leaving. For `ecodiff.pipelines.Experts` the forward of each.
 
-    Raises EcoDiffError where the wrapped forward was never called, unless the block raised something itself or
+    Raises EcoDiffError where no wrapped forward was ever called, unless the block raised something itself or
     ``must_run`` is False.
     """
-    own = module.__dict__.get("forward")
-    wrapped, called = wrap(module.forward), False
-
-    @wraps(wrapped)  # pipelines look at the signature
-    def forward(*args, **kwargs):
-        nonlocal called
-        called = True
-        return wrapped(*args, **kwargs)
-
-    forward.in_place_of = own  # copies of the model get this one (`ecodiff.carried`)
-    module.forward = forward
+    networks = experts(module)
+    before = [network.__dict__.get("forward") for network in networks]
+    called: list[bool] = []
+    for network, own in zip(networks, before, strict=True):
+        network.forward = _noted(wrap(network.forward), own, called)
     try:
         with eagerly():
             yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        for network, own in zip(networks, before, strict=True):
+            if own is None:
+                del network.forward
+            else:
+                network.forward = own
     if must_run and not called:
         raise EcoDiffError(
             f"{type(module).__name__} was never called while its forward was wrapped, so nothing was seen or changed: "
             "is another copy of it (traced, exported, wrapped) the one that runs?"
         )
+
+
+def _noted(forward: Callable, own: Callable | None, called: list[bool]) -> Callable:
+    """The same forward, which leaves a note in ``called`` as it runs. ``own``: what was set on the instance before."""
+
+    @wraps(forward)  # pipelines look at the signature
+    def noted(*args, **kwargs):
+        if not called:
+            called.append(True)
+        return forward(*args, **kwargs)
+
+    noted.in_place_of = own  # copies of the model get this one (`ecodiff.carried`)
+    return noted

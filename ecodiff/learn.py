@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import resume
+from .batches import in_batches, together
 from .carried import refuse_elsewhere
 from .errors import EcoDiffError
 from .gates import Gates, apply_gates
@@ -141,13 +142,23 @@ class _Task:
         self.denoiser = find_denoiser(pipe)
         many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
         self.samples = [(prompt, mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
+        self.size = config.micro_batch_size or config.batch_size
+        """Samples that run together."""
+        if self.size > 1 and not together(pipe, prompts, output_type="latent", **self.call):
+            self.size = 1
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
+
+    @property
+    def call(self) -> dict:
+        """The arguments of the pipeline's call that all samples share."""
+        config = self.config
+        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+        return {"num_inference_steps": config.num_inference_steps, **guidance, **config.call}
 
     def latents(self, indices: Sequence[int], gradients: bool) -> Tensor:
         """Final latents of these samples. Each has a noise generator of its own, so batching changes nothing."""
         config = self.config
-        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
         with torch.autocast(self.device.type, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext():
             return final_latents(
                 self.pipe,
@@ -155,11 +166,9 @@ class _Task:
                 keep_last=config.keep_last,
                 gradients=gradients,
                 preserve_rng_state=config.recompute == "restore",
-                num_inference_steps=config.num_inference_steps,
                 generator=[torch.Generator().manual_seed(self.samples[i][1]) for i in indices],
                 **collate([self.samples[i][0] for i in indices]),
-                **guidance,
-                **config.call,
+                **self.call,
             ).float()
 
     def compute_teacher(self, folder, progress: bool, sites: Mapping[str, Site]) -> None:
@@ -167,14 +176,17 @@ class _Task:
         there. Raises EcoDiffError where the first of them does not reach a site, whose λ could not be learned."""
         cached = folder.load_teacher() if folder else None
         if cached is None:
-            started, size = time.perf_counter(), self.config.micro_batch_size or self.config.batch_size
-            batches = range(0, len(self.samples), size)
-            parts = []
-            for first in tqdm(batches, desc="teacher", disable=not progress):
+            started, parts = time.perf_counter(), []
+
+            def draw(numbers: list[int]) -> None:
                 with hooked(self.denoiser, "learn") as hooks:
-                    if first == 0:
+                    if not parts:  # the first of them tells for all
                         _watch(hooks, sites)
-                    parts.append(self.latents(range(first, min(first + size, len(self.samples))), gradients=False))
+                    parts.append(self.latents(numbers, gradients=False))
+                bar.update(len(numbers))
+
+            with tqdm(total=len(self.samples), desc="teacher", disable=not progress) as bar:
+                in_batches(range(len(self.samples)), self.size, draw)
             cached = torch.cat(parts), (time.perf_counter() - started) / len(self.samples)
             if folder:
                 folder.save_teacher(*cached)
@@ -199,26 +211,25 @@ class _Task:
         config, started = self.config, time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         batch = epoch_batch(len(self.samples), config.batch_size, config.seed, update)
-        size = config.micro_batch_size or len(batch)
-        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
         reconstruction, generator = 0.0, torch.Generator().manual_seed(mix(config.seed, update))
+
+        def add(part: list[int]) -> None:
+            nonlocal reconstruction
+            own = None if config.gate_draw == "trajectory" else len(part)
+            values = _fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
+            if config.objective == "step":
+                reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
+                return
+            with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
+                student = self.latents(part, gradients=True)
+                loss = self.reconstruction(student, self.teacher[part]) * len(part) / len(batch)
+                loss.backward()
+            reconstruction += loss.item()
+
         # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(mix(config.seed, update))
-            for part in parts:
-                own = None if config.gate_draw == "trajectory" else len(part)
-                values = _fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
-                if config.objective == "step":
-                    reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
-                    continue
-                with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
-                    loss = (
-                        self.reconstruction(self.latents(part, gradients=True), self.teacher[part])
-                        * len(part)
-                        / len(batch)
-                    )
-                    loss.backward()
-                reconstruction += loss.item()
+            in_batches(batch, self.size, add)
         regulariser, weights = _regulariser(gates, config.regulariser), self.weights(gates, update)
         if regulariser:
             sum(weights[kind] * value for kind, value in regulariser.items()).backward()

@@ -36,7 +36,7 @@ from .carried import (
 from .errors import EcoDiffError
 from .gates import check_units
 from .paths import whole_folder
-from .pipelines import align, denoiser_name, with_denoiser
+from .pipelines import Experts, align, denoisers, experts, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .running import without_adapters
 from .sites import KINDS, Site, find_sites, skipped_modules
@@ -73,8 +73,9 @@ def prune(pipe, mask: Mapping[str, Tensor]):
             f"prune: the weights of this {type(denoiser).__name__} are on the meta device: load the pipeline with them."
         )
     pruned = with_denoiser(pipe, smaller)
-    missing += carry_pipeline(pipe, pruned, denoiser, smaller)
-    if getattr(pipe, denoiser_name(pipe)) is not denoiser:
+    for original, pruned_network in zip(experts(denoiser), experts(smaller), strict=True):
+        missing += carry_pipeline(pipe, pruned, original, pruned_network)
+    if any(getattr(pipe, name) is not network for name, network in denoisers(pipe).items()):
         missing.append(COMPILED)
     _warn(missing)
     pruned.save_pretrained = partial(save, pruned)
@@ -102,7 +103,8 @@ def _warn(missing: list[str]) -> None:
 def check_prunable(denoiser: nn.Module, caller: str) -> None:
     """Raise EcoDiffError, in the name of ``caller``, for a denoiser that `prune` would refuse whatever the mask: for
     those who spend hours on the mask first."""
-    _unpruned(denoiser, caller)
+    for network in experts(denoiser):
+        _unpruned(network, caller)
 
 
 def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
@@ -141,6 +143,16 @@ def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
 
 def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
     """The pruned denoiser, and what could not be carried over to it, in words."""
+    if isinstance(denoiser, Experts):
+        _check_mask(mask, find_sites(denoiser, KINDS), skipped_modules(denoiser))  # by the names that it was given
+        lacking: list[str] = []
+
+        def smaller_expert(network: nn.Module, part: dict) -> nn.Module:
+            smaller, missing = _smaller(network, part)
+            lacking.extend(missing)
+            return smaller
+
+        return denoiser.each(smaller_expert, mask), lacking
     if not hasattr(denoiser, "config"):
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
     without_adapters(denoiser, "prune")

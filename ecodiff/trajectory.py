@@ -87,6 +87,9 @@ def final_latents(
         raise EcoDiffError(f"final_latents sets {doubled[0]!r} itself: leave it out of the arguments.")
     if prompt is not None:
         call_kwargs["prompt"] = prompt
+    for name in ("guidance_scale", "num_inference_steps"):  # None is the pipeline's own default, as everywhere here
+        if call_kwargs.get(name, 0) is None:
+            del call_kwargs[name]
 
     runner = private_copy(pipe)
     if gradients:  # an offloaded pipeline sends its weights away as its call ends, but backward needs them

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import EcoDiffError
 from ..hooks import hooked, replaced_forward
-from ..pipelines import denoiser
+from ..pipelines import one_denoiser
 
 
 @dataclass
@@ -52,7 +52,7 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
     calls twice). Raises EcoDiffError for a denoiser that is no U-Net, an interval or depth out of range, and, inside,
     where gradients are asked for.
     """
-    model = denoiser(pipe)
+    model = one_denoiser(pipe, "deepcache")
     deep = _deep_blocks(model, depth)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise EcoDiffError(f"deepcache: interval={interval!r} must be a whole number of steps, at least 1.")

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..batches import in_batches, together
 from ..carried import refuse_elsewhere
 from ..checks import checked_call, checked_guidance, checked_seed
 from ..errors import EcoDiffError
 from ..hooks import hooked
-from ..pipelines import denoiser
+from ..pipelines import denoiser, named_experts
 from ..prompts import checked_prompts, collate, encoding_once, mix
 from ..running import without_adapters
 from ..sites import Site, Span, sites_but
@@ -74,6 +76,8 @@ class Call:
     args: tuple
     kwargs: dict
     output: object
+    network: nn.Module
+    """That was called: the denoiser, or one of `Experts`."""
 
 
 def draw(
@@ -99,35 +103,41 @@ def draw(
     clock = clock or Clock()
     clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
-    def see(args, kwargs, output):
-        each_call(Call(clock.step, args, kwargs, output))
-
     parts = []
     bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
-    with torch.no_grad(), frozen(*modules), bar, hooked(denoiser(pipe), label) as hooks:
-        if each_call:
-            hooks.after("", see, site=type(denoiser(pipe)).__name__)
-        for first in range(0, len(prompts), sampling.batch_size):
-            batch = prompts[first : first + sampling.batch_size]
-            clock.watch["steps"] = 0
-            numbers = range(first, first + len(batch))
-            latents = runner(
-                num_inference_steps=sampling.num_inference_steps,
-                generator=[torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers],
-                output_type="latent",
-                return_dict=False,
-                **collate(batch),
-                **guidance,
-                **sampling.call,
-            )[0]
-            if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
-                raise EcoDiffError(
-                    f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
-                )
-            parts.append(latents.float())
-            if each_batch:
-                each_batch(latents, runner.scheduler)
-            bar.update(len(batch))
+    settings = {
+        "num_inference_steps": sampling.num_inference_steps,
+        "output_type": "latent",
+        "return_dict": False,
+        **guidance,
+        **sampling.call,
+    }
+
+    def run(numbers: list[int]) -> None:
+        clock.watch["steps"] = 0
+        generators = [torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers]
+        latents = runner(generator=generators, **collate([prompts[i] for i in numbers]), **settings)[0]
+        if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
+            raise EcoDiffError(
+                f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
+            )
+        parts.append(latents.float())
+        if each_batch:
+            each_batch(latents, runner.scheduler)
+        bar.update(len(numbers))
+
+    def see(args, kwargs, output, network: nn.Module) -> None:
+        each_call(Call(clock.step, args, kwargs, output, network))
+
+    size = sampling.batch_size
+    with torch.no_grad(), frozen(*modules), bar:
+        if size > 1 and not together(runner, prompts, **settings):
+            size = 1
+        with hooked(denoiser(pipe), label) as hooks:
+            if each_call:
+                for name, network in named_experts(denoiser(pipe)).items():
+                    hooks.after(name, partial(see, network=network), site=type(network).__name__)
+            in_batches(range(len(prompts)), size, run)
     return torch.cat(parts)
 
 
