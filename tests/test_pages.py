@@ -1,0 +1,98 @@
+"""The pages in a browser: nothing is cut, every text can be read in light and dark mode, both widgets move.
+
+Needs Chromium and skips without one. A small page of everything that chapters show is built with the real settings
+and styles. ECODIFF_BOOK=folder checks a whole book, too: continuous integration names the one that it has just built.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from ecodiff import book
+from ecodiff.paths import root
+
+WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+# Faults of one page as it stands, as sentences. `desktop`: an equation that must be scrolled is a fault, too.
+FAULTS = Path(__file__).with_name("page_faults.js").read_text(encoding="utf-8")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium with a profile of its own, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium here: install Debian's `chromium`, or set CHROMIUM to the program")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """A function from a folder to the address at which this machine serves it to itself."""
+    servers = []
+
+    def start(folder):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+        servers.append(server)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def opened(browser, address, scheme="light", width=1280):
+    """A page with its mathematics set, and the list of what its scripts complain about."""
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+    context.route("**/*", lambda route: route.continue_() if "//127.0.0.1" in route.request.url else route.abort())
+    page = context.new_page()
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    page.wait_for_function("!document.querySelector('.math') || window.MathJax?.startup?.promise")
+    page.evaluate("window.MathJax?.startup?.promise")
+    return page, complaints
+
+
+def ours(complaints):
+    """Without what the theme says on every page, whatever the page: its Thebe script is loaded twice."""
+    foreign = ("THEBE_JS_URL", "net::ERR_FAILED", "net::ERR_BLOCKED")
+    return [text for text in complaints if not any(name in text for name in foreign)]
+
+
+def faults(browser, address):
+    """What is wrong with one page, at every width and in every scheme."""
+    page, complaints = opened(browser, address)
+    page.evaluate("document.documentElement.dataset.mode === 'auto' || localStorage.setItem('mode', 'auto')")
+    page.add_script_tag(content=FAULTS)
+    found = []
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        for scheme in SCHEMES:
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_function("scheme => document.documentElement.dataset.theme === scheme", arg=scheme)
+            what = {"sizes": scheme == "light", "desktop": width >= 1280}  # colours change no size
+            found += [f"{width} px, {scheme}: {fault}" for fault in page.evaluate("pageFaults", what)]
+    page.context.close()
+    return found + [f"console: {text}" for text in ours(complaints)]
