@@ -1,7 +1,7 @@
 // window.pageFaults({sizes, desktop}): what a reader of this page cannot see or read, as a list of sentences.
-// A box may be wider than the column only where a reader expects to scroll: tables, code, display equations.
+// A box may be wider than the column only where a reader expects to scroll: tables and display equations.
 (() => {
-  const SCROLLS = "table, pre, mjx-container[display], div.math, .jupyter-table-scroll";
+  const SCROLLS = "table, mjx-container[display], div.math";
   const article = () => document.querySelector(".bd-article") || document.body;
   const name = (element) => element.tagName.toLowerCase() + [...element.classList].slice(0, 3).map((c) => "." + c).join("");
   const words = (text) => JSON.stringify(text.trim().replace(/\s+/g, " ").slice(0, 50));
@@ -94,6 +94,10 @@
         told.add(element);
       }
     }
+    for (const caption of article().querySelectorAll("caption, figcaption")) {
+      const box = caption.getBoundingClientRect();
+      if (box.width && (box.left < left || box.right > right)) found.push(`a caption is cut: ${words(caption.textContent)}`);
+    }
     for (const number of article().querySelectorAll("div.math .eqno")) {
       const box = number.getBoundingClientRect();
       for (const formula of number.parentElement.querySelectorAll("mjx-container")) {
@@ -119,6 +123,9 @@
   }
 
   window.pageFaults = ({ sizes, desktop }) => {
+    const still = document.createElement("style");
+    still.textContent = "*, ::before, ::after { transition: none !important; animation: none !important; }";
+    document.head.append(still);
     for (const details of document.querySelectorAll("details")) details.open = true;
     for (const folded of document.querySelectorAll(".toggle-hidden")) folded.classList.remove("toggle-hidden");
     return [...unreadable(), ...(sizes ? wide(desktop) : [])];
