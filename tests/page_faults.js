@@ -1,7 +1,7 @@
 // window.pageFaults({sizes, desktop}): what a reader of this page cannot see or read, as a list of sentences.
-// A box may be wider than the column only where a reader expects to scroll: tables and display equations.
+// A box may be wider than the column only where a reader expects to scroll: tables and equations.
 (() => {
-  const SCROLLS = "table, mjx-container[display], div.math";
+  const SCROLLS = "table, mjx-container, div.math, span.math";
   const article = () => document.querySelector(".bd-article") || document.body;
   const name = (element) => element.tagName.toLowerCase() + [...element.classList].slice(0, 3).map((c) => "." + c).join("");
   const words = (text) => JSON.stringify(text.trim().replace(/\s+/g, " ").slice(0, 50));
@@ -21,19 +21,19 @@
     return known.get(text);
   }
   const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  let grounds = new Map(), shares = new Map();  // forgotten before each look at the page
   function ground(element) {  // the colour behind an element: backgrounds of its ancestors, laid over one another
-    const layers = [];
-    for (let at = element; at; at = at.parentElement) {
-      const colour = rgba(getComputedStyle(at).backgroundColor);
-      if (colour[3] > 0) layers.push(colour);
-      if (colour[3] === 1) break;
+    if (!element) return [255, 255, 255, 1];
+    if (!grounds.has(element)) {
+      const colour = rgba(getComputedStyle(element).backgroundColor);
+      grounds.set(element, colour[3] === 1 ? colour : over(colour, ground(element.parentElement)));
     }
-    return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+    return grounds.get(element);
   }
-  function faded(element) {
-    let share = 1;
-    for (let at = element; at; at = at.parentElement) share *= +getComputedStyle(at).opacity;
-    return share;
+  function faded(element) {  // its opacity, times that of its ancestors
+    if (!element) return 1;
+    if (!shares.has(element)) shares.set(element, getComputedStyle(element).opacity * faded(element.parentElement));
+    return shares.get(element);
   }
   const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
@@ -74,14 +74,21 @@
   }
 
   // ---- sizes
+  function* boxes(top) {  // every element that takes room; of a drawing only its texts, of a formula only its frame
+    const inside = "mjx-container *, .visually-hidden, script, style, [hidden]";
+    for (const element of top.querySelectorAll(":not(svg *):not(mjx-container *), svg text")) {
+      if (element.matches(inside) || !shown(element)) continue;
+      if (!element.textContent.trim() && !element.matches("img, svg, input, select, canvas, video, iframe, mjx-container, div")) continue;
+      yield element;
+    }
+  }
   function wide(desktop) {
     const column = article().getBoundingClientRect(), found = [];
     const left = Math.max(0, column.left) - 1, right = Math.min(innerWidth, column.right) + 1;
     if (document.documentElement.scrollWidth > innerWidth + 1) found.push("the page itself scrolls sideways");
     const told = new Set();
-    for (const element of article().querySelectorAll("*")) {
+    for (const element of boxes(article())) {
       if (told.has(element.parentElement)) { told.add(element); continue; }  // one fault for a whole tree
-      if (element.closest("mjx-assistive-mml, .visually-hidden, defs, [hidden]") || !shown(element)) continue;
       const scroller = element.parentElement.closest(SCROLLS);
       if (scroller && article().contains(scroller) && scrolls(scroller)) continue;
       const box = element.getBoundingClientRect();
@@ -89,7 +96,7 @@
       if (box.left < left || box.right > right) {
         found.push(`${name(element)} in ${name(element.parentElement)} reaches from ${Math.round(box.left - column.left)} to ${Math.round(box.right - column.left)} of ${Math.round(column.width)} px: ${words(element.textContent)}`);
         told.add(element);
-      } else if (element.clientWidth && element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflowX !== "visible" && !element.matches(SCROLLS)) {
+      } else if (element.clientWidth && element.scrollWidth > element.clientWidth + 2 && getComputedStyle(element).overflowX !== "visible" && !element.matches(SCROLLS)) {
         found.push(`${name(element)} cuts ${element.scrollWidth - element.clientWidth} px of its content: ${words(element.textContent)}`);
         told.add(element);
       }
@@ -127,6 +134,8 @@
     still.textContent = "*, ::before, ::after { transition: none !important; animation: none !important; }";
     document.head.append(still);
     for (const details of document.querySelectorAll("details")) details.open = true;
+    grounds = new Map();
+    shares = new Map();
     for (const folded of document.querySelectorAll(".toggle-hidden")) folded.classList.remove("toggle-hidden");
     return [...unreadable(), ...(sizes ? wide(desktop) : [])];
   };
