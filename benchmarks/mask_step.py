@@ -195,7 +195,8 @@ def verdicts(rows: list[dict]) -> list[dict[str, str]]:
     ]
     if {5, 20} <= set(steps):
         growth = by["checkpointed", 20]["peak_bytes"] / by["checkpointed", 5]["peak_bytes"] - 1
-        found.append(("growth of peak memory from T = 5 to T = 20", "under 5 %", f"{100 * growth:.1f} %", growth < 0.05))
+        what = "growth of peak memory from T = 5 to T = 20"
+        found.append((what, "under 5 %", f"{100 * growth:.1f} %", growth < 0.05))
     heads = ("of the checkpointed update", "expected", "worst measured", "as expected")
     return [
         dict(zip(heads, (what, expected, measured, "yes" if holds else "no"), strict=True))

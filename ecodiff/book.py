@@ -186,7 +186,8 @@ def run(source: Path, profile: str, out: Path) -> Path:
             with patch.dict(os.environ, QUIET | wanted.get("environment", {})):  # the kernel inherits it
                 papermill.execute_notebook(
                     plain, executed, parameters=injected, kernel_name="python3", cwd=workplace, progress_bar=False,
-                    extra_arguments=["--log-level=40"],  # ipykernel warns about TCP at every start
+                    # ipykernel warns about TCP at every start, and calls the signal that ends it an error.
+                    extra_arguments=["--log-level=50"],
                 )
         except papermill.PapermillExecutionError as error:
             raise EcoDiffError(_failure(source, profile, error)) from None

@@ -6,8 +6,6 @@ and styles. ECODIFF_BOOK=folder checks a whole book, too: continuous integration
 
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -124,7 +122,80 @@ def pages(folder):
     return [name for name in names if not name.startswith(generated)]
 
 
-def test_nothing_is_cut_and_everything_can_be_read(browser, serve, specimen):
+def moved(page):
+    """Names of the widgets of an open page; asserts that each answers to a change of each kind of its fields."""
+    changes = {
+        ".hc-explorer": (("[name=lambda]", "3"), ("[name=delta]", "0.1"), ("[name=alpha]", "1.5")),
+        ".cost-calculator": (("[name=batch]", "3"), ("[name=steps]", "7"), ("[name=ratio]", "37"), ("[name=gpu]", "9")),
+    }
+    found = []
+    for name, fields in changes.items():
+        for box in page.locator(name).all():
+            found.append(name)
+            for field, value in fields:
+                before = box.inner_text()
+                box.locator(field).fill(value)
+                assert box.inner_text() != before, f"{name} says the same after {field} = {value}"
+    return found
+
+
+def test_a_page_of_everything_is_not_cut_and_can_be_read(browser, serve, specimen):
     address = serve(specimen)
     found = [f"{name}, {fault}" for name in pages(specimen) for fault in faults(browser, f"{address}/{name}")]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_widgets_move_and_can_be_read_from_the_start(browser, serve, specimen, scheme):
+    page, complaints = opened(browser, f"{serve(specimen)}/notebooks/01_specimen.html", scheme, 390)
+    assert moved(page) == [".hc-explorer", ".cost-calculator"]
+    page.add_script_tag(content=FAULTS)
+    assert not page.evaluate("pageFaults", {"sizes": True, "desktop": False})
+    assert not ours(complaints)
+    page.context.close()
+
+
+def test_the_faults_are_seen(browser, serve, tmp_path):
+    """The check itself, on a page with one fault of each kind."""
+    (tmp_path / "bad.html").write_text("""<meta name=viewport content="width=device-width"><body class="bd-article">
+    <p style="color: #999">too pale</p> <p style="width: 3000px">too wide</p>
+    <div style="width: 90px; overflow: hidden"><div style="width: 400px">cut off on the right</div></div>
+    <svg width="50" height="20"><text y="15" fill="#eee">pale</text></svg>
+    <p style="background: #222"><span style="color: #333">dark on dark</span> <b style="color: #fff">good</b></p>
+    <div style="width: 90px; overflow: auto"><pre>a line of code that is cut</pre></div>
+    <table style="display: block; width: 90px; overflow: auto"><tr><td>may_be_scrolled_as_every_table</td></tr></table>
+    """)
+    page, _ = opened(browser, f"{serve(tmp_path)}/bad.html")
+    page.add_script_tag(content=FAULTS)
+    told = "\n".join(page.evaluate("pageFaults", {"sizes": True, "desktop": True}))
+    for words in ("too pale", "too wide", "cut off on the right", '"pale"', "dark on dark", "a line of code"):
+        assert words in told, (words, told)
+    assert "good" not in told and "may_be_scrolled" not in told, told
+    page.context.close()
+
+
+BOOK = os.environ.get("ECODIFF_BOOK")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    if not BOOK:
+        pytest.skip("ECODIFF_BOOK names no built book (the folder html of make book)")
+    return Path(BOOK)
+
+
+@pytest.mark.parametrize("name", pages(Path(BOOK)) if BOOK else ["index.html"])
+def test_every_page_of_the_book(browser, serve, whole, name):
+    found = faults(browser, f"{serve(whole)}/{name}")
+    assert not found, "\n".join(found)
+
+
+def test_widgets_of_the_book_move(browser, serve, whole):
+    address, found = serve(whole), []
+    for name in pages(whole):
+        if "ecodiff-interactive" in (whole / name).read_text(encoding="utf-8"):
+            page, complaints = opened(browser, f"{address}/{name}")
+            found += moved(page)
+            assert not ours(complaints)
+            page.context.close()
+    assert sorted(found) == [".cost-calculator", ".hc-explorer"]
