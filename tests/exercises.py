@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import yaml
@@ -68,18 +68,30 @@ def checks() -> dict:
     return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
+@cache
+def own_parameters(source: Path) -> dict[str, object]:
+    """Names and default values of a chapter's parameters, parsed once."""
+    return book.parameters(source)
+
+
+@cache
+def code_cells(source: Path) -> tuple:
+    """A chapter's code cells, parsed once."""
+    return tuple(cell for cell in book.read(source).cells if cell.cell_type == "code")
+
+
 def run_cells(source: Path, parameters: dict, cells: list[str]) -> dict:
     """The names that a chapter's code defines when it is run with other parameters.
 
     What runs is the cell of parameters, the cell of imports that follows it, and then the named cells: each is named
     by a piece of its source that no other cell has.
     """
-    code = [cell for cell in book.read(source).cells if cell.cell_type == "code"]
+    code = code_cells(source)
     tagged = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
     first = tagged[0]
     names = {"__name__": source.stem}
     exec(code[first].source, names)
-    unknown = parameters.keys() - book.parameters(source).keys()
+    unknown = parameters.keys() - own_parameters(source).keys()
     assert not unknown, f"{source.name} has no parameters {sorted(unknown)}"
     names |= parameters
     exec(code[first + 1].source, names)

@@ -4,9 +4,7 @@ import ast
 
 import matplotlib
 import pytest
-from exercises import checks, exercises, number, run_cells
-
-from ecodiff import book
+from exercises import checks, exercises, number, own_parameters, run_cells
 
 ALL = exercises()
 RUNS = [
@@ -36,7 +34,7 @@ def test_a_solution_answers(exercise):
 
 @every
 def test_named_parameters_exist_and_are_of_their_type(exercise):
-    own = book.parameters(exercise.notebook)
+    own = own_parameters(exercise.notebook)
     for name, text in exercise.given:
         assert name in own, f"{exercise.notebook.name} has no parameter {name}"
         assert isinstance(read_as(text, type(own[name])), type(own[name])), f"-p {name} {text}"
@@ -44,7 +42,7 @@ def test_named_parameters_exist_and_are_of_their_type(exercise):
 
 @every
 def test_every_run_that_is_named_is_executed(exercise):
-    own = book.parameters(exercise.notebook)
+    own = own_parameters(exercise.notebook)
     executed = [run.get("parameters", {}) for run in checks()["runs"].get(exercise.label, [])]
     for name, text in exercise.given:
         value = read_as(text, type(own[name]))

@@ -41,7 +41,7 @@ def memory() -> Erratum:
     measured = row("table12", model="SDXL")["vram_gb"]
     given, needed = claim("sdxl_plain_h100"), math.ceil(plain / gpu)
     lines = (
-        Line("1400 GB in the 80 GB GPUs that the paper uses", f"{given:.0f}", f"{plain / gpu:.1f}, so {needed}", given == needed),
+        Line("1400 GB in the paper's 80 GB GPUs", f"{given:.0f}", f"{plain / gpu:.1f}, so {needed}", given == needed),
         Line("saving at Table 12's 22.9 GB", f"up to {claim('memory_factor'):.0f}", f"{plain / measured:.1f}",
              plain / measured <= claim("memory_factor")),
     )  # fmt: skip
