@@ -1,0 +1,107 @@
+"""The exercises of the chapters, and the code of a chapter run up to what an exercise asks for.
+
+``tests/exercises.yaml`` says for each exercise how its solution is checked; ``test_exercises.py`` does it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import yaml
+
+from ecodiff import book
+
+BLOCK = re.compile(r"^:::\{(?P<kind>exercise|solution)\}(?P<of>[^\n]*)\n(?P<body>.*?)^:::$", re.M | re.S)
+LABEL = re.compile(r"^:label: *(\S+)$", re.M)
+OPTION = re.compile(r"^:\w+:.*\n", re.M)
+GIVEN = re.compile(r"-p (?P<name>\w+) (?P<value>[^\s`]+)")
+# Words by which an exercise asks for the chapter, or a part of it, to be run with something changed.
+RUNS = re.compile(r"\b[Rr]erun\b|\bRun this (chapter|page|notebook)\b|(?<![\w-])-[py] \w+")
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise of a chapter with its solution, both as MyST text."""
+
+    label: str
+    notebook: Path
+    text: str
+    solution: str
+
+    @property
+    def given(self) -> list[tuple[str, str]]:
+        """Parameters that exercise and solution name as ``-p name value``."""
+        return [(match["name"], match["value"]) for match in GIVEN.finditer(self.text + self.solution)]
+
+    @property
+    def runs(self) -> bool:
+        """Whether it asks for a run with something changed."""
+        return bool(RUNS.search(self.text + self.solution))
+
+
+def exercises() -> dict[str, Exercise]:
+    """Every exercise of every chapter by its label. Fails for one without exactly one solution."""
+    found = {}
+    for source in book.sources():
+        texts, solutions = {}, {}
+        for block in BLOCK.finditer(source.read_text(encoding="utf-8")):
+            body = OPTION.sub("", block["body"]).strip()
+            if block["kind"] == "exercise":
+                label = LABEL.search(block["body"])[1]
+                assert label not in texts, f"{source.name}: two exercises are labelled {label}"
+                texts[label] = body
+            else:
+                label = block["of"].strip()
+                assert label not in solutions, f"{source.name}: two solutions of {label}"
+                solutions[label] = body
+        assert texts.keys() == solutions.keys(), f"{source.name}: exercises and solutions do not match"
+        found |= {label: Exercise(label, source, text, solutions[label]) for label, text in texts.items()}
+    return found
+
+
+@lru_cache(maxsize=1)
+def checks() -> dict:
+    """What ``exercises.yaml`` says."""
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+@cache
+def own_parameters(source: Path) -> dict[str, object]:
+    """Names and default values of a chapter's parameters, parsed once."""
+    return book.parameters(source)
+
+
+@cache
+def code_cells(source: Path) -> tuple:
+    """A chapter's code cells, parsed once."""
+    return tuple(cell for cell in book.read(source).cells if cell.cell_type == "code")
+
+
+def run_cells(source: Path, parameters: dict, cells: list[str]) -> dict:
+    """The names that a chapter's code defines when it is run with other parameters.
+
+    What runs is the cell of parameters, the cell of imports that follows it, and then the named cells: each is named
+    by a piece of its source that no other cell has.
+    """
+    code = code_cells(source)
+    tagged = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
+    first = tagged[0]
+    names = {"__name__": source.stem}
+    exec(code[first].source, names)
+    unknown = parameters.keys() - own_parameters(source).keys()
+    assert not unknown, f"{source.name} has no parameters {sorted(unknown)}"
+    names |= parameters
+    exec(code[first + 1].source, names)
+    for piece in cells:
+        named = [cell.source for cell in code[first + 2 :] if piece in cell.source]
+        assert len(named) == 1, f"{source.name}: {len(named)} code cells have {piece!r}"
+        exec(named[0], names)
+    return names
+
+
+def number(text: str) -> float:
+    """The number that a text such as "−0.024" or "12.5 %" states."""
+    return float(text.replace("−", "-").replace(",", "").removesuffix("%").strip())
