@@ -9,6 +9,7 @@ As long as `now` leads to `old`, a reader finds what was there before. Renaming 
 changes all files at once. After that the new files move to their names and the hidden folder goes. Killed before the
 change, the folder holds the earlier model; killed after it, the new one; in both cases for any reader that follows
 links, without this package. `finish_interrupted` moves the files to their names; every save and load begins with it.
+(Who deletes the hidden folder by hand before that deletes what the links lead to.)
 
 The hidden folder lies inside the one that is saved to, so that renaming never crosses disks:
 
@@ -192,7 +193,7 @@ def _replace(target: Path, staging: Path, outdated: Collection[str], main: bool)
 
 def _change_over(target: Path, staging: Path, outdated: Collection[str], main: bool) -> None:
     try:
-        _link(staging, "old")
+        _lead(staging, "old")
         written = _files(staging / "new")
         removed = _stale(target, written) | _present(target, outdated) if main else set()
         changing = sorted(written | removed)
@@ -208,10 +209,9 @@ def _change_over(target: Path, staging: Path, outdated: Collection[str], main: b
             _keep(target / name, staging / "old" / name)
         _sync_tree(staging / "old")
         for name in changing:
-            os.symlink(_through_now(target, staging, name), staging / "link")
-            os.replace(staging / "link", target / name)
+            _put_link(staging, _through_now(target, staging, name), target / name)
         _sync_folders(target, changing)
-        _link(staging, "new")  # from here on the new model is the one that loads
+        _lead(staging, "new")  # from here on the new model is the one that loads
     finally:
         _settle_or_leave(staging)
 
@@ -228,9 +228,8 @@ def _settle(staging: Path) -> None:
     for name in settled:
         place, source = target / name, staging / current / name
         if source.is_symlink():
-            os.symlink(os.readlink(source).removeprefix(_back(place, source) + "/"), staging / "link")
-            source = staging / "link"
-        if os.path.lexists(source):
+            _put_link(staging, os.readlink(source).removeprefix(_back(place, source) + os.sep), place)
+        elif source.exists():
             os.replace(source, place)
         else:
             place.unlink()
@@ -257,19 +256,25 @@ def _settle_the_dead(place: Path) -> None:
                 _settle(staging)
 
 
-def _link(staging: Path, name: str) -> None:
-    """Make `now` lead to the folder `name`: one rename, on disk when this returns."""
-    (staging / "link").unlink(missing_ok=True)
+def _put_link(staging: Path, text: str, place: Path) -> None:
+    """Put a link that says `text` in the place of what lies at `place`: one rename."""
+    link = staging / "link"
+    link.unlink(missing_ok=True)  # an earlier attempt was interrupted
+    os.symlink(text, link)
+    os.replace(link, place)
+
+
+def _lead(staging: Path, name: str) -> None:
+    """Make `now` lead to the folder `name`; on disk when this returns."""
     try:
-        os.symlink(name, staging / "link", target_is_directory=True)
+        _put_link(staging, name, staging / "now")
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise EcoDiffError(
             f"{staging.parent}: this file system has no symbolic links, without which the files of a model cannot be "
             "replaced all at once; save to a new folder."
         ) from None
-    os.replace(staging / "link", staging / "now")
     sync(staging)
 
 
