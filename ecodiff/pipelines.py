@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import EcoDiffError
 from .paths import data_dir
+from .saving import finish_interrupted
 
 _DENOISER_NAMES = ("unet", "transformer")
 _FURTHER_EXPERT = re.compile(r"(unet|transformer)_\w+")
@@ -53,6 +54,8 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
             f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
             "no folder and no Hub id (owner/name)."
         )
+    if isinstance(source, Path):
+        finish_interrupted(source)
     try:
         pipe = DiffusionPipeline.from_pretrained(source, **from_pretrained_kwargs)
     except (OSError, ValueError, RuntimeError) as error:

@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,6 @@ from .recompute import undisturbed
 from .retrain_config import RetrainConfig
 from .running import epoch_batch, in_words, on_device, without_adapters
 from .sites import find_sites
-from .surgery import save
 
 
 def retrain(
@@ -94,9 +92,7 @@ def retrain(
         weights = _merged(network, config)
     result = copy.deepcopy(original)  # its dtypes, flags and modes; load_state_dict rounds to them
     result.load_state_dict(weights)
-    retrained = with_denoiser(pipe, result)
-    retrained.save_pretrained = partial(save, retrained)
-    return retrained
+    return with_denoiser(pipe, result)
 
 
 class _Task:

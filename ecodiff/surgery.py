@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Mapping
-from functools import cache, partial, wraps
-from pathlib import Path
+from functools import cache, wraps
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,10 @@ from .carried import (
 )
 from .errors import EcoDiffError
 from .gates import check_units
-from .paths import whole_folder
 from .pipelines import Experts, align, denoisers, experts, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .running import without_adapters
+from .saving import finish_interrupted, whole
 from .sites import KINDS, Site, find_sites, skipped_modules
 
 # How attention processors call and what they return decides what may stand in for an attention without heads.
@@ -59,8 +59,9 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay, and so
     does what is neither config nor weight: FreeU, attention processors, patched methods, hooks, gradient checkpointing,
     modes, layerwise casting. One warning names what could not be carried over (`ecodiff.carried`). Weights that
-    offloading keeps elsewhere are fetched. The result's `save_pretrained` is `save`. A pruned pipeline can be pruned
-    again (its modulation layers excepted).
+    offloading keeps elsewhere are fetched. The result's `save_pretrained` is all or nothing (see `save`), and so is
+    that of every pipeline that holds its denoiser. A pruned pipeline can be pruned again (its modulation layers
+    excepted).
 
     Raises EcoDiffError for unknown sites, wrong lengths or dtypes, a denoiser with adapters or with other layers than
     its class makes, weights that are not there (meta device), and for an attention whose processor is unknown here and
@@ -78,7 +79,6 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     if any(getattr(pipe, name) is not network for name, network in denoisers(pipe).items()):
         missing.append(COMPILED)
     _warn(missing)
-    pruned.save_pretrained = partial(save, pruned)
     return pruned
 
 
@@ -202,22 +202,32 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
     return with_denoiser(pipe, folded)
 
 
-def save(pipe, path: str | os.PathLike, **kwargs) -> None:
-    """`save_pretrained` of a pipeline or model, all or nothing: written beside `path`, then renamed.
+def save(pipe, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    """`save_pretrained` of any pipeline or model, with the same arguments, all or nothing.
 
-    An earlier saved pipeline or model at `path` is replaced; any other folder that is not empty is refused. Raises
-    EcoDiffError where writing fails (disk full, no permission); then nothing is left of the attempt and the earlier
-    folder stays.
+    The files that this save writes are replaced together; killed at any moment, the folder holds the earlier model or
+    the new one. Everything else in the folder stays, except weight files that would load in the place of the new ones
+    (shards of an earlier save and their index). Links to folders are followed; a file that is a link is replaced by a
+    file, and what it led to stays. `push_to_hub=True` uploads once the files are in their places, and leaves a
+    README.md that is there already. What a killed save leaves is tidied by the next save into the folder, by `load`,
+    and when a pruned denoiser loads from it.
+
+    Raises EcoDiffError where writing fails (disk full, no permission, a file where a folder should be), with the folder
+    as it was; and for `safe_serialization=False`, as pickle files are never written.
     """
-    with whole_folder(Path(path)) as folder:
-        type(pipe).save_pretrained(pipe, folder, **kwargs)
+    whole(type(pipe).save_pretrained)(pipe, save_directory, *args, **kwargs)
 
 
 class _Pruned:
-    """What `Pruned<Class>` adds to a diffusers model class: shapes from the config (and saving all or nothing)."""
+    """What `Pruned<Class>` adds to a diffusers model class: shapes from the config, and no weights but saved ones."""
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if config is None:
+            return super().from_config(None)  # diffusers' error
+        if not isinstance(config, dict):  # a folder or an id, which diffusers still takes
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
         kept = dict(config.pop("pruned_units", {}))
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
@@ -235,16 +245,52 @@ class _Pruned:
         return (model, unused) if return_unused_kwargs else model
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """diffusers' own, with the weights moved to aligned memory.
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info=False, **kwargs):
+        """diffusers' own, with every weight from the files, moved to aligned memory.
+
+        diffusers gives weights that are not in the files random values, with a warning. Here that is an EcoDiffError,
+        as are weights that the model does not have and weights of other shapes (those pass with
+        `ignore_mismatched_sizes=True`). What a killed save left in the folder is tidied first.
 
         The loader leaves tensors where they lie in the file. Odd numbers of units put them at odd addresses, where CPU
         kernels are slower and round differently: pictures would not be bit for bit those of the model that was saved.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if os.path.isdir(place):
+            finish_interrupted(place)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, EcoDiffError) or not re.search("shape|size mismatch", str(error)):
+                raise
+            raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+        _check_loaded(place, model, info, kwargs)
         align(model)
-        return loaded
+        return (model, info) if output_loading_info else model
+
+
+def _check_loaded(place: str, model: nn.Module, info: Mapping, options: Mapping) -> None:
+    """Raise EcoDiffError where a weight of the model did not come from its files."""
+    quantized = getattr(model, "hf_quantizer", None) is not None  # has tensors under names of its own
+    missing = sorted(info.get("missing_keys", ()))
+    if options.get("device_map") is None and not quantized:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        named_in_an_index_only = [name for name, tensor in tensors if tensor.is_meta and name not in missing]
+        missing += named_in_an_index_only
+    if missing:
+        raise EcoDiffError(_other_weights(place, type(model), f"lack {len(missing)} tensors, such as {missing[0]!r}"))
+    unexpected = sorted(info.get("unexpected_keys", ()))
+    if unexpected and not quantized:
+        what = f"have {len(unexpected)} tensors that its config.json does not know, such as {unexpected[0]!r}"
+        raise EcoDiffError(_other_weights(place, type(model), what))
+    for name, module in model.named_modules():
+        if isinstance(module, ScatteredLinear) and not module.index.is_meta and not module.places_are_right():
+            what = f"put channels of {name!r} where there are none, or two in one place"
+            raise EcoDiffError(_other_weights(place, type(model), what))
+
+
+def _other_weights(place: str, cls: type, what: str) -> str:
+    return f"{place}: the weights of this {cls.__name__} {what}; save it again, or fetch the folder anew."
 
 
 @cache
@@ -256,12 +302,12 @@ def pruned_class(name: str) -> type:
     if not (isinstance(base, type) and issubclass(base, diffusers.ModelMixin)):
         raise EcoDiffError(f"{name} is not a model class of diffusers, so there is no Pruned{name}.")
 
-    @wraps(base.save_pretrained)  # pipelines look at its signature
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        with whole_folder(Path(save_directory)) as folder:
-            base.save_pretrained(self, folder, *args, **kwargs)
-
-    body = {"__module__": "ecodiff", "__doc__": f"{name} with units removed.", "save_pretrained": save_pretrained}
+    _save_pruned_pipelines_whole()
+    body = {
+        "__module__": "ecodiff",
+        "__doc__": f"{name} with units removed.",
+        "save_pretrained": whole(base.save_pretrained),
+    }
     cls = type(f"Pruned{name}", (_Pruned, base), body | guarded_methods(base))
     guard_flux_loader(_Pruned)
     try:  # diffusers finds the rule for LoRA scales by class name
@@ -285,6 +331,29 @@ def _pruned_like(cls: type) -> type:
             pruned = pruned_class(base.__name__)
             return pruned if base is cls else type(pruned.__name__, (pruned, cls), {"__module__": "ecodiff"})
     return pruned_class(cls.__name__)  # which says that there is none
+
+
+@cache
+def _save_pruned_pipelines_whole() -> None:
+    """From now on diffusers' `save_pretrained` is all or nothing for pipelines that hold a pruned denoiser.
+
+    This changes a method of diffusers. Nothing less reaches every such pipeline: a pruned pipeline is of diffusers' own
+    class, so that copies of it, pipelines made of its components and loaded ones have no other method than that class
+    gives them. Pipelines without a pruned denoiser are saved as diffusers saves them.
+    """
+    from diffusers import DiffusionPipeline
+
+    by_diffusers = DiffusionPipeline.save_pretrained
+    all_or_nothing = whole(by_diffusers)
+
+    @wraps(by_diffusers)
+    def save_pretrained(self, *args, **kwargs):
+        parts = [getattr(part, "_orig_mod", part) for part in vars(self).values()]  # _orig_mod: of a compiled module
+        method = all_or_nothing if any(isinstance(part, _Pruned) for part in parts) else by_diffusers
+        return method(self, *args, **kwargs)
+
+    save_pretrained.of_library = by_diffusers
+    DiffusionPipeline.save_pretrained = save_pretrained
 
 
 def _cut(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
@@ -389,6 +458,11 @@ class ScatteredLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, keep.numel()
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("index", keep.nonzero().flatten().to(linear.weight.device))
+
+    def places_are_right(self) -> bool:
+        """Whether each channel that is left has a place of its own."""
+        index = self.index.cpu()
+        return bool((index[1:] > index[:-1]).all()) and bool(((index >= 0) & (index < self.out_features)).all())
 
     def forward(self, x: Tensor) -> Tensor:
         kept = nn.functional.linear(x, self.weight, self.bias)
