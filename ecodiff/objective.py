@@ -124,7 +124,9 @@ def conditioning(pipe, caption: str | Mapping | list, size: Sequence[int], call:
     arguments = {**call, **collate(captions)}
     arguments |= {"height": size[0], "width": size[1], "num_inference_steps": 2, "output_type": "latent"}
     known = inspect.signature(loop).parameters
-    if unknown := sorted(arguments.keys() - known.keys()):
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = sorted(arguments.keys() - known.keys())
+    if unknown and not takes_any:
         raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
     if "guidance_scale" in known and not network.config.get("guidance_embeds"):
         arguments["guidance_scale"] = 1.0  # the caption alone, without the empty one beside it
