@@ -16,7 +16,7 @@ from pipelines import latents, tiny_flux, tiny_sd
 from safetensors.torch import load_file, save_file
 
 import ecodiff
-from ecodiff import EcoDiffError, denoiser, find_sites, prune
+from ecodiff import EcoDiffError, find_sites, prune
 from ecodiff.paths import write_whole
 from ecodiff.saving import finish_interrupted, replaced_files
 from ecodiff.surgery import prune_denoiser
@@ -277,8 +277,8 @@ def killed(act, at):
     return status == 9
 
 
-@pytest.mark.parametrize("shards", [("90KB", "10GB"), ("10GB", "90KB")])
-def test_killed_at_any_moment_one_of_the_models_loads(pipes, tmp_path, shards):
+@pytest.mark.parametrize(("shards", "step"), [(("90KB", "10GB"), 1), (("10GB", "90KB"), 3)])
+def test_killed_at_any_moment_one_of_the_models_loads(pipes, tmp_path, shards, step):
     _, half, most = pipes
     template, folder = tmp_path / "template", tmp_path / "small"
     foreign = project(template)
@@ -291,12 +291,12 @@ def test_killed_at_any_moment_one_of_the_models_loads(pipes, tmp_path, shards):
     states.append(contents(folder))
     assert foreign.items() <= states[0].items() and foreign.items() <= states[1].items()
     models, seen = (half.unet, most.unet), []
-    for n in range(1, 1000):
+    for n in range(1, 1000, step):
         shutil.rmtree(folder)
         shutil.copytree(template, folder, symlinks=True)
         died = killed(lambda: short(most).save_pretrained(folder, max_shard_size=shards[1]), at=n)
         state = states.index(contents(folder))  # bit for bit one of the two, never a mixture
-        if n % 10 == 0 or state not in seen:  # loading tidies up; it takes time, so that the other cases do only that
+        if n % 16 == 0 or state not in seen:  # loading tidies up; it takes time, so that the other cases do only that
             assert same_weights(DiffusionPipeline.from_pretrained(folder).unet, models[state])
         else:
             finish_interrupted(folder)
@@ -304,7 +304,7 @@ def test_killed_at_any_moment_one_of_the_models_loads(pipes, tmp_path, shards):
         seen.append(state)
         if not died:
             break
-    assert seen == sorted(seen) and n > 60 and seen.count(1) > 20
+    assert seen == sorted(seen) and n > 60 and seen.count(1) > 20 / step
 
 
 @pytest.mark.parametrize("first", [40, 55, 70, 75])
@@ -505,7 +505,7 @@ def test_arguments_are_those_of_diffusers(pipes, tmp_path):
         assert (tmp_path / f"{n}a/unet/diffusion_pytorch_model.ema.safetensors").is_file()
         for letter in "bc":
             assert (tmp_path / f"{n}{letter}/unet/diffusion_pytorch_model.safetensors.index.ema.json").is_file()
-        for letter in "abc":
+        for letter in "abc" if n == 0 else ():
             loaded = DiffusionPipeline.from_pretrained(tmp_path / f"{n}{letter}", variant="ema")
             assert same_weights(loaded.unet, half.unet)
     net = half.unet
@@ -686,7 +686,3 @@ def test_write_whole_goes_through_a_link(tmp_path):
     write_whole(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
-
-
-def test_retrained_pipelines_save_what_they_hold(pipes, tmp_path):
-    assert "save_pretrained" not in vars(pipes[1]) and denoiser(pipes[1]) is pipes[1].unet
