@@ -253,10 +253,11 @@ def test_rows_are_told_apart_in_words():
         "alike": [{"ssim": ssim[::-1]}],
         "the same cell": [{"ssim": ssim}],
     }
-    told = "more: better (+0.200); less: worse (-0.100); cannot be told apart: alike (+0.000)"
+    told = "more: better (+0.200); less: worse (-0.100); no difference that matters: the same cell (+0.000); "
+    told += "undecided: alike (+0.000)"
     assert studies.in_words(rows, "default") == told
     assert studies.in_words(rows, None) == studies.in_words({"default": rows["default"]}, "default") == ""
-    assert studies.minus(rows, "default", "default") == "–" and studies.minus(rows, "worse", "default")[:7] == "-0.1000"
+    assert studies.minus(rows, "default", "default") == "–" and studies.minus(rows, "worse", "default")[:6] == "-0.100"
 
 
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
