@@ -107,18 +107,25 @@ def test_what_was_compiled_is_still_compiled_afterwards():
         compiled.append(graph)
         return graph.forward
 
-    layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    layer.compile(backend=counting)
-    layer(torch.ones(1, 2))
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.layer(x) + 1
+
+    net, x = Net(), torch.ones(1, 2)
+    net.compile(backend=counting)
+    plain = net(x)
     graphs = len(compiled)
-    with hooked(layer, "test") as hooks:
-        hooks.before("0", lambda x: 2 * x)
-        doubled = layer(torch.ones(1, 2))
-    assert torch.equal(doubled, layer[0](2 * torch.ones(1, 2)))
-    layer(torch.ones(1, 2))
+    with hooked(net, "test") as hooks:
+        hooks.before("layer", lambda given: 2 * given)
+        assert torch.equal(net(x), net.layer.forward(2 * x) + 1)
+    assert torch.equal(net(x), plain)
     assert graphs and len(compiled) == graphs
     with eagerly(), eagerly():
-        layer(torch.ones(3, 2))
+        net(torch.ones(3, 2))
     assert len(compiled) == graphs
 
 
