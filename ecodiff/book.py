@@ -219,7 +219,8 @@ def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
                 tags.append("hide-input")
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters as code", "code_prompt_hide": "Hide"}
         if "parameters" in tags:
-            notebook.cells.insert(i, nbformat.v4.new_markdown_cell(table))
+            shown = nbformat.v4.new_markdown_cell(table, metadata={"tags": ["table-of-parameters"]})
+            notebook.cells.insert(i, shown)
 
 
 def _failure(source: Path, profile: str, error: papermill.PapermillExecutionError) -> str:

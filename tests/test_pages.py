@@ -64,7 +64,7 @@ def opened(browser, address, scheme="light", width=1280):
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
     context.route("**/*", lambda route: route.continue_() if "//127.0.0.1" in route.request.url else route.abort())
     page = context.new_page()
-    page.set_default_timeout(120_000)  # of a busy machine
+    page.set_default_timeout(300_000)  # of a busy machine
     complaints = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
