@@ -124,9 +124,10 @@ def conditioning(pipe, caption: str | Mapping | list, size: Sequence[int], call:
     arguments = {**call, **collate(captions)}
     arguments |= {"height": size[0], "width": size[1], "num_inference_steps": 2, "output_type": "latent"}
     known = inspect.signature(loop).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     unknown = sorted(arguments.keys() - known.keys())
-    if unknown and not takes_any:
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [name for name in unknown if name in call]  # what every call is given may go to its **kwargs
+    if unknown:
         raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
     if "guidance_scale" in known and not network.config.get("guidance_embeds"):
         arguments["guidance_scale"] = 1.0  # the caption alone, without the empty one beside it
