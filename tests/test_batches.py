@@ -236,9 +236,9 @@ def test_retraining_tells_the_denoiser_what_a_batch_of_the_pipeline_does():
             return encoded
 
         @torch.no_grad()
-        def __call__(self, prompt, height=16, width=16, generator=None, **more):
+        def __call__(self, prompt, height, width, num_inference_steps, generator, output_type):
             generator = generator if isinstance(generator, list) else [generator]
-            return Stacked.__call__.__wrapped__(self, prompt, generator=generator, **more)
+            return Stacked.__call__.__wrapped__(self, prompt, num_inference_steps, generator, output_type)
 
         def step(self, t, latents, embeds):
             prediction = self.unet(latents, timestep=t, encoder_hidden_states=embeds, return_dict=False)[0]
