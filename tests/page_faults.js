@@ -84,7 +84,9 @@
   }
   function wide(desktop) {
     const column = article().getBoundingClientRect(), found = [];
-    const left = Math.max(0, column.left) - 1, right = Math.min(innerWidth, column.right) + 1;
+    const left = Math.max(0, column.left) - 1;
+    // A cell that is tagged full-width may use the margin, too; the window is its column.
+    const right = (element) => element.closest(".tag_full-width") ? innerWidth : Math.min(innerWidth, column.right) + 1;
     if (document.documentElement.scrollWidth > innerWidth + 1) found.push("the page itself scrolls sideways");
     const told = new Set();
     for (const element of boxes(article())) {
@@ -93,7 +95,7 @@
       if (scroller && article().contains(scroller) && scrolls(scroller)) continue;
       const box = element.getBoundingClientRect();
       if (box.width === 0 || box.height === 0) continue;
-      if (box.left < left || box.right > right) {
+      if (box.left < left || box.right > right(element)) {
         found.push(`${name(element)} in ${name(element.parentElement)} reaches from ${Math.round(box.left - column.left)} to ${Math.round(box.right - column.left)} of ${Math.round(column.width)} px: ${words(element.textContent)}`);
         told.add(element);
       } else if (element.clientWidth && element.scrollWidth > element.clientWidth + 2 && getComputedStyle(element).overflowX !== "visible" && !element.matches(SCROLLS)) {
@@ -103,7 +105,7 @@
     }
     for (const caption of article().querySelectorAll("caption, figcaption")) {
       const box = caption.getBoundingClientRect();
-      if (box.width && (box.left < left || box.right > right)) found.push(`a caption is cut: ${words(caption.textContent)}`);
+      if (box.width && (box.left < left || box.right > right(caption))) found.push(`a caption is cut: ${words(caption.textContent)}`);
     }
     for (const number of article().querySelectorAll("div.math .eqno")) {
       const box = number.getBoundingClientRect();
