@@ -20,6 +20,7 @@ from ecodiff import EcoDiffError, find_sites, prune
 from ecodiff.paths import write_whole
 from ecodiff.saving import finish_interrupted, replaced_files
 from ecodiff.surgery import prune_denoiser
+from ecodiff.zoo import store
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -686,3 +687,13 @@ def test_write_whole_goes_through_a_link(tmp_path):
     write_whole(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_a_trained_model_takes_the_place_of_another_and_of_its_card(tmp_path):
+    names = ("README.md", "measured.json", "fixed.png", "notes.txt")
+    for name in names:
+        (tmp_path / name).write_text("about the earlier model")
+    store.save(tiny_sd(), {"id": "new"}, {}, tmp_path)
+    assert not [name for name in names[:3] if (tmp_path / name).exists()] and (tmp_path / "notes.txt").exists()
+    assert json.loads((tmp_path / "recipe.json").read_text())["recipe"] == {"id": "new"}
+    assert DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None).unet.dtype == torch.float32
