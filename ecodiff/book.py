@@ -39,7 +39,8 @@ QUIET = {
     "KINETO_LOG_LEVEL": "99",
     "PYTHONWARNINGS": "ignore:IProgress not found",
 }
-PARAMETER = re.compile(r"^(?P<name>\w+): *(?P<type>[^=]+?) *= *(?P<value>.+?)  # (?P<help>.+)$")
+# What means something to MyST, in a comment that is to be shown as it was written.
+MARKUP = re.compile(r"([\\`*_{}\[\]<>$|#~])")
 
 
 def sources(base: Path | None = None) -> list[Path]:
@@ -78,18 +79,57 @@ def pair(base: Path | None = None) -> list[Path]:
 
 def parameters(source: Path) -> dict[str, object]:
     """Names and default values of a chapter's ``parameters`` cell."""
-    cells = [cell for cell in read(source).cells if "parameters" in cell.metadata.get("tags", [])]
+    return {name: ast.literal_eval(found["default"]) for name, found in inspected(source).items()}
+
+
+def inspected(source: Path) -> dict[str, dict[str, str]]:
+    """What papermill reads in a chapter's ``parameters`` cell: {name: {"default": ..., "help": ..., ...}}, as texts.
+
+    Raises EcoDiffError unless there is exactly one such cell and each of its lines has name, type, value and comment.
+    """
+    notebook = read(source)
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise EcoDiffError(f"{source.name} has {len(cells)} cells tagged 'parameters': it needs exactly one.")
-    found = {}
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch, "plain.ipynb")
+        nbformat.write(notebook, plain)
+        found = papermill.inspect_notebook(plain)
     for line in filter(str.strip, cells[0].source.splitlines()):
         if line.startswith("#"):
             continue
-        match = PARAMETER.match(line)
-        if match is None:
-            raise EcoDiffError(f"{source.name}: parameter line {line!r} must read 'name: type = value  # help'.")
-        found[match["name"]] = ast.literal_eval(match["value"])
+        parameter = found.get(re.split(r"\W", line, maxsplit=1)[0])
+        if parameter is None or parameter["inferred_type_name"] == "None" or not _has_help(line, parameter):
+            raise EcoDiffError(
+                f"{source.name}: parameter line {line!r} must read 'name: type = value  # help', with one '=' in it."
+            )
     return found
+
+
+def _has_help(line: str, parameter: dict[str, str]) -> bool:
+    """Whether the line is its value and, after two spaces and a hash, its comment: papermill takes less for one."""
+    try:
+        ast.literal_eval(parameter["default"])
+    except (ValueError, SyntaxError):
+        return False
+    return bool(parameter["help"]) and line.endswith(f"{parameter['default']}  # {parameter['help']}")
+
+
+def parameter_table(source: Path, injected: dict[str, object]) -> str:
+    """The parameters of a chapter as a table (MyST): name, default, what its comment says.
+
+    A page that was made with other values (``injected``) has them in a column of their own.
+    """
+    heads = ["Parameter", "Default", *(["On this page"] if injected else []), "Meaning"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, parameter in inspected(source).items():
+        values = [f"`{parameter['default']}`".replace("|", "\\|")]
+        if injected:
+            values.append(f"`{injected[name]!r}`".replace("|", "\\|") if name in injected else "")
+        lines.append([f"`{name}`", *values, MARKUP.sub(r"\\\1", parameter["help"])])
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f":::{{table}}\n:class: parameters\n\n{body}\n:::"
 
 
 def profile_file(profile: str, base: Path | None = None) -> Path:
@@ -125,7 +165,8 @@ def _made(source: Path, profile: str) -> set[Path]:
 def run(source: Path, profile: str, out: Path) -> Path:
     """Execute one chapter and write its page, ``out/notebooks/NN_name.ipynb``.
 
-    Only parameters whose value in the profile differs from the chapter's own are injected. A chapter that fails, or
+    Only parameters whose value in the profile differs from the chapter's own are injected. A table of all of them, from
+    their comments, stands above their folded cell. A chapter that fails, or
     shows a figure without number, caption and alternative text, raises EcoDiffError and leaves no page at all.
     """
     page = out / "notebooks" / f"{source.stem}.ipynb"
@@ -145,16 +186,15 @@ def run(source: Path, profile: str, out: Path) -> Path:
             with patch.dict(os.environ, QUIET | wanted.get("environment", {})):  # the kernel inherits it
                 papermill.execute_notebook(
                     plain, executed, parameters=injected, kernel_name="python3", cwd=workplace, progress_bar=False,
-                    extra_arguments=["--log-level=40"],  # ipykernel warns about TCP at every start
+                    # ipykernel warns about TCP at every start, and calls the signal that ends it an error.
+                    extra_arguments=["--log-level=50"],
                 )
         except papermill.PapermillExecutionError as error:
             raise EcoDiffError(_failure(source, profile, error)) from None
         notebook = nbformat.read(executed, as_version=4)
     seconds = round(time.perf_counter() - start, 1)
 
-    for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata["tags"].append("hide-input")
+    _show_parameters(notebook, parameter_table(source, injected))
     _name_cells(notebook, source.stem)
     _require_figure_text(notebook, source)
     notebook.metadata["papermill"].update(input_path=source.name, output_path=page.name)
@@ -168,6 +208,19 @@ def run(source: Path, profile: str, out: Path) -> Path:
             raise EcoDiffError(f"{source.name} shows a folder of this machine ({private}): print names instead.")
     write_whole(page, text.encode())
     return page
+
+
+def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
+    """Put the table of parameters where their cell is, and fold the cell, and that of a profile's values, below it."""
+    for i, cell in reversed(list(enumerate(notebook.cells))):
+        tags = cell.metadata.get("tags", [])
+        if {"parameters", "injected-parameters"} & set(tags):
+            if "hide-input" not in tags:
+                tags.append("hide-input")
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters as code", "code_prompt_hide": "Hide"}
+        if "parameters" in tags:
+            shown = nbformat.v4.new_markdown_cell(table, metadata={"tags": ["table-of-parameters"]})
+            notebook.cells.insert(i, shown)
 
 
 def _failure(source: Path, profile: str, error: papermill.PapermillExecutionError) -> str:

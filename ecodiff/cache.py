@@ -64,6 +64,12 @@ def _hash(module: nn.Module) -> str:
     return total.hexdigest()
 
 
+def tensor_hash(value: Tensor) -> str:
+    """SHA-256 over shape, dtype and bytes of a tensor, the same on every device."""
+    about = f"{tuple(value.shape)} {value.dtype}\n".encode()
+    return hashlib.sha256(about + bytes(_bytes(value))).hexdigest()
+
+
 def canonical(value) -> str:
     """One text for equal settings: JSON with sorted keys; tensors and arrays enter by the hash of their contents.
 

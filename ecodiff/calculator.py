@@ -5,15 +5,30 @@ What Python writes is what a reader sees in print, without JavaScript, or before
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from . import fullsize
 from .cost import CONTEXT, FRAGMENTS, cost
+from .interactive import interactive
 
 FAR = 0.5  # the second ratio that is counted; between 0 and this the page interpolates
+STYLE = """
+.cost-controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .4rem 1.2rem; }
+.cost-controls label { display: block; font-size: .9em; }
+.cost-controls select, .cost-controls input[type=number] { width: 100%; min-height: 1.8rem; }
+.cost-calculator table { width: 100%; border-collapse: collapse; margin: .8rem 0; }
+.cost-calculator td { font-variant-numeric: tabular-nums; }
+.cost-calculator th { text-align: left; font-weight: normal; }
+.cost-calculator thead th { font-weight: 600; }
+.cost-calculator td, .cost-calculator thead th + th { text-align: right; }
+.cost-calculator td, .cost-calculator th { padding: .25rem 0 .25rem .75rem; }
+.cost-calculator th[scope=row], .cost-calculator thead th:first-child { padding-left: 0; }
+.cost-calculator tr { border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+.cost-says { min-height: 3em; margin: .8rem 0; }
+@media print { .cost-controls { display: none; } }
+"""
 
 
 def numbers(name: str) -> dict:
@@ -38,8 +53,6 @@ def numbers(name: str) -> dict:
 
 def calculator(rows: Sequence[dict], start: str = "sdxl", batch: int = 1, ratio: float = 0.2, gpu: int = 24):
     """The calculator as an object that Jupyter, Colab and the book display; `rows` are from `numbers`."""
-    from IPython.display import HTML
-
     chosen = next(row for row in rows if row["name"] == start)
     models = "".join(
         f'<option value="{escape(row["name"])}"{" selected" if row is chosen else ""}>{escape(row["title"])}</option>'
@@ -60,30 +73,14 @@ def calculator(rows: Sequence[dict], start: str = "sdxl", batch: int = 1, ratio:
         f'<tr><th scope="row">{escape(text)}</th><td>{before}</td><td>{after}</td></tr>'
         for text, before, after in table(chosen, chosen["steps"], batch, ratio, True)
     )
-    script = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
     constants = {"rows": list(rows), "far": FAR, "context": CONTEXT, "fragments": FRAGMENTS}
-    return HTML(f"""
-<div class="cost-calculator" role="group" aria-label="Cost calculator">
-<style>
-.cost-calculator {{ max-width: 46rem; margin: 0 auto; font: inherit; color: var(--pst-color-text-base, CanvasText); }}
-.cost-controls {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .4rem 1.2rem; }}
-.cost-controls label {{ display: block; font-size: .9em; }}
-.cost-controls select, .cost-controls input[type=number] {{ width: 100%; min-height: 1.8rem; }}
-.cost-calculator table {{ width: 100%; border-collapse: collapse; margin: .8rem 0; }}
-.cost-calculator td {{ font-variant-numeric: tabular-nums; }}
-.cost-calculator th {{ text-align: left; font-weight: normal; }}
-.cost-calculator thead th {{ font-weight: 600; }}
-.cost-calculator td, .cost-calculator thead th + th {{ text-align: right; }}
-.cost-calculator tr {{ border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }}
-.cost-says {{ min-height: 3em; }}
-@media print {{ .cost-controls {{ display: none; }} }}
-</style>
+    body = f"""
 <div class="cost-controls">{controls}</div>
-<table><thead><tr><th></th><th scope="col">original</th><th scope="col">pruned</th></tr></thead>
-<tbody>{lines}</tbody></table>
 <p class="cost-says" role="status" aria-live="polite"></p>
-<script>{script.replace("CONSTANTS", json.dumps(constants))}</script>
-</div>""")
+<table><thead><tr><th></th><th scope="col">original</th><th scope="col">pruned</th></tr></thead>
+<tbody>{lines}</tbody></table>"""
+    script = Path(__file__).with_suffix(".js")
+    return interactive("cost-calculator", "Cost calculator", body, STYLE, script, constants)
 
 
 def table(row: dict, steps: int, batch: int, ratio: float, guided: bool) -> list[tuple[str, str, str]]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import EcoDiffError
+from .hooks import replaced_forward
 from .pipelines import denoiser as find_denoiser
-from .pipelines import sampling_loop
+from .pipelines import experts, sampling_loop
 from .trace import Given, outputs, without_weights
-from .trajectory import private_copy, replaced_forward
+from .trajectory import private_copy
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Captured:
 
     inputs: {argument of the denoiser: what was given}, as `trace.trace` takes it.  latents: the argument that holds
     the latents: the first of the denoiser's.  samples: its leading dimension.  calls: denoiser calls of the whole
-    loop.  size: height and width of the final latents, None where they are packed.
+    loop.  size: height and width of the final latents, None where they are packed.  shares: calls of each denoiser,
+    where the pipeline has several.
     """
 
     inputs: dict[str, Given]
@@ -36,6 +39,7 @@ class Captured:
     samples: int
     calls: int
     size: tuple[int, int] | None
+    shares: tuple[int, ...]
 
 
 def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
@@ -60,9 +64,12 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
     if isinstance(given.get("prompt"), str):
         given["prompt"] = [given["prompt"]] * batch
     denoiser, noted = find_denoiser(pipe), {"calls": 0}
-    signature, empty = inspect.signature(denoiser.forward), without_weights(denoiser, denoiser.dtype, "meta")
+    networks = experts(denoiser)
+    first = networks[0]
+    signature, empty = inspect.signature(first.forward), without_weights(first, first.dtype, "meta")
+    shares = [0] * len(networks)
 
-    def wrap(forward):
+    def wrap(forward, number):
         @wraps(forward)
         def zeros(*args, **kwargs):
             if not noted["calls"]:
@@ -71,9 +78,10 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
                     if parameter.kind is parameter.VAR_KEYWORD:
                         bound |= bound.pop(key, {})
                 noted["inputs"] = {key: Given(value) for key, value in bound.items()}
-                noted["result"] = outputs(empty, noted["inputs"], dtype=denoiser.dtype)
+                noted["result"] = outputs(empty, noted["inputs"], dtype=first.dtype)
                 noted["device"] = next(value.device for value in bound.values() if isinstance(value, Tensor))
             noted["calls"] += 1
+            shares[number] += 1
             return tree_map(
                 lambda part: (
                     torch.zeros(part.shape, dtype=part.dtype, device=noted["device"])
@@ -86,7 +94,10 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
         return zeros
 
     try:
-        with torch.no_grad(), replaced_forward(denoiser, wrap):
+        with torch.no_grad(), ExitStack() as stack:
+            for number, network in enumerate(networks):
+                wrapped = partial(wrap, number=number)
+                stack.enter_context(replaced_forward(network, wrapped, must_run=False))  # said below, in other words
             result = call(private_copy(pipe), **given)
     except EcoDiffError:
         raise
@@ -101,7 +112,7 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
     latents = next(key for key in signature.parameters if isinstance(noted["inputs"].get(key, _NOTHING).value, Tensor))
     final = result[0] if isinstance(result, (tuple, list)) else next(iter(result.values()), None)
     sides = tuple(final.shape[-2:]) if isinstance(final, Tensor) and final.ndim in (4, 5) else None
-    return Captured(noted["inputs"], latents, len(noted["inputs"][latents].value), noted["calls"], sides)
+    return Captured(noted["inputs"], latents, len(noted["inputs"][latents].value), noted["calls"], sides, tuple(shares))
 
 
 _NOTHING = Given(None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,12 @@ from . import fullsize
 from .capture import call_arguments
 from .errors import EcoDiffError
 from .mask import make_mask
+from .pipelines import Experts, experts
 from .prompts import collate
 from .sites import KINDS, find_sites
 from .subject import Loop, Subject, geometry, loop_of, overridden, subject_of
 from .surgery import prune_denoiser
-from .trace import Flops, Trace, parameters, trace
+from .trace import Backward, Flops, Trace, parameters, trace
 
 _UNITS = {"": 1, "B": 1} | {
     f"{p}{b}": k**i for i, p in enumerate("KMGT", 1) for b, k in (("", 1000), ("B", 1000), ("IB", 1024))
@@ -272,16 +273,7 @@ def gb(size: int) -> str:
 def _count(
     s: Subject, network: nn.Module, loop: Loop, batch: int, kinds, autocast, inner, decoding: tuple | None = None
 ) -> Cost:
-    sites = find_sites(network, kinds)
-    call = trace(
-        network,
-        loop.inputs,
-        dtype=s.dtype,
-        sites=sites,
-        gradient_input=loop.latents,
-        inner=inner,
-        autocast=autocast,
-    )
+    call = _traced(s, network, loop, kinds, autocast, inner)
     everything = find_sites(network, KINDS)
     removable = {
         kind: sum(site.units * site.params_per_unit for site in everything.values() if site.kind == kind)
@@ -293,7 +285,7 @@ def _count(
     vae_bytes, decode = decoding or _decoding(s, batch, geometry(s, batch))
     return Cost(
         model=s.title,
-        denoiser=type(network).__name__,
+        denoiser=" and ".join(type(part).__name__ for part in experts(network)),
         size=s.size,
         frames=s.frames,
         batch=batch,
@@ -315,6 +307,38 @@ def _count(
     )
 
 
+def _traced(s: Subject, network: nn.Module, loop: Loop, kinds, autocast, inner) -> Trace:
+    """One call. Of several experts, the operations of their mean call in the loop, and the most bytes of any."""
+    traces = [
+        trace(
+            part,
+            loop.inputs,
+            dtype=s.dtype,
+            sites=find_sites(part, kinds),
+            gradient_input=loop.latents,
+            inner=inner,
+            autocast=autocast,
+        )
+        for part in experts(network)
+    ]
+    if len(traces) == 1:
+        return traces[0]
+    flops = [each.flops * (calls / loop.calls) for each, calls in zip(traces, loop.shares, strict=True)]
+    return Trace(
+        flops=Flops(*(sum(values) for values in zip(*(astuple(each) for each in flops), strict=True))),
+        inputs=max(each.inputs for each in traces),
+        forward_peak=max(each.forward_peak for each in traces),
+        update=_largest([each.update for each in traces]),
+        first_held=traces[0].first_held,
+        inner=_largest([each.inner for each in traces]),
+    )
+
+
+def _largest(backwards: list[Backward | None]) -> Backward | None:
+    known = [astuple(each) for each in backwards if each is not None]
+    return Backward(*(max(values) for values in zip(*known, strict=True))) if known else None
+
+
 def _decoding(s: Subject, batch: int, g: fullsize.Geometry) -> tuple[int, int]:
     """Bytes of the VAE's weights, and of decoding beside them."""
     if s.vae is None:
@@ -329,6 +353,8 @@ def _decoding(s: Subject, batch: int, g: fullsize.Geometry) -> tuple[int, int]:
 
 def _skeleton(network: nn.Module) -> nn.Module:
     """The same network on the meta device, pruned or not, without touching its weights."""
+    if isinstance(network, Experts):
+        return network.each(lambda part, _: _skeleton(part))
     if all(parameter.is_meta for parameter in network.parameters()):
         return network
     with torch.device("meta"):

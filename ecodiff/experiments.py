@@ -263,13 +263,71 @@ def _pruned(pipe, cell: Cell, recompute: bool):
     captions = cell.captions()
     if method in BLOCKS:
         return _without_blocks(pipe, method, calibration(method, captions), cell)
-    source = _source(pipe, cell)
-    scores = scores_of(source, method, captions, cell.config, cell.seed, recompute)
-    mask = make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+    mask = _mask(pipe, cell, recompute)
     if "soft" in extras:
-        gates = learned_gates(source, captions, cell.seeded)
+        gates = learned_gates(_source(pipe, cell), captions, cell.seeded)
         pipe = fold_gates(pipe, gates.deterministic())
     return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
+
+
+def _mask(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
+    """The mask {site: bool [units]} of a cell whose method scores units."""
+    method, _ = apart(cell.method)
+    scores = scores_of(_source(pipe, cell), method, cell.captions(), cell.config, cell.seed, recompute)
+    return make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+
+
+def removed_units(pipe, cell: Cell, *, only_recorded: bool = False) -> dict[str, dict] | None:
+    """How many units of each site a cell's mask removes, recorded or computed now; None where it is not recorded.
+
+    Returns {site: {"kind", "units", "removed", "params_per_unit"}}. The mask depends on no image that is judged, so the
+    row does not depend on the protocol.
+    """
+    described = describe_cell(pipe, cell)
+    for judging in ("protocol", "judge", "vae"):
+        del described[judging]
+    described |= {"what": "removed_units", "version": 1}
+
+    def count() -> dict:
+        mask, sites = _mask(pipe, cell), find_sites(denoiser(pipe))
+        return {
+            name: {
+                "kind": site.kind,
+                "units": site.units,
+                "removed": int((~mask[name]).sum()),
+                "params_per_unit": site.params_per_unit,
+            }
+            for name, site in sites.items()
+        }
+
+    if only_recorded:
+        row = records.find(described, name="removed_units")
+        return row and row["values"]
+    return records.measure(described, count, name="removed_units")["values"]
+
+
+def compare_sparing(pipe, cell: Cell, sites: Sequence[str], *, only_recorded: bool = False) -> dict | None:
+    """What a cell comes to if no unit of these sites may go, recorded or measured now; as ``compare`` otherwise.
+
+    The next units of the cell's own order go in their place, so that as much is removed. Raises EcoDiffError for a name
+    that is no site.
+    """
+    sites = sorted(sites)
+    known = find_sites(denoiser(pipe))
+    if unknown := [name for name in sites if name not in known]:
+        raise EcoDiffError(f"{unknown[0]!r} is no site of this model: take some of {', '.join(known)}.")
+    described = {**describe_cell(pipe, cell), "spared": sites}
+
+    def measured() -> dict:
+        scores = dict(scores_of(pipe, cell.method, cell.captions(), cell.config, cell.seed))
+        scores |= {name: torch.full_like(scores[name], float("inf")) for name in sites}
+        mask = make_mask(scores, known, cell.ratio, scope=cell.scope, count=cell.count)
+        return _judged(pipe, prune(pipe, mask), cell)
+
+    if only_recorded:
+        row = records.find(described, name="spared")
+        return row and row["values"]
+    return records.measure(described, measured, name="spared")["values"]
 
 
 BLOCKS = ("blocks", "blocks-clip")  # whole blocks by the prediction's error (LAPTOP-Diff), by CLIP score (SnapFusion)
@@ -297,15 +355,19 @@ def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
 
 def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
     """The values of a cell, measured now; gates, scores and pictures that are kept are read, unless ``recompute``."""
-    protocol, scenes = cell.protocol, cell.protocol.scenes()
     with anew(recompute):
-        smaller = smaller_model(pipe, cell, recompute)
-        reused = "deepcache" in apart(cell.method)[1]
-        drawn = original = draw(pipe, scenes, cell.seed, protocol)
-        with deepcache(smaller, interval=2) if reused else nullcontext():
-            if reused or smaller is not pipe:
-                drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
-            gflop = picture_gflop(smaller, protocol)
+        return _judged(pipe, smaller_model(pipe, cell, recompute), cell)
+
+
+def _judged(pipe, smaller, cell: Cell) -> dict:
+    """What ``compare`` returns of a smaller pipeline, drawn and judged now."""
+    protocol, scenes = cell.protocol, cell.protocol.scenes()
+    reused = "deepcache" in apart(cell.method)[1]
+    drawn = original = draw(pipe, scenes, cell.seed, protocol)
+    with deepcache(smaller, interval=2) if reused else nullcontext():
+        if reused or smaller is not pipe:
+            drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
+        gflop = picture_gflop(smaller, protocol)
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
         "gflop": gflop,
@@ -334,9 +396,19 @@ def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digit
 
 
 def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> metrics.Interval:
-    """Mean difference first - second with its 95 % interval over seeds and pictures, paired by both."""
+    """Mean difference first - second with its 95 % interval over seeds and pictures, paired by both.
+
+    Where no picture differs at all in a measure that is 0 or 1, resampling can only give an interval of no width. Then
+    the interval is that of the rule of three: with n pictures of which none differs, up to a share of 1 - 0.05^(1/n),
+    about 3/n, could differ with a chance of 5 % (Hanley & Lippman-Hand 1983).
+    """
     pairs = [[a - b for a, b in zip(xs, ys, strict=True)] for xs, ys in zip(first, second, strict=True)]
-    return metrics.nested_interval(pairs)
+    interval = metrics.nested_interval(pairs)
+    values = {value for group in (*first, *second) for value in group}
+    if interval.low == interval.high == 0 and values <= {0, 1}:
+        unseen = 1 - 0.05 ** (1 / len(pairs[0]))
+        return replace(interval, low=-unseen, high=unseen)
+    return interval
 
 
 def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: str = "learned") -> str:
@@ -351,8 +423,7 @@ def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: 
                 continue
             d = difference(*sets)
             shown = f"{d.mean:+.3f}, 95 % interval {d.low:+.3f} to {d.high:+.3f}"
-            outcome = f"keeps {d.word} than" if d.sign else f"{d.word} from"
-            lines.append(f"- {words}: {ours} {outcome} {other} (paired difference {shown}).")
+            lines.append(f"- {words}, {ours} against {other}: {d.word} (paired difference {shown}).")
     return "\n".join(lines)
 
 

@@ -5,17 +5,37 @@ What Python draws is what a reader sees in print, without JavaScript, or before 
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 
 import torch
 
 from .gates import HardConcrete
+from .interactive import interactive
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 48, 58, 14
 RANGE = 8.0  # λ runs over [-RANGE, RANGE]
 LEVELS = [round(0.01 + 0.98 * i / 96, 4) for i in range(97)]  # u for the band: 1 % to 99 % of the draws
+
+STYLE = """
+.hc-explorer svg { display: block; width: 100%; height: auto; overflow: visible; }
+.hc-explorer text { font-size: 15px; }
+.hc-explorer .hc-grid { stroke: currentColor; stroke-opacity: .18; }
+.hc-explorer .hc-median, .hc-explorer .hc-open { fill: none; stroke-width: 2.5; }
+.hc-explorer .hc-median { stroke: #1f8fd0; }
+.hc-explorer .hc-open { stroke: #e69f00; stroke-dasharray: 8 5; }
+.hc-explorer .hc-band { fill: #1f8fd0; fill-opacity: .22; }
+.hc-explorer .hc-here { stroke: currentColor; stroke-width: 1.5; }
+.hc-explorer .hc-draws circle { fill: currentColor; fill-opacity: .45; }
+.hc-controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .4rem 1.2rem; }
+.hc-controls label { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .9em; }
+.hc-controls input { width: 100%; min-height: 1.6rem; accent-color: #1f8fd0; }
+.hc-key { font-size: .9em; margin: .3rem 0; }
+.hc-key b { font-weight: 600; }
+.hc-says { font-size: .9em; min-height: 4.5em; margin: .3rem 0 0; }
+@media (max-width: 600px) { .hc-explorer text { font-size: 22px; } }
+@media print { .hc-controls { display: none; } .hc-explorer { break-inside: avoid; } }
+"""
 
 
 def curves(distribution: HardConcrete, points: int = 121) -> dict[str, list[tuple[float, float]]]:
@@ -52,8 +72,6 @@ def _axes() -> str:
 
 def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | None = None):
     """The figure as an object that Jupyter, Colab and the book display; starts at `log_alpha` and `distribution`."""
-    from IPython.display import HTML
-
     start = distribution or HardConcrete()
     lines = curves(start)
     band = _path(lines["low"]) + "L" + _path(lines["high"][::-1])[1:] + "Z"
@@ -66,48 +84,25 @@ def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | 
         f'<label><span>{escape(text)}</span> <output>{value:g}</output> '
         f'<input type="range" name="{name}" min="{low}" max="{high}" step="{step}" value="{value}"></label>'
         for name, text, low, high, step, value in sliders)
-    script = Path(__file__).with_suffix(".js").read_text()
     description = ("Gate value against lambda. A curve rises from 0 to 1 through a half at lambda 0 and is "
                    "clipped at both ends; a band around it holds 98 percent of the random draws; a dashed curve is the "
                    "probability that the gate is open. Sliders change lambda, delta and the temperature alpha.")
-    return HTML(f"""
-<div class="hc-explorer" role="group" aria-label="Interactive hard concrete gate">
-<style>
-.hc-explorer {{ max-width: 46rem; margin: 0 auto; font: inherit; text-align: left;
-  color: var(--pst-color-text-base, CanvasText); }}
-.hc-explorer svg {{ display: block; width: 100%; height: auto; overflow: visible; }}
-.hc-explorer text {{ fill: currentColor; font-size: 15px; }}
-.hc-explorer .hc-grid {{ stroke: currentColor; stroke-opacity: .18; }}
-.hc-explorer .hc-median, .hc-explorer .hc-open {{ fill: none; stroke-width: 2.5; }}
-.hc-explorer .hc-median {{ stroke: #1f8fd0; }}
-.hc-explorer .hc-open {{ stroke: #e69f00; stroke-dasharray: 8 5; }}
-.hc-explorer .hc-band {{ fill: #1f8fd0; fill-opacity: .22; }}
-.hc-explorer .hc-here {{ stroke: currentColor; stroke-width: 1.5; }}
-.hc-explorer .hc-draws circle {{ fill: currentColor; fill-opacity: .45; }}
-.hc-controls {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .4rem 1.2rem; }}
-.hc-controls label {{ display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .9em; }}
-.hc-controls input {{ width: 100%; min-height: 1.6rem; accent-color: #1f8fd0; }}
-.hc-key {{ font-size: .9em; margin: .3rem 0; }}
-.hc-key b {{ font-weight: 600; }}
-.hc-says {{ font-size: .9em; min-height: 4.5em; margin: .3rem 0 0; }}
-@media (max-width: 600px) {{ .hc-explorer text {{ font-size: 22px; }} }}
-@media print {{ .hc-controls {{ display: none; }} .hc-explorer {{ break-inside: avoid; }} }}
-</style>
+    here = _xy(log_alpha, 0).split(",")[0]
+    body = f"""
 <svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">
 {_axes()}
 <path class="hc-band" d="{band}"/>
 <path class="hc-open" d="{_path(lines["open"])}"/>
 <path class="hc-median" d="{_path(lines["median"])}"/>
-<line class="hc-here" x1="{_xy(log_alpha, 0).split(",")[0]}" x2="{_xy(log_alpha, 0).split(",")[0]}"
- y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>
+<line class="hc-here" x1="{here}" x2="{here}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>
 <g class="hc-draws"></g>
 </svg>
 <p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws. <b>Dashed:</b> P(open).
 <b>Dots:</b> draws at the chosen λ.</p>
 <div class="hc-controls">{controls}</div>
-<p class="hc-says" role="status" aria-live="polite">{escape(says(start, log_alpha))}</p>
-<script>{script.replace("CONSTANTS", json.dumps(constants))}</script>
-</div>""")
+<p class="hc-says" role="status" aria-live="polite">{escape(says(start, log_alpha))}</p>"""
+    script = Path(__file__).with_suffix(".js")
+    return interactive("hc-explorer", "Interactive hard concrete gate", body, STYLE, script, constants)
 
 
 def says(distribution: HardConcrete, log_alpha: float) -> str:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .hooks import hooked, never_ran
 from .paths import write_whole
+from .pipelines import Experts, experts
 from .sites import KINDS, Site, find_sites
 
 
@@ -76,6 +78,11 @@ class HardConcrete:
     def l0_saturation(self) -> float:
         """λ at and above which P(z > 0) is 1, so that the closed-form L0 has no gradient (-0.892 for δ = 0.5)."""
         return self._closed + self._noise_bound
+
+    @property
+    def always_closed(self) -> float:
+        """λ at and below which the gate is 0 for any noise, so that nothing has a gradient; -inf for δ = 0."""
+        return self._closed - self._noise_bound
 
     @property
     def _noise_bound(self) -> float:
@@ -214,6 +221,7 @@ def apply_gates(
     values: Mapping[str, Tensor] | Callable[[str], Tensor],
     sites: Mapping[str, Site] | None = None,
     learned: Iterable[Tensor] = (),
+    must_run: bool = True,
 ) -> Iterator[None]:
     """While the context is open every forward of the denoiser is multiplied by these gates (Eq. 9, 10); hooks only.
 
@@ -225,9 +233,14 @@ def apply_gates(
         sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
         learned: when `values` is a function: the tensors it makes gates from (λ). Time-step checkpointing returns
             gradients to these, and refuses to run on to a wrong gradient where they are left out.
+        must_run: False allows gated layers that never run while the context is open.
 
     A gate multiplies the input of the layers that read its units, in the activations' dtype; joint attention's image
     and text outputs read the same heads and share their gates. The hooks are removed on exit, also after an error.
+    A compiled denoiser runs eagerly inside, since compiled code does not see hooks.
+
+    Raises EcoDiffError for gates that do not fit the sites, and on leaving for a gated layer that never ran, whose gate
+    had no effect: leave its site out of ``values`` (or ``sites``) where that is meant.
     """
     if callable(values):
         sites = find_sites(denoiser) if sites is None else sites
@@ -237,24 +250,20 @@ def apply_gates(
         check_units(values, sites, "apply_gates", samples=True)
         chosen, current, learned = {name: sites[name] for name in values}, dict(values), None
 
-    handles = []
     opened = (current, learned)
     _OPEN.setdefault(denoiser, []).append(opened)
     try:
-        for name, site in chosen.items():
-            if callable(values):
-                module = denoiser.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(_draw_hook(values, name, current)))
-            for span in site.gated:
-                layer = denoiser.get_submodule(span.layer)
-                if site.readers:
-                    handles.append(layer.register_forward_pre_hook(_input_hook(current, name, span)))
-                else:
-                    handles.append(layer.register_forward_hook(_output_hook(current, name, span)))
-        yield
+        with hooked(denoiser, "apply_gates", must_run) as hooks:
+            for name, site in chosen.items():
+                if callable(values):
+                    hooks.before(name, _draw_hook(values, name, current), site=name)
+                for span in site.gated:
+                    if site.readers:
+                        hooks.before(span.layer, _input_hook(current, name, span), site=name)
+                    else:
+                        hooks.after(span.layer, _output_hook(current, name, span), site=name)
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         _OPEN[denoiser] = [entry for entry in _OPEN[denoiser] if entry is not opened]
 
 
@@ -271,7 +280,9 @@ class OpenGates:
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser, self.checked = denoiser, False
-        entries = _OPEN.get(denoiser, ())
+        # Gates may be open on all experts of a pipeline, or on one of them alone.
+        owners = [denoiser, *experts(denoiser)] if isinstance(denoiser, Experts) else [denoiser]
+        entries = [entry for owner in owners for entry in _OPEN.get(owner, ())]
         self._places = [
             (current, name)
             for current, learned in entries
@@ -297,21 +308,23 @@ class OpenGates:
 
 
 def _draw_hook(draw, name, current):
-    def hook(module, args):
+    def hook(x):
         current[name] = draw(name)
 
     return hook
 
 
 def _input_hook(current, name, span):
-    def hook(module, args):
-        return (_multiply(args[0], current[name], span), *args[1:])
+    def hook(x):
+        if name not in current:  # gates are drawn as the site's module is called
+            raise never_ran("apply_gates", [name], 1, name)
+        return _multiply(x, current[name], span)
 
     return hook
 
 
 def _output_hook(current, name, span):
-    def hook(module, args, output):
+    def hook(args, kwargs, output):
         return _multiply(output, current[name], span)
 
     return hook

@@ -12,14 +12,15 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .cache import cached, canonical, key, weights_hash
+from .batches import in_batches, together
+from .cache import cached, canonical
+from .checks import checked_call, checked_guidance, checked_seed
 from .errors import EcoDiffError
-from .pipelines import denoiser
+from .fingerprint import Undescribed, describe, of_pipeline
 from .prompts import checked_prompts, collate, encoding_once
 from .trajectory import frozen, private_copy
 
@@ -45,10 +46,13 @@ def generate(
         prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one
             picture (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
         seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.
-        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above).
+        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above). Where
+            the pipeline does not treat the pictures of a batch as it does single ones, they are drawn one by one.
         num_inference_steps, guidance_scale: left out, the pipeline's own defaults.
-        cache_dir: folder for finished pictures, filed under weights, configurations, versions, prompts, seeds and
-            settings. Not used (with a warning) while hooks change the denoiser, for these do not show in its weights.
+        cache_dir: folder for finished pictures, filed under all that they depend on: prompts, seeds, settings, versions
+            and, of the pipeline and its components, classes, configurations, weights and all that is set on their
+            modules (adapters and their scales, FreeU, attention processors). Code of one's own (a hook, a processor, a
+            callback) shows in none of these: then nothing is kept, and a warning says what it is.
         progress: show a bar, counted in pictures; the pipeline's own bar is silent either way.
         **call_kwargs: further arguments of the pipeline's call, the same for all pictures (``height``,
             ``negative_prompt``).
@@ -66,18 +70,28 @@ def generate(
     if taken := sorted(set(_OURS) & call_kwargs.keys()):
         raise EcoDiffError(f"generate sets {taken[0]!r} itself: leave it out of the arguments.")
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    checked_guidance(guidance_scale, "generate")
+    checked_call(call_kwargs, "generate")
     settings = call_kwargs | {name: value for name, value in given.items() if value is not None}
 
     # One fixed order, each different picture once: a permutation of the arguments cannot change a bit.
-    wanted = [(canonical(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    try:
+        wanted = [(canonical(describe(prompt, "a prompt")), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        unknown = None
+    except Undescribed as error:  # then each is another one, in the order that was given
+        wanted = [(f"{number:09d}", seed) for number, seed in enumerate(seeds)]
+        unknown = error
     by_name = dict(zip(wanted, prompts, strict=True))
     order = sorted(by_name)
-    if cache_dir is not None and _has_hooks(denoiser(pipe)):
-        warnings.warn(
-            f"The denoiser of this {type(pipe).__name__} has hooks: its pictures are not cached.", stacklevel=2
-        )
-        cache_dir = None
-    request = {} if cache_dir is None else {"pictures": order, "settings": settings, "pipeline": _describe(pipe)}
+    request = {}
+    if cache_dir is not None:
+        try:
+            if unknown:
+                raise unknown
+            request = {"pictures": order, "settings": describe(settings, "call"), "pipeline": of_pipeline(pipe)}
+        except Undescribed as error:
+            warnings.warn(f"The images of this {type(pipe).__name__} are not cached: {error}.", stacklevel=2)
+            cache_dir = None
     todo = [(by_name[name], name[1]) for name in order]
     pictures = cached(cache_dir, "pictures", request, lambda: _draw(pipe, todo, batch_size, settings, progress))
     position = {name: i for i, name in enumerate(order)}
@@ -88,60 +102,37 @@ def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> 
     runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     parts = []
+
+    def draw(numbers: list[int]) -> None:
+        batch = [todo[number] for number in numbers]
+        pictures = runner(
+            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+            output_type="pt",
+            return_dict=False,
+            **collate([prompt for prompt, _ in batch]),
+            **settings,
+        )[0]
+        if not torch.isfinite(pictures).all():
+            raise EcoDiffError(
+                f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a wider "
+                "dtype."
+            )
+        parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        bar.update(len(batch))
+
     with frozen(*modules), tqdm(total=len(todo), desc="pictures", disable=not progress) as bar:
-        for first in range(0, len(todo), batch_size):
-            batch = todo[first : first + batch_size]
-            pictures = runner(
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-                output_type="pt",
-                return_dict=False,
-                **collate([prompt for prompt, _ in batch]),
-                **settings,
-            )[0]
-            if not torch.isfinite(pictures).all():
-                raise EcoDiffError(
-                    f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a "
-                    "wider dtype."
-                )
-            parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-            bar.update(len(batch))
+        if batch_size > 1 and not together(runner, [prompt for prompt, _ in todo], output_type="pt", **settings):
+            batch_size = 1
+        in_batches(range(len(todo)), batch_size, draw)
     return torch.cat(parts)
 
 
 def _checked(prompts, seeds) -> tuple[list, list[int]]:
     prompts = checked_prompts(prompts, "generate")
     try:
-        seeds = [int(seed) for seed in seeds]
+        seeds = [checked_seed(seed, "generate") for seed in seeds]
     except TypeError as error:
         raise EcoDiffError("generate needs a list of seeds, one whole number a prompt.") from error
     if len(seeds) != len(prompts):
         raise EcoDiffError(f"{len(prompts)} prompts but {len(seeds)} seeds: generate needs one seed a prompt.")
     return prompts, seeds
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def _describe(pipe) -> dict:
-    """All of a pipeline that its pictures depend on, as plain values. Names with a leading _ hold paths: left out."""
-    described = {
-        "class": type(pipe).__name__,
-        "device": pipe.device.type,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-    for name, part in pipe.components.items():
-        config = getattr(part, "config", None)
-        config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-        config = {
-            entry: value
-            for entry, value in config.items()
-            if not entry.startswith("_") and entry != "transformers_version"
-        }
-        described[name] = {"class": type(part).__name__, "config": config}
-        if isinstance(part, nn.Module):
-            described[name]["weights"] = weights_hash(part)
-        elif hasattr(part, "get_vocab"):
-            described[name] |= {"vocabulary": key(part.get_vocab()), "most tokens": part.model_max_length}
-    return described

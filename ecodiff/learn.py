@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
@@ -21,14 +21,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import resume
+from .batches import in_batches, together
+from .carried import refuse_elsewhere
 from .errors import EcoDiffError
 from .gates import Gates, apply_gates
+from .hooks import Hooks, hooked, never_ran, replaced_forward
 from .learn_config import RAMP, LearnConfig
 from .pipelines import denoiser as find_denoiser
 from .prompts import checked_prompts, collate, encoding_once, mix
-from .running import epoch_batch, in_words, not_half, on_device, without_adapters
-from .sites import find_sites, skipped_modules
-from .trajectory import final_latents, prediction, replaced_forward
+from .recompute import undisturbed
+from .running import epoch_batch, in_words, not_half, on_device
+from .sites import Site, sites_but, skipped_modules
+from .surgery import check_prunable
+from .trajectory import final_latents, prediction
 
 
 def learn(
@@ -39,6 +44,7 @@ def learn(
     resume_dir: str | Path | None = None,
     progress: bool = True,
     memory_budget: int | str | None = None,
+    exclude: Collection[str] = (),
 ) -> Gates:
     """Learn one λ a unit of the pipeline's denoiser (Alg. 1); ``pipe`` itself is not changed.
 
@@ -57,32 +63,39 @@ def learn(
         progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
         memory_budget: bytes of the device, such as "24GB": choose, in the place of the config's ``checkpoint`` and
             ``keep_last``, the most last steps whose activations fit (counted by `ecodiff.cost` before anything runs).
+        exclude: names of sites that get no gates, such as those that this pipeline's call never reaches.
 
     Returns:
         Gates with λ (fp32, on the CPU), one ``history`` row an update (update, loss, reconstruction, regulariser,
         gradient_norm, seconds, open_<kind>) and ``snapshots`` {update: λ}.
 
     Raises:
-        EcoDiffError: no prompts, no sites, a denoiser with adapters or in float16, a sampling loop that is not
-            differentiable, another run in ``resume_dir``, a memory budget that even one step exceeds, or a loss that is
-            not finite; the error's ``gates`` then holds the last λ that was good.
+        EcoDiffError: no prompts, no sites, a denoiser that `prune` would refuse (adapters, other layers than its class
+            makes), one in float16, a site that the pipeline's call never reaches (see ``exclude``), a sampling loop
+            that is not differentiable, another run in ``resume_dir``, a memory budget that even one step exceeds, or a
+            loss, gradient or λ that is not finite; the error's ``gates`` then holds the last λ that was good.
     """
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
-    without_adapters(network, "learn")
+    refuse_elsewhere(network, "learn")
+    check_prunable(network, "learn")
     not_half(network, "learn")
-    sites = find_sites(network, config.kinds)
+    sites = sites_but(network, config.kinds, exclude)
     if progress and (skipped := skipped_modules(network)):
         name, why = next(iter(skipped.items()))
         tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
-    _warn_where_gradient_is_zero(config)
+    for sentence in config.zero_at_start():
+        warnings.warn(sentence, stacklevel=2)
     if memory_budget is not None:
         config = _within(memory_budget, pipe, prompts[0], config, progress)
-    with on_device(pipe, "learn") as device:
+    with on_device(pipe, "learn") as device, undisturbed(device):
         task = _Task(encoding_once(pipe), prompts, config, device)
-        folder = None if resume_dir is None else resume.Folder(resume_dir, resume.describe(pipe, prompts, config))
+        folder = None
+        if resume_dir is not None:
+            run = resume.describe(pipe, prompts, config)
+            folder = resume.Folder(resume_dir, run | {"exclude": sorted(exclude)} if exclude else run)
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
         done = folder.load_state(gates, optimizer) if folder else 0
@@ -92,7 +105,7 @@ def learn(
             )
         if done == config.updates:
             return _finished(gates)
-        task.compute_teacher(folder, progress)
+        task.compute_teacher(folder, progress, sites)
         if progress:
             tqdm.write(task.cost(config.updates - done))
         if done == 0:
@@ -106,6 +119,8 @@ def learn(
                     raise _diverged(gates, previous, update, row, folder)
                 previous = {name: value.detach().clone() for name, value in gates.log_alpha.items()}
                 optimizer.step()
+                if not all(value.isfinite().all() for value in gates.log_alpha.values()):
+                    raise _diverged(gates, previous, update, row, folder)
                 row |= _open_share(gates)
                 gates.history.append(row)
                 bar.set_postfix(
@@ -127,13 +142,23 @@ class _Task:
         self.denoiser = find_denoiser(pipe)
         many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
         self.samples = [(prompt, mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
+        self.size = config.micro_batch_size or config.batch_size
+        """Samples that run together."""
+        if self.size > 1 and not together(pipe, prompts, output_type="latent", **self.call):
+            self.size = 1
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
+
+    @property
+    def call(self) -> dict:
+        """The arguments of the pipeline's call that all samples share."""
+        config = self.config
+        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+        return {"num_inference_steps": config.num_inference_steps, **guidance, **config.call}
 
     def latents(self, indices: Sequence[int], gradients: bool) -> Tensor:
         """Final latents of these samples. Each has a noise generator of its own, so batching changes nothing."""
         config = self.config
-        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
         with torch.autocast(self.device.type, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext():
             return final_latents(
                 self.pipe,
@@ -141,24 +166,27 @@ class _Task:
                 keep_last=config.keep_last,
                 gradients=gradients,
                 preserve_rng_state=config.recompute == "restore",
-                num_inference_steps=config.num_inference_steps,
                 generator=[torch.Generator().manual_seed(self.samples[i][1]) for i in indices],
                 **collate([self.samples[i][0] for i in indices]),
-                **guidance,
-                **config.call,
+                **self.call,
             ).float()
 
-    def compute_teacher(self, folder, progress: bool) -> None:
+    def compute_teacher(self, folder, progress: bool, sites: Mapping[str, Site]) -> None:
         """z_0 of the unmasked model for all samples (Alg. 1, line 3): from the folder, or computed once and kept
-        there."""
+        there. Raises EcoDiffError where the first of them does not reach a site, whose λ could not be learned."""
         cached = folder.load_teacher() if folder else None
         if cached is None:
-            started, size = time.perf_counter(), self.config.micro_batch_size or self.config.batch_size
-            batches = range(0, len(self.samples), size)
-            parts = [
-                self.latents(range(first, min(first + size, len(self.samples))), gradients=False)
-                for first in tqdm(batches, desc="teacher", disable=not progress)
-            ]
+            started, parts = time.perf_counter(), []
+
+            def draw(numbers: list[int]) -> None:
+                with hooked(self.denoiser, "learn") as hooks:
+                    if not parts:  # the first of them tells for all
+                        _watch(hooks, sites)
+                    parts.append(self.latents(numbers, gradients=False))
+                bar.update(len(numbers))
+
+            with tqdm(total=len(self.samples), desc="teacher", disable=not progress) as bar:
+                in_batches(range(len(self.samples)), self.size, draw)
             cached = torch.cat(parts), (time.perf_counter() - started) / len(self.samples)
             if folder:
                 folder.save_teacher(*cached)
@@ -183,26 +211,25 @@ class _Task:
         config, started = self.config, time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         batch = epoch_batch(len(self.samples), config.batch_size, config.seed, update)
-        size = config.micro_batch_size or len(batch)
-        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
         reconstruction, generator = 0.0, torch.Generator().manual_seed(mix(config.seed, update))
+
+        def add(part: list[int]) -> None:
+            nonlocal reconstruction
+            own = None if config.gate_draw == "trajectory" else len(part)
+            values = _fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
+            if config.objective == "step":
+                reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
+                return
+            with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
+                student = self.latents(part, gradients=True)
+                loss = self.reconstruction(student, self.teacher[part]) * len(part) / len(batch)
+                loss.backward()
+            reconstruction += loss.item()
+
         # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(mix(config.seed, update))
-            for part in parts:
-                own = None if config.gate_draw == "trajectory" else len(part)
-                values = _fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
-                if config.objective == "step":
-                    reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
-                    continue
-                with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
-                    loss = (
-                        self.reconstruction(self.latents(part, gradients=True), self.teacher[part])
-                        * len(part)
-                        / len(batch)
-                    )
-                    loss.backward()
-                reconstruction += loss.item()
+            in_batches(batch, self.size, add)
         regulariser, weights = _regulariser(gates, config.regulariser), self.weights(gates, update)
         if regulariser:
             sum(weights[kind] * value for kind, value in regulariser.items()).backward()
@@ -248,7 +275,8 @@ class _Task:
                 result = forward(*args, **kwargs)
                 target = prediction(result).detach().float()
                 scale = target.var() if self.config.normalize else 1.0
-                with torch.enable_grad(), apply_gates(self.denoiser, values, gates.sites):
+                # One call need not reach every site (some guidance skips layers); all calls together must, see below.
+                with torch.enable_grad(), apply_gates(self.denoiser, values, gates.sites, must_run=False):
                     loss = (prediction(forward(*args, **kwargs)).float() - target).square().mean() / scale
                     loss.backward()
                 losses.append(loss.item())
@@ -258,6 +286,8 @@ class _Task:
 
         with replaced_forward(self.denoiser, wrap):
             self.latents(part, gradients=False)
+        if idle := [name for name, leaf in leaves.items() if leaf.grad is None]:
+            raise never_ran("learn", idle, len(leaves), idle[0])
         factor = share / len(losses)
         torch.autograd.backward(list(sources.values()), [factor * leaves[name].grad for name in sources])
         return factor * sum(losses)
@@ -281,6 +311,17 @@ def _within(memory_budget: int | str, pipe, prompt, config: LearnConfig, progres
             f"steps, counted peak {gb(peak)}"
         )
     return replace(config, checkpoint=True, keep_last=keep_last)
+
+
+def _watch(hooks: Hooks, sites: Mapping[str, Site]) -> None:
+    """Hooks that do nothing on all layers that will be gated, so that those that never run are named at once."""
+
+    def seen(*what) -> None:
+        pass
+
+    for name, site in sites.items():
+        for span in site.gated:
+            hooks.before(span.layer, seen, site=name)
 
 
 def _regulariser(gates: Gates, form: str) -> dict[str, Tensor]:
@@ -326,31 +367,17 @@ def _open_share(gates: Gates) -> dict[str, float]:
     return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
 
 
-def _warn_where_gradient_is_zero(config: LearnConfig) -> None:
-    start, distribution = config.log_alpha_start, config.distribution
-    if start >= distribution.saturation:
-        warnings.warn(
-            f"λ starts at {start}, above {distribution.saturation:.3f} where every gate is 1 for any noise "
-            f"(δ={config.delta}): the reconstruction has exactly zero gradient until the regulariser alone has moved λ "
-            "down. Start lower or lower δ.",
-            stacklevel=3,
-        )
-    if config.regulariser == "l0" and start >= distribution.l0_saturation:
-        warnings.warn(
-            f"λ starts at {start}, above {distribution.l0_saturation:.3f} where P(gate open) is 1 (δ={config.delta}): "
-            "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound).",
-            stacklevel=3,
-        )
-
-
 def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiffError:
-    """The error for a loss or gradient that is not finite; it carries the λ of the last update whose loss was."""
+    """The error for a loss, gradient or λ that is not finite; it carries the last λ that was good."""
     if previous is not None:
         gates.log_alpha = previous
     gates = _finished(gates)
+    what = f"loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}"
+    if math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"]):
+        what = "λ after the optimiser's step"
     message = (
-        f"Update {update + 1}: loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}: not finite, so "
-        "learning stopped. Lower lr, clip gradients, or use fp32. The last good λ is in this error's .gates"
+        f"Update {update + 1}: {what}: not finite, so learning stopped. Lower lr, clip gradients, or use fp32. "
+        "The last good λ is in this error's .gates"
     )
     if folder:
         gates.save(folder.path / "last_good.safetensors")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from .checks import checked_call, checked_guidance, checked_seed
 from .errors import EcoDiffError
 from .gates import HardConcrete
 
@@ -35,8 +36,9 @@ class LearnConfig:
     batch_size: int = 6
     """Samples (prompt and noise) an update."""
     micro_batch_size: int | None = None
-    """Samples that run together (None: all). Smaller needs less memory. With gate_draw="trajectory" it also averages
-    the gradient over more gate samples."""
+    """Samples that run together (None: all). Smaller needs less memory. It also changes which gates are drawn, and so
+    λ: with gate_draw="call" (the default) all draws of an update come from one stream, in the order of the calls, and
+    with gate_draw="trajectory" the gradient is averaged over more gate samples. gate_draw="sample" is not affected."""
     num_inference_steps: int = 8
     guidance_scale: float | None = None
     """None: the pipeline's own default. Guidance runs both halves through the gated denoiser."""
@@ -87,7 +89,8 @@ class LearnConfig:
     checkpoint: bool = True
     keep_last: int = 1
     mixed_precision: str = "no"
-    """bf16 runs the denoiser under autocast; λ, gates and loss stay fp32. On a CPU without bf16 units it is slower."""
+    """bf16 runs the denoiser under autocast; λ, gates and loss stay fp32. On a CPU without bf16 units it is slower. no:
+    autocast is off, also where the caller has it on."""
     save_every: int = 10
     """Updates between two writes to resume_dir."""
     snapshot_every: int = 10
@@ -122,11 +125,44 @@ class LearnConfig:
             raise EcoDiffError(f"LearnConfig: clip_grad_norm={self.clip_grad_norm} must be positive, or None.")
         if self.target_open is not None and not 0 < self.target_open < 1:
             raise EcoDiffError(f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, or be None.")
+        object.__setattr__(self, "seed", checked_seed(self.seed, "LearnConfig"))
+        checked_guidance(self.guidance_scale, "LearnConfig")
+        checked_call(self.call, "LearnConfig: call")
         self.distribution  # noqa: B018 (raises for constants that make no distribution)
 
     @property
     def distribution(self) -> HardConcrete:
         return HardConcrete(self.temperature, self.gamma, self.zeta, self.delta)
+
+    def zero_at_start(self) -> list[str]:
+        """What has exactly no gradient where λ starts, a sentence each; empty where all of the loss is alive there.
+
+        Such a run is not wrong, but what is dead at its start says nothing: a regulariser without a gradient closes no
+        gate, a reconstruction without one lets the regulariser alone move λ. The bounds are those of ``HardConcrete``.
+        """
+        start, gate = self.log_alpha_start, self.distribution
+        sentences = []
+        if start >= gate.saturation:
+            sentences.append(
+                f"λ starts at {start:g}, above {gate.saturation:.3f} where every gate is 1 for any noise "
+                f"(δ={self.delta:g}): the reconstruction has exactly zero gradient until the regulariser alone has "
+                "moved λ down. Start lower or lower δ."
+            )
+        if start <= gate.always_closed:
+            sentences.append(
+                f"λ starts at {start:g}, below {gate.always_closed:.3f} where every gate is 0 for any noise "
+                f"(δ={self.delta:g}): nothing has a gradient there. Start higher or lower δ."
+            )
+        if self.regulariser == "l0" and start >= gate.l0_saturation:
+            sentences.append(
+                f"λ starts at {start:g}, above {gate.l0_saturation:.3f} where P(gate open) is 1 (δ={self.delta:g}): "
+                "the L0 regulariser has exactly zero gradient there. Lower δ (0 has no such bound)."
+            )
+        elif self.regulariser == "l1" and start == 0:
+            sentences.append(
+                "λ starts at 0, where |λ| has no slope: the L1 regulariser has exactly zero gradient there."
+            )
+        return sentences
 
     def learning_rate(self, kind: str) -> float:
         """The learning rate of a kind; raises EcoDiffError where ``lr`` names none for it."""
@@ -163,7 +199,8 @@ class LearnConfig:
         Not reproduced: λ kept in bf16 (here fp32); FLUX's λ wrapped in a sigmoid before the L1; four samples run one
         by one and their gradients summed (here averaged, which Adam does not see). Alg. 1 prints ascent (line 6);
         both descend. Both draw one z_T for all prompts; the paper reads as one mask a trajectory, the code draws in
-        each module call and again when it recomputes (``gate_draw="call"``, ``recompute="redraw"`` here).
+        each module call and again when it recomputes, which it does for every step (``gate_draw="call"``,
+        ``recompute="redraw"``, ``keep_last=0`` here).
         """
         if model not in ("sdxl", "flux") or source not in ("paper", "code"):
             raise EcoDiffError(
@@ -191,6 +228,7 @@ class LearnConfig:
             delta=0.5 if sdxl else 0.1,
             gate_draw="call",
             recompute="redraw",
+            keep_last=0,
             fixed_noise=True,
         )
         return replace(config, **changes)

@@ -190,6 +190,14 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (a.double() / 255, b.double() / 255) if a.dtype == torch.uint8 else (a.double(), b.double())
 
 
+SMALLEST_EFFECT = 0.05
+"""Smallest effect of interest, for every comparison of this book: 0.05 of SSIM, or 5 of 100 images.
+
+What is smaller counts as no difference, whichever way it goes."""
+EFFECTS = ("more", "less", "no difference that matters", "undecided")
+"""What ``Interval.word`` can say."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean and the interval that covers it at ``level``."""
@@ -206,8 +214,18 @@ class Interval:
 
     @property
     def word(self) -> str:
-        """``sign`` in a word, as tables have it."""
-        return {1: "more", -1: "less", 0: "cannot be told apart"}[self.sign]
+        """What the interval of a difference says about effects of at least ``SMALLEST_EFFECT``, as tables have it.
+
+        "more" or "less": the whole interval lies beyond the smallest effect. "no difference that matters": all of it
+        lies within. "undecided": it allows both.
+        """
+        if self.low > SMALLEST_EFFECT:
+            return "more"
+        if self.high < -SMALLEST_EFFECT:
+            return "less"
+        if self.low > -SMALLEST_EFFECT and self.high < SMALLEST_EFFECT:
+            return "no difference that matters"
+        return "undecided"
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import EcoDiffError
-from .pipelines import denoiser as find_denoiser
-from .pipelines import sampling_loop
-from .prompts import collate
-from .trajectory import private_copy, replaced_forward
+from .hooks import replaced_forward
+from .pipelines import one_denoiser, sampling_loop
+from .prompts import NotJoined, collate, joined, joining_rule
+from .trajectory import private_copy
 
 
 def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[..., Tensor]:
@@ -110,19 +110,24 @@ class Condition:
     full_time: float
 
 
-def conditioning(pipe, caption: str | Mapping, size: Sequence[int], call: Mapping) -> Condition:
-    """What the pipeline's own call tells its denoiser for one caption and a picture of this size (height, width).
+def conditioning(pipe, caption: str | Mapping | list, size: Sequence[int], call: Mapping) -> Condition:
+    """What the pipeline's own call tells its denoiser for one caption (or for a list of some, together) and pictures of
+    this size (height, width).
 
     Found in the first denoiser call of its sampling loop, which then ends: so text encoders, sizes, ids and guidance
     are those that pictures are drawn with, for any pipeline. ``call`` holds further arguments of the pipeline's call; a
     guidance_scale among them counts only for a denoiser that reads it. Raises EcoDiffError where the call lacks an
-    argument or does not call its denoiser with one caption by itself.
+    argument or does not call its denoiser with the captions by themselves.
     """
-    network, runner, loop = find_denoiser(pipe), private_copy(pipe), sampling_loop(pipe)
-    arguments = {**call, **collate([caption])}
+    network, runner, loop = one_denoiser(pipe, "conditioning"), private_copy(pipe), sampling_loop(pipe)
+    captions = caption if isinstance(caption, list) else [caption]
+    arguments = {**call, **collate(captions)}
     arguments |= {"height": size[0], "width": size[1], "num_inference_steps": 2, "output_type": "latent"}
     known = inspect.signature(loop).parameters
-    if unknown := sorted(arguments.keys() - known.keys()):
+    unknown = sorted(arguments.keys() - known.keys())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [name for name in unknown if name in call]  # what every call is given may go to its **kwargs
+    if unknown:
         raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
     if "guidance_scale" in known and not network.config.get("guidance_embeds"):
         arguments["guidance_scale"] = 1.0  # the caption alone, without the empty one beside it
@@ -136,12 +141,13 @@ def conditioning(pipe, caption: str | Mapping, size: Sequence[int], call: Mappin
     found: dict = {}
     with torch.no_grad(), replaced_forward(network, wrap):
         try:
-            loop(runner, generator=torch.Generator().manual_seed(0), **arguments)
+            generators = [torch.Generator().manual_seed(0) for _ in captions]
+            loop(runner, generator=generators if len(captions) > 1 else generators[0], **arguments)
         except _FirstCall as first:
             found = first.args[0]
         except ValueError as error:  # what the pipeline's own check of its arguments raises
             raise EcoDiffError(f"{type(pipe).__name__} cannot draw {caption!r} at {list(size)}: {error}") from error
-    if len(sample := found.pop(next(iter(found), ""), ())) != 1:
+    if len(sample := found.pop(next(iter(found), ""), ())) != len(captions):
         raise EcoDiffError(f"{type(pipe).__name__} does not call its denoiser with one caption by itself.")
     time, scheduler = found.pop("timestep").flatten()[0].item(), runner.scheduler
     full_time = time / scheduler.timesteps[0].item() * scheduler.config.num_train_timesteps
@@ -157,10 +163,26 @@ def _single_precision(value):
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def join(conditions: Sequence[Condition]) -> dict:
-    """The denoiser's arguments for several captions as one batch."""
+def rule_of_joining(pipe, captions: Sequence, conditions: Sequence[Condition], size: Sequence[int], call: Mapping):
+    """How the conditions of single captions make those of a batch, found with two captions; None where they do not."""
+    second = next((i for i in range(1, len(captions)) if _name(captions[i]) != _name(captions[0])), len(captions) - 1)
+    if second == 0:
+        return None
+    try:
+        own = conditioning(pipe, [captions[0], captions[second]], size, call)
+        return joining_rule(conditions[0].arguments, conditions[second].arguments, own.arguments)
+    except (EcoDiffError, RuntimeError):  # such as mappings whose tensors cannot be put together
+        return None
 
-    def together(*parts):  # tensors without a batch dimension, as FLUX's ids, are the same for all
-        return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].shape[:1] == (1,) else parts[0]
 
-    return tree_map(together, *[condition.arguments for condition in conditions])
+def _name(caption: str | Mapping):
+    return caption if isinstance(caption, str) else id(caption)
+
+
+def join(conditions: Sequence[Condition], rule) -> dict:
+    """The denoiser's arguments for several captions as one batch, by ``rule_of_joining``. Raises `NotJoined`."""
+    if len(conditions) == 1:
+        return conditions[0].arguments
+    if rule is None:
+        raise NotJoined("the conditions of these captions do not make a batch")
+    return joined([condition.arguments for condition in conditions], rule)

@@ -53,9 +53,15 @@ _HEADS |= {"gflop": "GFLOP", "beta": "β"}
 
 
 def readable(name: str, **columns) -> list[dict[str, str]]:
-    """The rows of a table that have these values, as texts for a page; "–" where nothing is printed."""
-    rows = [row for row in table(name) if all(row.get(column) == value for column, value in columns.items())]
-    return [{_head(column): _text(column, value) for column, value in row.items() if column != "bold"} for row in rows]
+    """The rows of a table that have these values, as texts for a page; "–" where nothing is printed.
+
+    Numbers keep their digits as printed, 35.50 and not 35.5; shares and thousands are set for reading.
+    """
+    shown = []
+    for row, printed in zip(table(name), _texts(name), strict=True):
+        if all(row.get(column) == value for column, value in columns.items()):
+            shown.append({_head(key): _text(key, row[key], printed[key]) for key in row if key != "bold"})
+    return shown
 
 
 def _head(column: str) -> str:
@@ -63,10 +69,12 @@ def _head(column: str) -> str:
     return f"{words[1]}, {words[0]}" if words[0] in ("COCO", "Flickr") else " ".join(words)
 
 
-def _text(column: str, value) -> str:
+def _text(column: str, value, printed: str) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.0f} %" if column == "ratio" else f"{value:,}" if isinstance(value, int) else str(value)
+    if column == "ratio":
+        return f"{100 * value:.0f} %"
+    return f"{value:,}" if isinstance(value, int) else printed
 
 
 def setting(name: str, parameter: str):
@@ -89,9 +97,14 @@ def _typed(texts: list[str]) -> list:
 
 
 @lru_cache
-def _rows(name: str) -> list[dict]:
+def _texts(name: str) -> list[dict[str, str]]:
     with open(data_file(f"paper/{name}.csv"), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, strict=True))
+        return list(csv.DictReader(file, strict=True))
+
+
+@lru_cache
+def _rows(name: str) -> list[dict]:
+    rows = _texts(name)
     columns = {column: _typed([row[column] for row in rows]) for column in rows[0]}
     return [{column: values[i] for column, values in columns.items()} for i in range(len(rows))]
 

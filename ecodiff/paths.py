@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import EcoDiffError
@@ -25,49 +23,36 @@ def data_dir() -> Path:
 def write_whole(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one.
 
-    Raises OSError as the system does; nothing is left of the attempt then.
+    The content is on disk before the name leads to it. Where `path` is a link, the file that it leads to is written;
+    a file that is replaced leaves its permissions to the new one. Raises OSError as the system does; nothing is left of
+    the attempt then.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(content)
+        if path.is_file():
+            shutil.copymode(path, temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def whole_folder(path: Path):
-    """A folder to write to, which becomes `path` when the context ends without an error.
-
-    An earlier saved model at `path` is put aside and comes back if anything fails. Raises EcoDiffError then, and for a
-    file or a folder that holds something else.
-    """
-    path = path.absolute()
-    if path.is_file():
-        raise EcoDiffError(f"{path}: is a file; give a folder to save to.")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in _SAVED_MODEL):
-        raise EcoDiffError(f"{path}: this folder holds something else than a saved model; give a new or empty one.")
-    workshop = None
+def sync(path: str | os.PathLike) -> None:
+    """Have a file, or the names in a folder, on disk when this returns. Raises OSError, for a file only."""
+    is_folder = os.path.isdir(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        folder = workshop / path.name
-        yield str(folder)
-        if path.exists():
-            path.rename(workshop / "earlier")
-        folder.rename(path)
-    except Exception as error:  # a full disk is an OSError, a SafetensorError or, from tokenizers, a bare Exception
-        cause = error.__cause__ if isinstance(error, EcoDiffError) and error.__cause__ else error
-        raise EcoDiffError(f"{path}: saving failed ({cause}); nothing was written.") from cause
-    finally:
-        if workshop is not None:
-            if (workshop / "earlier").exists() and not path.exists():
-                (workshop / "earlier").rename(path)
-            shutil.rmtree(workshop, ignore_errors=True)
-
-
-_SAVED_MODEL = ("model_index.json", "config.json")
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not is_folder:  # some file systems know no such thing for folders
+            raise
 
 
 def data_file(name: str) -> Path:

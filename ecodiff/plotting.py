@@ -54,6 +54,15 @@ def panels(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 
     return figure, axes
 
 
+def legend_below(figure, *axes, columns: int = 4) -> None:
+    """One legend under the panels, where it lies on no data: the labels of `axes` (else the first panel), each once."""
+    labels = {}
+    for axis in axes or figure.axes[:1]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
+
+
 def picture_grid(pictures, rows: Sequence[str] = (), columns: Sequence[str] = (), size: float = 0.9):
     """Pictures in rows and columns with a name for each.
 

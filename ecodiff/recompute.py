@@ -92,6 +92,8 @@ class _Recomputed(torch.autograd.Function):
                 # Not the copies themselves: autocast would cast a leaf once for all its uses, and round their sum.
                 outputs = ctx.run([_with_a_node(tensor) for tensor in inputs])
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if isinstance(o, Tensor) and o.grad_fn]
+            if not pairs:  # a call of one expert, while gates are open on another
+                return None, None, None, *(None for _ in inputs)
             if not ctx.gates.checked:
                 _refuse_others([output for output, _ in pairs], wanted)
                 ctx.gates.checked = True
@@ -139,6 +141,18 @@ def _refuse_others(outputs: list[Tensor], known: list[Tensor]) -> None:
                 "take checkpoint=False."
             )
         waiting += [function for function, _ in node.next_functions]
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Inside, autocast is off and gradients can be recorded, whatever the caller has on (autocast, ``torch.no_grad``,
+    ``torch.inference_mode``): what is computed here depends on its own settings alone."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted({"cpu", device.type}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -144,7 +144,10 @@ def _read(path: Path) -> list[dict]:
 def _parsed(path: str, content: bytes) -> list[dict]:
     """Rows of a file; equal content is parsed once, since pages look up hundreds of rows in the same file."""
     found = []
-    for number, line in enumerate(content.decode("utf-8").splitlines(), 1):
+    lines = content.decode("utf-8").split("\n")  # splitlines also splits at separators that prompts may hold
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and row.keys() >= _FIELDS and row["key"] == key(row["config"])

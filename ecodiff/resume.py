@@ -10,6 +10,7 @@ function of the seed and the number of the update. Each file names the run it be
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from . import cache
 from .errors import EcoDiffError
+from .fingerprint import Undescribed
+from .fingerprint import describe as describe_value
 from .paths import write_whole
 from .pipelines import denoiser as find_denoiser
 
@@ -49,18 +52,35 @@ def describe(pipe, prompts: list, config) -> dict:
         "weights": cache.weights_hash(find_denoiser(pipe)),
         **conditions(pipe),
     }
-    return json.loads(json.dumps(described, default=repr))
+    return json.loads(json.dumps(described, default=_by_value))
 
 
 def conditions(pipe) -> dict:
     """What a trajectory depends on beside the denoiser, as plain JSON values: the scheduler's configuration, the text
     encoders' weights."""
     encoders = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and part is not None}
+    scheduler = {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}
+    if _DEFAULTS in scheduler:  # diffusers makes this list from a set, whose order is another in every process
+        scheduler[_DEFAULTS] = sorted(scheduler[_DEFAULTS])
     described = {
-        "scheduler": {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+        "scheduler": scheduler,
         "text_encoders": {name: cache.weights_hash(part) for name, part in sorted(encoders.items())},
     }
-    return json.loads(json.dumps(described, default=repr))
+    return json.loads(json.dumps(described, default=_by_value))
+
+
+_DEFAULTS = "_use_default_values"
+
+
+def _by_value(value):
+    """What JSON cannot hold (a tensor, a picture), by its contents: its text may be shortened or be an address."""
+    try:
+        return describe_value(value)
+    except Undescribed as error:
+        raise EcoDiffError(
+            f"An argument of the run cannot be told apart from others in a later process ({error}): take plain values, "
+            "tensors or pictures, or learn without resume_dir."
+        ) from error
 
 
 class Folder:
@@ -114,7 +134,8 @@ class Folder:
         path = self.path / name
         contents = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         try:
-            write_whole(path, save(contents, {"ecodiff": json.dumps({"run": self.run, **metadata})}))
+            about = json.dumps({"run": self.run, **metadata})
+            write_whole(path, save(contents, {"ecodiff": about, "sha256": _digest(contents, about)}))
         except OSError as error:
             raise EcoDiffError(
                 f"{path} could not be written ({error}): what was saved before is still there."
@@ -127,19 +148,36 @@ class Folder:
             return {}, {}
         try:
             with safe_open(path, "pt") as file:
-                metadata = json.loads(file.metadata()["ecodiff"])
+                about = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = json.loads(about["ecodiff"])
+            if about.get("sha256") != _digest(tensors, about["ecodiff"]):
+                raise ValueError("its contents do not fit their checksum")
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise EcoDiffError(
                 f"{path} is not a readable file of a run ({error}): delete it or choose another resume_dir."
             ) from error
-        if different := _difference(metadata["run"], self.run):
+        if different := _difference(_without_private(metadata["run"]), _without_private(self.run)):
             raise EcoDiffError(f"{path} belongs to another run ({different}): choose another resume_dir.")
         return tensors, metadata
 
 
 def _snapshot(update: int) -> str:
     return f"snapshots/{update:06d}.safetensors"
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 over a file's metadata and tensors."""
+    total = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {cache.tensor_hash(tensors[name])}\n".encode())
+    return total.hexdigest()
+
+
+def _without_private(run: dict) -> dict:
+    """A description without the scheduler's names that a save adds or drops: versions, which values are defaults."""
+    scheduler = {name: value for name, value in run["scheduler"].items() if not name.startswith("_")}
+    return run | {"scheduler": scheduler}
 
 
 def _difference(there: dict, here: dict, prefix: str = "") -> str | None:

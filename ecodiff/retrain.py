@@ -19,22 +19,22 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import in_batches
+from .carried import refuse_elsewhere
 from .errors import EcoDiffError
 from .methods import sparse24
-from .objective import conditioning, encode, join, training_loss
-from .pipelines import denoiser as find_denoiser
-from .pipelines import with_denoiser
+from .objective import conditioning, encode, join, rule_of_joining, training_loss
+from .pipelines import one_denoiser, with_denoiser
 from .prompts import checked_prompts, mix
+from .recompute import undisturbed
 from .retrain_config import RetrainConfig
 from .running import epoch_batch, in_words, on_device, without_adapters
 from .sites import find_sites
-from .surgery import save
 
 
 def retrain(
@@ -72,10 +72,14 @@ def retrain(
     """
     captions = checked_prompts(captions, "retrain")
     _check_pictures(pictures, captions)
-    original = find_denoiser(pipe)
+    original = one_denoiser(pipe, "retrain")
     _check_denoiser(pipe, original)
     training_loss(pipe.scheduler)  # an unknown objective is named before anything runs
-    with on_device(pipe, "retrain") as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        on_device(pipe, "retrain") as device,
+        undisturbed(device),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()
         task = _Task(with_denoiser(pipe, network), pictures, captions, config, device)
@@ -88,17 +92,16 @@ def retrain(
         weights = _merged(network, config)
     result = copy.deepcopy(original)  # its dtypes, flags and modes; load_state_dict rounds to them
     result.load_state_dict(weights)
-    retrained = with_denoiser(pipe, result)
-    retrained.save_pretrained = partial(save, retrained)
-    return retrained
+    return with_denoiser(pipe, result)
 
 
 class _Task:
     """Latents, what the denoiser is told with each, and the loss of some of them."""
 
     def __init__(self, pipe, pictures: Tensor, captions: list, config: RetrainConfig, device: torch.device):
-        self.config, self.device, self.network = config, device, find_denoiser(pipe)
+        self.config, self.device, self.network = config, device, one_denoiser(pipe, "retrain")
         self.conditions = [conditioning(pipe, caption, pictures.shape[2:], config.call) for caption in captions]
+        self.rule = rule_of_joining(pipe, captions, self.conditions, pictures.shape[2:], config.call)
         self.latents = torch.cat([_latents(pipe, part, device) for part in pictures.split(8)])
         first = self.conditions[0]
         if self.latents.shape[1:] != first.shape:
@@ -110,7 +113,7 @@ class _Task:
 
     def loss(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         """The objective for these pictures, a scalar; noise and time steps come from the generator."""
-        condition = join([self.conditions[i] for i in indices])
+        condition = join([self.conditions[i] for i in indices], self.rule)
         bf16 = self.config.mixed_precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
@@ -119,18 +122,22 @@ class _Task:
         """Leave the gradient of a step in the weights and return its loss."""
         config, total = self.config, 0.0
         batch = epoch_batch(len(self.latents), config.batch_size, config.seed, step)
-        generator, size = torch.Generator().manual_seed(mix(config.seed, step)), config.micro_batch_size or len(batch)
-        for first in range(0, len(batch), size):
-            part = batch[first : first + size]
+        generator = torch.Generator().manual_seed(mix(config.seed, step))
+
+        def add(part: list[int]) -> None:
+            nonlocal total
             loss = self.loss(part, generator) * len(part) / len(batch)
             loss.backward()
             total += loss.item()
+
+        in_batches(batch, config.micro_batch_size or len(batch), add)
         return total
 
     @torch.no_grad()
     def cost(self) -> str:
         """One line: what the run will take, from one forward pass and twice its time for the backward one."""
         size = min(self.config.micro_batch_size or self.config.batch_size, len(self.latents))
+        size = 1 if self.rule is None else size
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
             self.loss(range(size), torch.Generator().manual_seed(0)).item()
@@ -211,3 +218,4 @@ def _check_denoiser(pipe, denoiser: nn.Module) -> None:
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         raise EcoDiffError("retrain trains on one device: load the pipeline without offloading or a device map.")
     without_adapters(denoiser, "retrain")
+    refuse_elsewhere(denoiser, "retrain")

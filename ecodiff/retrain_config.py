@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .checks import checked_call, checked_seed
 from .errors import EcoDiffError
 from .sites import KINDS
 
@@ -62,6 +63,8 @@ class RetrainConfig:
             raise EcoDiffError(f"RetrainConfig: weight_decay={self.weight_decay!r} must be finite and at least 0.")
         if not isinstance(self.call, Mapping):
             raise EcoDiffError(f"RetrainConfig: call={self.call!r} must map names of the call's arguments to values.")
+        checked_call(self.call, "RetrainConfig: call")
+        object.__setattr__(self, "seed", checked_seed(self.seed, "RetrainConfig"))
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise EcoDiffError(f"RetrainConfig: kinds={self.kinds!r} must be some of {', '.join(KINDS)}.")
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from .errors import EcoDiffError
+from .pipelines import experts
 from .prompts import mix
 
 
@@ -57,20 +58,22 @@ def placed(function: Callable) -> Callable:
 
 def not_half(network: torch.nn.Module, caller: str) -> None:
     """EcoDiffError for a denoiser in float16: the gradient of a mean over latents is too small for its range."""
-    if next(network.parameters()).dtype == torch.float16:
-        raise EcoDiffError(
-            f"{caller}: {type(network).__name__} is in float16, where gradients of this loss underflow to zero: load "
-            "the pipeline with dtype=torch.bfloat16 or torch.float32."
-        )
+    for part in experts(network):
+        if next(part.parameters()).dtype == torch.float16:
+            raise EcoDiffError(
+                f"{caller}: {type(part).__name__} is in float16, where gradients of this loss underflow to zero: load "
+                "the pipeline with dtype=torch.bfloat16 or torch.float32."
+            )
 
 
 def without_adapters(network: torch.nn.Module, caller: str) -> None:
     """EcoDiffError for a denoiser with adapters, whose layers are not those of its class."""
-    if getattr(network, "peft_config", None):
-        raise EcoDiffError(
-            f"{caller}: {type(network).__name__} has adapters ({', '.join(network.peft_config)}): fuse and unload them "
-            "first."
-        )
+    for part in experts(network):
+        if getattr(part, "peft_config", None):
+            raise EcoDiffError(
+                f"{caller}: {type(part).__name__} has adapters ({', '.join(part.peft_config)}): fuse and unload them "
+                "first."
+            )
 
 
 def in_words(seconds: float) -> str:

@@ -11,13 +11,15 @@ Sites are recognised by the shapes of their layers, never by the name of a model
 like a site and is not one, and why.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .errors import EcoDiffError
+from .hooks import hooked
 
 KINDS = ("attention", "feed_forward", "modulation")
 
@@ -77,6 +79,16 @@ def find_sites(denoiser: nn.Module, kinds: tuple[str, ...] = ("attention", "feed
     return {site.name: site for site in _walk(denoiser) if isinstance(site, Site) and site.kind in kinds}
 
 
+def sites_but(denoiser: nn.Module, kinds: tuple[str, ...], exclude: Collection[str]) -> dict[str, Site]:
+    """`find_sites` without the sites of these names; raises EcoDiffError for a name that is no site of any kind."""
+    if exclude:
+        known = find_sites(denoiser, KINDS)
+        for name in exclude:
+            if name not in known:
+                raise EcoDiffError(f"exclude: {name!r} is not a site of this denoiser; find_sites lists them.")
+    return {name: site for name, site in find_sites(denoiser, kinds).items() if name not in exclude}
+
+
 def network_order(name: str) -> tuple:
     """Sort key of site names: from the network's input to its output, where diffusers names the middle block last."""
     parts = name.split(".")
@@ -93,34 +105,32 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
     """Return the sites with `flops_per_unit` measured while `run()` calls the denoiser once (on any device).
 
     Counted are 2 operations per multiply-add of the unit's linear layers and, for a head, of its two attention
-    products, over the batch and tokens that `run` uses. A layer that `run` does not reach counts 0.
+    products, over the batch and tokens that `run` uses. A compiled denoiser runs eagerly here.
+
+    Raises EcoDiffError where `run` does not reach a layer of a site: leave such sites out.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    layers = {span.layer for site in sites.values() for span in site.writers + site.readers}
-    handles = [
-        denoiser.get_submodule(layer).register_forward_pre_hook(
-            lambda _, args, layer=layer: shapes.__setitem__(layer, tuple(args[0].shape))
-        )
-        for layer in layers
-    ]
-    try:
+    layers = {span.layer: name for name, site in sites.items() for span in site.writers + site.readers}
+
+    def noting(layer):
+        def note(x):
+            shapes[layer] = tuple(x.shape)
+
+        return note
+
+    with hooked(denoiser, "with_flops") as hooks:
+        for layer, site in layers.items():
+            hooks.before(layer, noting(layer), site)
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
 
     def rows(span):
-        shape = shapes.get(span.layer, (0,))
-        count = 1
-        for size in shape[:-1]:
-            count *= size
-        return count if shape != (0,) else 0
+        return math.prod(shapes[span.layer][:-1])
 
     def flops(site):
         total = sum(2 * rows(s) * s.size * denoiser.get_submodule(s.layer).in_features for s in site.writers)
         total += sum(2 * rows(s) * s.size * denoiser.get_submodule(s.layer).out_features for s in site.readers)
         if site.kind == "attention":
-            tokens = {s.layer.rsplit(".", 1)[-1]: shapes[s.layer] for s in site.writers if s.layer in shapes}
+            tokens = {s.layer.rsplit(".", 1)[-1]: shapes[s.layer] for s in site.writers}
             queries = sum(shape[-2] for layer, shape in tokens.items() if layer in _QUERY_LAYERS)
             keys = sum(shape[-2] for layer, shape in tokens.items() if layer in ("to_k", "add_k_proj"))
             batch = next((shape[0] for shape in tokens.values()), 0)
@@ -132,7 +142,7 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
 
 def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
     """Yield every site, and (name, reason) for every look-alike."""
-    modules = dict(denoiser.named_modules())
+    modules = {_plain(name): module for name, module in denoiser.named_modules()}
     for name, module in modules.items():
         parent = modules.get(name.rpartition(".")[0], denoiser)
         try:
@@ -149,6 +159,12 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
                 raise _NotASite("not built like diffusers' FeedForward (net.0.proj, net.2)")
         except _NotASite as reason:
             yield name, str(reason)
+
+
+def _plain(name: str) -> str:
+    """A module's name without the wrappers of parts that were compiled by ``torch.compile(part)``: what it is called in
+    the model before that, and still an address (`get_submodule` looks through the wrappers)."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:

@@ -10,18 +10,13 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor, nn
 
 from . import fullsize, pipelines
 from .capture import capture
 from .errors import EcoDiffError
+from .pipelines import DTYPES, Experts, experts
 from .trace import weight_bytes
-
-DTYPES = {
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
-    "fp32": torch.float32, "float32": torch.float32,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,12 @@ def _from_pipeline(pipe) -> Subject:
         "pooled_projection_dim" in denoiser.config and "caption_projection_dim" in denoiser.config
     ):  # SD3 joins CLIP and T5
         tokens += clip
-    name = type(denoiser).__name__.removeprefix("Pruned")
+    name = _class_name(denoiser)
     guided = "embedded" if name.startswith("Flux") else "calls" if name.startswith("Wan") else "batch"
     encoders = {
         key: weight_bytes(part)
         for key, part in pipe.components.items()
-        if isinstance(part, nn.Module) and part not in (denoiser, vae)
+        if isinstance(part, nn.Module) and part not in (*experts(denoiser), vae)
     }
     return Subject(
         title=type(pipe).__name__,
@@ -130,20 +125,21 @@ def overridden(subject: Subject, *, size, frames, steps, guidance, dtype, text_t
 @dataclass(frozen=True)
 class Loop:
     """What the sampling loop asks of the denoiser: arguments and name of the latents (see `trace`), samples in a call,
-    calls. size: in pixels, where the loop itself showed it."""
+    calls. size: in pixels, where the loop itself showed it. shares: calls of each expert, where there are several."""
 
     inputs: Mapping
     latents: str
     samples: int
     calls: int
     size: tuple[int, int] | None = None
+    shares: tuple[int, ...] = ()
 
 
 def loop_of(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
     """What the loop asks: known for the denoisers of ``fullsize``, else shown by the pipeline itself."""
     if asked["text_tokens"] is None and isinstance(embedded := call.get("prompt_embeds"), Tensor):
         s = replace(s, text_tokens=embedded.shape[-2])
-    if s.pipe is not None and not fullsize.known(s.network):
+    if s.pipe is not None and (isinstance(s.network, Experts) or not fullsize.known(s.network)):
         return _shown(s, batch, call, asked)
     guided = s.guidance > 1 and s.guided != "embedded"
     if guided and getattr(s.network.config, "time_cond_proj_dim", None) is not None:  # distilled: guidance is an input
@@ -165,7 +161,7 @@ def _shown(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
     seen = capture(s.pipe, batch=batch, **options)
     factor = _vae_factor(s.vae) if s.vae is not None else 8
     size = tuple(side * factor for side in seen.size) if seen.size and asked["size"] is None else None
-    return Loop(seen.inputs, seen.latents, seen.samples, seen.calls, size)
+    return Loop(seen.inputs, seen.latents, seen.samples, seen.calls, size, seen.shares)
 
 
 def geometry(s: Subject, samples: int) -> fullsize.Geometry:
@@ -181,8 +177,13 @@ def _vae_factor(vae: nn.Module) -> int:
     return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def _class_name(network: nn.Module) -> str:
+    """The diffusers class of a denoiser, pruned or not."""
+    return type(experts(network)[0]).__name__.removeprefix("Pruned")
+
+
 def _patch(network: nn.Module) -> int:
-    if type(network).__name__.removeprefix("Pruned").startswith("Flux"):
+    if _class_name(network).startswith("Flux"):
         return 2  # packed by the pipeline
     patch = getattr(network.config, "patch_size", 1)
     return patch[-1] if isinstance(patch, (tuple, list)) else patch or 1

@@ -14,19 +14,31 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import warnings
 from collections.abc import Mapping
-from functools import cache, partial, wraps
-from pathlib import Path
+from functools import cache, wraps
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import guard_flux_loader, guarded_methods
+from .carried import (
+    COMPILED,
+    all_tensors,
+    carry_casting,
+    carry_over,
+    carry_pipeline,
+    kept_elsewhere,
+    plain_name,
+    refuse_elsewhere,
+)
 from .errors import EcoDiffError
 from .gates import check_units
-from .paths import whole_folder
-from .pipelines import align, with_denoiser
+from .pipelines import Experts, align, denoisers, experts, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .running import without_adapters
+from .saving import finish_interrupted, whole
 from .sites import KINDS, Site, find_sites, skipped_modules
 
 # How attention processors call and what they return decides what may stand in for an attention without heads.
@@ -44,21 +56,103 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     """Return a pipeline of the same class whose denoiser lacks the masked units; all other components are shared.
 
     mask: {site name: bool tensor [units]}, True = keep; sites it does not name stay whole.
-    The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay. The
-    result's `save_pretrained` is `save`. A pruned pipeline can be pruned again (its modulation layers excepted).
+    The original is not touched and shares no weights of the denoiser with the result. Dtype and device stay, and so
+    does what is neither config nor weight: FreeU, attention processors, patched methods, hooks, gradient checkpointing,
+    modes, layerwise casting. One warning names what could not be carried over (`ecodiff.carried`). Weights that
+    offloading keeps elsewhere are fetched. The result's `save_pretrained` is all or nothing (see `save`), and so is
+    that of every pipeline that holds its denoiser. A pruned pipeline can be pruned again (its modulation layers
+    excepted).
 
     Raises EcoDiffError for unknown sites, wrong lengths or dtypes, a denoiser with adapters or with other layers than
-    its class makes, and for an attention whose processor is unknown here and that would lose its last head.
+    its class makes, weights that are not there (meta device), and for an attention whose processor is unknown here and
+    that would lose its last head.
     """
-    pruned = with_denoiser(pipe, prune_denoiser(find_denoiser(pipe), mask))
-    pruned.save_pretrained = partial(save, pruned)
+    denoiser = find_denoiser(pipe)
+    smaller, missing = _smaller(denoiser, mask)
+    if kept_elsewhere(smaller):
+        raise EcoDiffError(
+            f"prune: the weights of this {type(denoiser).__name__} are on the meta device: load the pipeline with them."
+        )
+    pruned = with_denoiser(pipe, smaller)
+    for original, pruned_network in zip(experts(denoiser), experts(smaller), strict=True):
+        missing += carry_pipeline(pipe, pruned, original, pruned_network)
+    if any(getattr(pipe, name) is not network for name, network in denoisers(pipe).items()):
+        missing.append(COMPILED)
+    _warn(missing)
     return pruned
 
 
 def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
-    """`prune` for a denoiser by itself: a smaller copy."""
+    """`prune` for a denoiser by itself: a smaller copy. One that is on the meta device gives one that is, too."""
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    smaller, missing = _smaller(denoiser, mask)
+    _warn(missing)
+    return smaller
+
+
+def _warn(missing: list[str]) -> None:
+    """One warning that names what a pruned model lacks; nothing where it lacks nothing."""
+    if missing:
+        warnings.warn(
+            "prune: the pruned model draws and trains like the original but for this, which is neither config nor "
+            f"weight and was not carried over: {'; '.join(missing)}.",
+            stacklevel=3,
+        )
+
+
+def check_prunable(denoiser: nn.Module, caller: str) -> None:
+    """Raise EcoDiffError, in the name of ``caller``, for a denoiser that `prune` would refuse whatever the mask: for
+    those who spend hours on the mask first."""
+    for network in experts(denoiser):
+        _unpruned(network, caller)
+
+
+def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
+    """A pruned class's model without units removed yet: layers of the denoiser's config, which borrow its tensors.
+
+    Raises EcoDiffError where the denoiser has other layers than its config makes, or not all of its weights.
+    """
     from accelerate import init_empty_weights
 
+    if not hasattr(denoiser, "config"):
+        raise EcoDiffError(f"{caller}: {type(denoiser).__name__} is not a diffusers model.")
+    without_adapters(denoiser, caller)
+    tensors = all_tensors(denoiser)
+    absent = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if absent and len(absent) < len(tensors):
+        raise EcoDiffError(
+            f"{caller}: the weights of {absent[0]!r} and {len(absent) - 1} others are on the meta device, and no hook "
+            "says where they are: load the pipeline with them."
+        )
+    with init_empty_weights():
+        pruned = _pruned_like(type(denoiser)).from_config(dict(denoiser.config))
+    state = {plain_name(name): value for name, value in denoiser.state_dict().items()}
+    state = {name: tensors[name].detach() if name in tensors else value for name, value in state.items()}
+    try:
+        pruned.load_state_dict(state, assign=True)
+        for name, _ in denoiser.named_buffers():
+            owner, _, leaf = plain_name(name).rpartition(".")
+            pruned.get_submodule(owner)._buffers[leaf] = tensors[plain_name(name)]
+    except (RuntimeError, AttributeError) as error:
+        raise EcoDiffError(
+            f"{caller}: {type(denoiser).__name__} has other layers than its class makes, such as fused projections or "
+            f"those of an IP-Adapter: undo that first ({str(error).splitlines()[-1].strip()[:200]})."
+        ) from error
+    return pruned
+
+
+def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
+    """The pruned denoiser, and what could not be carried over to it, in words."""
+    if isinstance(denoiser, Experts):
+        _check_mask(mask, find_sites(denoiser, KINDS), skipped_modules(denoiser))  # by the names that it was given
+        lacking: list[str] = []
+
+        def smaller_expert(network: nn.Module, part: dict) -> nn.Module:
+            smaller, missing = _smaller(network, part)
+            lacking.extend(missing)
+            return smaller
+
+        return denoiser.each(smaller_expert, mask), lacking
     if not hasattr(denoiser, "config"):
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
     without_adapters(denoiser, "prune")
@@ -66,27 +160,24 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
     _check_mask(mask, sites, skipped_modules(denoiser))
     removing = {name: int(keep.sum()) for name, keep in mask.items() if not keep.all()}
 
-    cls = pruned_class(type(denoiser).__name__.removeprefix("Pruned"))
-    with init_empty_weights():
-        pruned = cls.from_config(dict(denoiser.config))
     # Same shapes as the original up to here: borrow its tensors, cut them, then copy what is still shared.
-    try:
-        pruned.load_state_dict(denoiser.state_dict(), assign=True)
-    except RuntimeError as error:
-        raise EcoDiffError(
-            f"prune: {type(denoiser).__name__} has other layers than its class makes, such as fused projections or "
-            f"those of an IP-Adapter: undo that first ({str(error).splitlines()[-1].strip()[:200]})."
-        ) from error
-    for name, buffer in denoiser.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        pruned.get_submodule(owner)._buffers[leaf] = buffer
+    pruned = _unpruned(denoiser, "prune")
+    missing = carry_over(denoiser, pruned)
+    patched = [name for name, module in pruned.named_modules() if "forward" in vars(module)]
     _cut(pruned, sites, {name: mask[name].cpu() for name in removing})
+    modules = dict(pruned.named_modules())
+    missing += [
+        f"the patched forward of {name}, which has no units left"
+        for name in patched
+        if name in modules and "forward" not in vars(modules[name])
+    ]
     pruned._apply(lambda tensor: tensor.detach().clone())
+    carry_casting(denoiser, pruned)
     pruned.register_to_config(pruned_units={**denoiser.config.get("pruned_units", {}), **removing})
-    trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    trained = {plain_name(name) for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name in trained)
-    return pruned.train(denoiser.training)
+    return pruned, missing
 
 
 def fold_gates(pipe, gates: Mapping[str, Tensor]):
@@ -96,6 +187,7 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
     what the original draws under `apply_gates`, to rounding. Raises EcoDiffError for unknown sites, wrong lengths, and
     sites that no layer reads.
     """
+    refuse_elsewhere(find_denoiser(pipe), "fold_gates")
     folded = copy.deepcopy(find_denoiser(pipe))
     sites = find_sites(folded, KINDS)
     check_units(gates, sites, "fold_gates")
@@ -110,22 +202,32 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
     return with_denoiser(pipe, folded)
 
 
-def save(pipe, path: str | os.PathLike, **kwargs) -> None:
-    """`save_pretrained` of a pipeline or model, all or nothing: written beside `path`, then renamed.
+def save(pipe, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    """`save_pretrained` of any pipeline or model, with the same arguments, all or nothing.
 
-    An earlier saved pipeline or model at `path` is replaced; any other folder that is not empty is refused. Raises
-    EcoDiffError where writing fails (disk full, no permission); then nothing is left of the attempt and the earlier
-    folder stays.
+    The files that this save writes are replaced together; killed at any moment, the folder holds the earlier model or
+    the new one. Everything else in the folder stays, except weight files that would load in the place of the new ones
+    (shards of an earlier save and their index). Links to folders are followed; a file that is a link is replaced by a
+    file, and what it led to stays. `push_to_hub=True` uploads once the files are in their places, and leaves a
+    README.md that is there already. What a killed save leaves is tidied by the next save into the folder, by `load`,
+    and when a pruned denoiser loads from it.
+
+    Raises EcoDiffError where writing fails (disk full, no permission, a file where a folder should be), with the folder
+    as it was; and for `safe_serialization=False`, as pickle files are never written.
     """
-    with whole_folder(Path(path)) as folder:
-        type(pipe).save_pretrained(pipe, folder, **kwargs)
+    whole(type(pipe).save_pretrained)(pipe, save_directory, *args, **kwargs)
 
 
 class _Pruned:
-    """What `Pruned<Class>` adds to a diffusers model class: shapes from the config (and saving all or nothing)."""
+    """What `Pruned<Class>` adds to a diffusers model class: shapes from the config, and no weights but saved ones."""
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if config is None:
+            return super().from_config(None)  # diffusers' error
+        if not isinstance(config, dict):  # a folder or an id, which diffusers still takes
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
         kept = dict(config.pop("pruned_units", {}))
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
@@ -143,16 +245,52 @@ class _Pruned:
         return (model, unused) if return_unused_kwargs else model
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """diffusers' own, with the weights moved to aligned memory.
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info=False, **kwargs):
+        """diffusers' own, with every weight from the files, moved to aligned memory.
+
+        diffusers gives weights that are not in the files random values, with a warning. Here that is an EcoDiffError,
+        as are weights that the model does not have and weights of other shapes (those pass with
+        `ignore_mismatched_sizes=True`). What a killed save left in the folder is tidied first.
 
         The loader leaves tensors where they lie in the file. Odd numbers of units put them at odd addresses, where CPU
         kernels are slower and round differently: pictures would not be bit for bit those of the model that was saved.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if os.path.isdir(place):
+            finish_interrupted(place)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, EcoDiffError) or not re.search("shape|size mismatch", str(error)):
+                raise
+            raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+        _check_loaded(place, model, info, kwargs)
         align(model)
-        return loaded
+        return (model, info) if output_loading_info else model
+
+
+def _check_loaded(place: str, model: nn.Module, info: Mapping, options: Mapping) -> None:
+    """Raise EcoDiffError where a weight of the model did not come from its files."""
+    quantized = getattr(model, "hf_quantizer", None) is not None  # has tensors under names of its own
+    missing = sorted(info.get("missing_keys", ()))
+    if options.get("device_map") is None and not quantized:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        named_in_an_index_only = [name for name, tensor in tensors if tensor.is_meta and name not in missing]
+        missing += named_in_an_index_only
+    if missing:
+        raise EcoDiffError(_other_weights(place, type(model), f"lack {len(missing)} tensors, such as {missing[0]!r}"))
+    unexpected = sorted(info.get("unexpected_keys", ()))
+    if unexpected and not quantized:
+        what = f"have {len(unexpected)} tensors that its config.json does not know, such as {unexpected[0]!r}"
+        raise EcoDiffError(_other_weights(place, type(model), what))
+    for name, module in model.named_modules():
+        if isinstance(module, ScatteredLinear) and not module.index.is_meta and not module.places_are_right():
+            what = f"put channels of {name!r} where there are none, or two in one place"
+            raise EcoDiffError(_other_weights(place, type(model), what))
+
+
+def _other_weights(place: str, cls: type, what: str) -> str:
+    return f"{place}: the weights of this {cls.__name__} {what}; save it again, or fetch the folder anew."
 
 
 @cache
@@ -164,13 +302,14 @@ def pruned_class(name: str) -> type:
     if not (isinstance(base, type) and issubclass(base, diffusers.ModelMixin)):
         raise EcoDiffError(f"{name} is not a model class of diffusers, so there is no Pruned{name}.")
 
-    @wraps(base.save_pretrained)  # pipelines look at its signature
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        with whole_folder(Path(save_directory)) as folder:
-            base.save_pretrained(self, folder, *args, **kwargs)
-
-    body = {"__module__": "ecodiff", "__doc__": f"{name} with units removed.", "save_pretrained": save_pretrained}
-    cls = type(f"Pruned{name}", (_Pruned, base), body)
+    _save_pruned_pipelines_whole()
+    body = {
+        "__module__": "ecodiff",
+        "__doc__": f"{name} with units removed.",
+        "save_pretrained": whole(base.save_pretrained),
+    }
+    cls = type(f"Pruned{name}", (_Pruned, base), body | guarded_methods(base))
+    guard_flux_loader(_Pruned)
     try:  # diffusers finds the rule for LoRA scales by class name
         from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as rules
     except ImportError:
@@ -178,6 +317,43 @@ def pruned_class(name: str) -> type:
     if name in rules:
         rules[cls.__name__] = rules[name]
     return cls
+
+
+def _pruned_like(cls: type) -> type:
+    """The pruned class for a denoiser's class: of a diffusers class or, for a user's subclass of one, a subclass of
+    both, so that the user's own methods act in the pruned model as well."""
+    import diffusers
+
+    if cls.__name__.startswith("Pruned") and issubclass(cls, _Pruned):
+        return cls
+    for base in cls.__mro__:
+        if getattr(diffusers, base.__name__, None) is base and issubclass(base, diffusers.ModelMixin):
+            pruned = pruned_class(base.__name__)
+            return pruned if base is cls else type(pruned.__name__, (pruned, cls), {"__module__": "ecodiff"})
+    return pruned_class(cls.__name__)  # which says that there is none
+
+
+@cache
+def _save_pruned_pipelines_whole() -> None:
+    """From now on diffusers' `save_pretrained` is all or nothing for pipelines that hold a pruned denoiser.
+
+    This changes a method of diffusers. Nothing less reaches every such pipeline: a pruned pipeline is of diffusers' own
+    class, so that copies of it, pipelines made of its components and loaded ones have no other method than that class
+    gives them. Pipelines without a pruned denoiser are saved as diffusers saves them.
+    """
+    from diffusers import DiffusionPipeline
+
+    by_diffusers = DiffusionPipeline.save_pretrained
+    all_or_nothing = whole(by_diffusers)
+
+    @wraps(by_diffusers)
+    def save_pretrained(self, *args, **kwargs):
+        parts = [getattr(part, "_orig_mod", part) for part in vars(self).values()]  # _orig_mod: of a compiled module
+        method = all_or_nothing if any(isinstance(part, _Pruned) for part in parts) else by_diffusers
+        return method(self, *args, **kwargs)
+
+    save_pretrained.of_library = by_diffusers
+    DiffusionPipeline.save_pretrained = save_pretrained
 
 
 def _cut(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
@@ -228,7 +404,12 @@ def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another; hooks of the user's and the mode stay."""
     owner, _, leaf = name.rpartition(".")
+    before = model.get_submodule(name)
+    for key, value in vars(before).items():
+        if "_hooks" in key or key == "training":
+            module.__dict__[key] = value
     setattr(model.get_submodule(owner), leaf, module)
 
 
@@ -277,6 +458,11 @@ class ScatteredLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, keep.numel()
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("index", keep.nonzero().flatten().to(linear.weight.device))
+
+    def places_are_right(self) -> bool:
+        """Whether each channel that is left has a place of its own."""
+        index = self.index.cpu()
+        return bool((index[1:] > index[:-1]).all()) and bool(((index >= 0) & (index < self.out_features)).all())
 
     def forward(self, x: Tensor) -> Tensor:
         kept = nn.functional.linear(x, self.weight, self.bias)

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .errors import EcoDiffError
 from .gates import apply_gates
+from .hooks import replaced_forward
 from .sites import Site
-from .trajectory import replaced_forward
 
 aten = torch.ops.aten
 _LINEAR = {aten.mm, aten.addmm, aten._addmm_activation, aten.addmv, aten.mv}
@@ -186,7 +186,7 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
             stack.enter_context(functions())
             stack.enter_context(torch.set_grad_enabled(grad))
             if gates is not None:
-                stack.enter_context(apply_gates(model, gates, sites))
+                stack.enter_context(apply_gates(model, gates, sites, must_run=False))  # counts what runs
             if autocast is not None:
                 stack.enter_context(torch.autocast("cpu", autocast))
             stack.enter_context(watch)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import EcoDiffError
 from .gates import OpenGates
+from .hooks import eagerly, replaced_forward
 from .pipelines import denoiser as find_denoiser
 from .pipelines import sampling_loop
 from .recompute import frozen, frozen_inside, kept, recomputed
@@ -87,6 +87,9 @@ def final_latents(
         raise EcoDiffError(f"final_latents sets {doubled[0]!r} itself: leave it out of the arguments.")
     if prompt is not None:
         call_kwargs["prompt"] = prompt
+    for name in ("guidance_scale", "num_inference_steps"):  # None is the pipeline's own default, as everywhere here
+        if call_kwargs.get(name, 0) is None:
+            del call_kwargs[name]
 
     runner = private_copy(pipe)
     if gradients:  # an offloaded pipeline sends its weights away as its call ends, but backward needs them
@@ -97,7 +100,7 @@ def final_latents(
 
     def wrap(forward):
         def frozen_forward(*args, **kwargs):  # here too, because recomputation happens after final_latents returned
-            with frozen(denoiser):
+            with frozen(denoiser), eagerly():
                 return forward(*args, **kwargs)
 
         @wraps(forward)
@@ -167,17 +170,3 @@ def count_steps(scheduler) -> dict:
 
     scheduler.step = counted
     return watch
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, wrap):
-    """Inside, ``module.forward`` is ``wrap(module.forward)``; one that was set on the instance before comes back."""
-    own = module.__dict__.get("forward")
-    module.forward = wrap(module.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

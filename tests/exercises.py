@@ -75,28 +75,31 @@ def own_parameters(source: Path) -> dict[str, object]:
 
 
 @cache
-def code_cells(source: Path) -> tuple:
-    """A chapter's code cells, parsed once."""
-    return tuple(cell for cell in book.read(source).cells if cell.cell_type == "code")
+def cells_of(source: Path) -> tuple:
+    """A chapter's cells, parsed once."""
+    return tuple(book.read(source).cells)
 
 
 def run_cells(source: Path, parameters: dict, cells: list[str]) -> dict:
     """The names that a chapter's code defines when it is run with other parameters.
 
-    What runs is the cell of parameters, the cell of imports that follows it, and then the named cells: each is named
-    by a piece of its source that no other cell has.
+    What runs is the cell of parameters, the code that follows it before any text (imports, and what the whole chapter
+    needs), and then the named cells: each is named by a piece of its source that no other cell has.
     """
-    code = code_cells(source)
-    tagged = [i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
-    first = tagged[0]
+    every = cells_of(source)
+    first = next(i for i, cell in enumerate(every) if "parameters" in cell.metadata.get("tags", []))
     names = {"__name__": source.stem}
-    exec(code[first].source, names)
+    exec(every[first].source, names)
     unknown = parameters.keys() - own_parameters(source).keys()
     assert not unknown, f"{source.name} has no parameters {sorted(unknown)}"
     names |= parameters
-    exec(code[first + 1].source, names)
+    after = first + 1
+    while every[after].cell_type == "code":
+        exec(every[after].source, names)
+        after += 1
+    rest = [cell.source for cell in every[after:] if cell.cell_type == "code"]
     for piece in cells:
-        named = [cell.source for cell in code[first + 2 :] if piece in cell.source]
+        named = [code for code in rest if piece in code]
         assert len(named) == 1, f"{source.name}: {len(named)} code cells have {piece!r}"
         exec(named[0], names)
     return names

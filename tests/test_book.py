@@ -70,6 +70,21 @@ def test_nothing_is_injected_where_the_profile_says_the_same(project):
     assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
 
 
+def test_a_page_has_a_table_of_its_parameters_above_their_folded_cell(project):
+    source = chapter(project, "01_a", "size")
+    for profile, line in (("default", "| `size` | `3` | how many |"), ("smoke", "| `size` | `3` | `1` | how many |")):
+        cells = nbformat.read(book.run(source, profile, project / "out"), as_version=4).cells
+        place = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+        assert cells[place - 1].cell_type == "markdown" and line in cells[place - 1].source
+        assert "hide-input" in cells[place].metadata.tags
+
+
+def test_a_comment_is_shown_as_it_is_written(project):
+    source = chapter(project, "01_a", "1")
+    source.write_text(source.read_text().replace("how many", "a|b, *c* and `d_e` of [f]($g$); 0: none"))
+    assert r"| a\|b, \*c\* and \`d\_e\` of \[f\](\$g\$); 0: none |" in book.parameter_table(source, {})
+
+
 @pytest.mark.parametrize(("code", "message"), [
     ("raise KeyError('the reason')", r"01_a.md failed in cell 2 \(profile default\): KeyError: 'the reason'"),
     ("import matplotlib.pyplot as plt\nplt.plot([1, 2]);", "figure without mystnb.figure.name"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from dataclasses import replace
 
@@ -252,12 +253,20 @@ def test_a_denoiser_that_cannot_be_learned_on_is_named(capsys):
         quiet(pipe)
 
 
-def test_modules_without_units_are_named_before_the_start(capsys):
+def test_modules_without_units_are_named_before_the_start(capsys, monkeypatch):
+    skipped = {"mid_block.attn": "its norm spans all heads"}
+    monkeypatch.setattr(sys.modules["ecodiff.learn"], "skipped_modules", lambda network: skipped)
+    learn(tiny_sd(), PROMPTS, replace(QUICK, updates=1))
+    assert "no units in 1 modules, such as mid_block.attn (its norm spans all heads)" in capsys.readouterr().out
+
+
+def test_a_model_that_could_not_be_pruned_is_refused_before_anything_is_learned(monkeypatch):
     pipe = tiny_sd()
     name = next(name for name in find_sites(denoiser(pipe)) if name.endswith("attn1"))
     pipe.unet.get_submodule(name).fuse_projections()
-    learn(pipe, PROMPTS, replace(QUICK, updates=1))
-    assert f"no units in 1 modules, such as {name} (" in capsys.readouterr().out
+    monkeypatch.setattr(sys.modules["ecodiff.learn"], "_Task", None)  # never reached
+    with pytest.raises(EcoDiffError, match="learn: .* such as fused projections .*: undo that first"):
+        learn(pipe, PROMPTS, replace(QUICK, updates=1))
 
 
 def test_an_offloaded_pipeline_keeps_its_weights_until_backward_is_over(monkeypatch):

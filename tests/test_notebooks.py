@@ -64,6 +64,23 @@ def test_figures_have_number_caption_and_alternative_text(source):
 
 
 @chapters
+def test_imports_at_the_top_are_folded(source):
+    for cell in book.read(source).cells:
+        if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M):
+            break
+        if cell.cell_type == "code" and re.match(r"(import|from) ", cell.source):
+            assert {"hide-input", "hide-cell", "remove-cell"} & set(cell.metadata.get("tags", [])), cell.source
+
+
+@chapters
+def test_no_chapter_prints_a_check_or_a_command_in_place_of_a_result(source):
+    """What is not measured is said in words, or left out."""
+    code = "\n".join(cell.source for cell in book.read(source).cells if cell.cell_type == "code")
+    found = re.findall(r"DOES NOT HOLD|recorded (?:here )?yet|nothing yet|none yet|verdicts\(rows\):\n +print", code)
+    assert not found
+
+
+@chapters
 def test_template(source):
     text = source.read_text()
     for piece in ("What you will learn", "What it costs to run", "## What was shown", "## Limits", "## Exercises"):
@@ -114,7 +131,10 @@ def test_papermill_runs_a_chapter_from_another_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-@pytest.mark.parametrize("line", ["draws = 3  # untyped", "draws: int = 3", "draws: int = 3  #no space"])
+@pytest.mark.parametrize("line", [
+    "draws = 3  # untyped", "draws: int = 3", "draws: int = 3  #no space", "draws: int = 3  # 1 = one",
+    "draws: int = three()  # no value",
+])
 def test_untyped_or_unexplained_parameter_is_refused(tmp_path, line):
     source = tmp_path / "01_x.md"
     source.write_text(f"```{{code-cell}} ipython3\n:tags: [parameters]\n\n{line}\n```\n")

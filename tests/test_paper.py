@@ -1,9 +1,12 @@
 """Published numbers: all tables load with the types they should have, and known arithmetic holds between them."""
 
+import csv
+
 import pytest
 
 from ecodiff import paper
 from ecodiff.errors import EcoDiffError
+from ecodiff.paths import data_file
 
 TEXT = {"model", "method", "parameter", "scope", "retrained", "bold", "name", "unit", "where", "site", "kind"}
 
@@ -87,3 +90,15 @@ def test_a_published_table_as_texts_keeps_every_row_and_marks_what_is_not_printe
         "DeepCache", "DiffPruning", "EcoDiff"
     }  # fmt: skip
     assert paper.readable("table1")[0]["GFLOP"] == "478,000"
+
+
+@pytest.mark.parametrize("name", [name for name in paper.TABLES if name != "sdxl_lambda"])
+def test_readable_numbers_keep_their_printed_digits(name):
+    """35.50 is not 35.5 and 1 is not 1.0."""
+    with open(data_file(f"paper/{name}.csv"), encoding="utf-8", newline="") as file:
+        printed = list(csv.DictReader(file))
+    for texts, shown in zip(printed, paper.readable(name), strict=True):
+        columns = [column for column in texts if column != "bold"]
+        for column, text in zip(columns, shown.values(), strict=True):
+            if column != "ratio":
+                assert text.replace(",", "") == (texts[column] or "–").replace(",", ""), (name, column)

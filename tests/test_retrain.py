@@ -247,7 +247,9 @@ def test_the_denoiser_is_told_what_the_pipelines_own_call_tells_it():
     assert added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] and added["text_embeds"].shape == (1, 32)
     assert (told["flux"].full_time, told["sd3"].full_time) == (1, 1000)
     assert told["flux"].arguments["guidance"].item() == 3.5  # what pictures are drawn with
-    both = objective.join([told["flux"]] * 2)
+    flux, settings = tiny_flux(), ((16, 16), config_for(tiny_flux()).call)
+    rule = objective.rule_of_joining(flux, PROMPTS[:1] * 2, [told["flux"]] * 2, *settings)
+    both = objective.join([told["flux"]] * 2, rule)
     assert both["img_ids"].shape == (16, 3) and both["pooled_projections"].shape == (2, 32)
     given = {**config_for(pipe := tiny_flux()).call, "guidance_scale": 2.0}
     assert objective.conditioning(pipe, PROMPTS[0], (16, 16), given).arguments["guidance"].item() == 2

@@ -17,6 +17,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.experiments import Cell
 from ecodiff.gates import apply_gates
 from ecodiff.learn_config import LearnConfig
+from ecodiff.pipelines import load_once
 from ecodiff.protocol import Protocol
 from ecodiff.retrain_config import RetrainConfig
 from ecodiff.studies import run
@@ -44,7 +45,8 @@ def toy(store, monkeypatch):
         "random": Cell("random", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
         "learned": Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
     }
-    monkeypatch.setattr(studies, "STUDIES", {"toy": studies.Study("A toy", "no table", lambda model: rows)})
+    study = studies.Study("A toy", "no table", lambda model: rows, varies=("method", "ratio"), reference=("original",))
+    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
     return tiny_sd()
 
 
@@ -53,9 +55,118 @@ def toy(store, monkeypatch):
 def test_a_study_has_rows_that_differ_and_share_what_they_do_not_vary(study, model):
     rows = studies.cells(study, model, seed=2)
     assert all(cell.seed == 2 and cell.protocol.model == model for cell in rows.values())
-    assert len({json.dumps(str(cell)) for cell in rows.values()}) >= len(rows) - 2  # the default stands in each series
+    assert len({json.dumps(str(cell)) for cell in rows.values()}) == len(rows)  # no row stands twice
     steps = {cell.protocol.num_inference_steps for cell in rows.values()}
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "study", "message"),
+    [
+        ({"a": {}, "b": {}}, {}, "row 'b' is the same cell as 'a'"),
+        ({"a": {}, "b": {"seed": 1}}, {}, "differs from 'a' in seed, which the study holds fixed"),
+        ({"a": {}, "b": {"delta": 0.1}}, {}, "row 'b' cannot show anything: λ starts at 3, above 0.408"),
+        ({"a": {}, "b": {"delta": 0.1, "log_alpha_start": 0.0}}, {}, "differs from 'a' in config.log_alpha_start"),
+        ({"a": {"weight": 0.0}}, {}, "row 'a' cannot show anything: weight"),
+        ({"a": {"log_alpha_start": -8.0, "delta": 0.5, "regulariser": "l1"}}, {}, "every gate is 0 for any noise"),
+        ({"a": {"log_alpha_start": 0.0, "regulariser": "l1"}}, {}, "has no slope"),
+        ({"a": {}, "b": {"delta": 0.1}}, {"dead": {"b": "a reason"}}, None),
+        ({"a": {}, "b": {"delta": 0.1}, "c": {"delta": 0.1}}, {"dead": dict.fromkeys("bc", "?"), "against": {"c": "b"}},
+         "row 'c' is the same cell as 'b'"),
+        ({"a": {"regulariser": "l1"}, "b": {"delta": 0.1, "regulariser": "l1"}}, {}, None),
+    ],
+)  # fmt: skip
+def test_a_row_that_does_not_test_what_its_study_says_is_refused(rows, study, message):
+    def cell(seed=0, **settings):
+        return Cell("learned", config=replace(CONFIG, **settings), seed=seed)
+
+    study = studies.Study("A toy", "", lambda m: {}, varies=("config.delta",), reference=("a",), **study)
+    made = {name: cell(**settings) for name, settings in rows.items()}
+    if message is None:
+        studies.check(study, made)
+        return
+    with pytest.raises(EcoDiffError, match=re.escape(message)):
+        studies.check(study, made)
+
+
+@pytest.mark.parametrize("model", [*studies.MAIN, "somebody/model", "black-forest-labs/FLUX.1-schnell"])
+@pytest.mark.parametrize("name", list(studies.STUDIES))
+def test_each_row_varies_what_its_study_says_and_is_alive_where_learning_starts(name, model):
+    study = studies.STUDIES[name]
+    rows = study.rows(model)
+    studies.check(study, rows)
+    assert any(reference in rows for reference in study.reference)
+    assert set(study.dead) <= set(rows) and set(study.against) <= set(rows)
+    for row, cell in rows.items():
+        reference = study.reference_of(row, rows)
+        if reference is not None:
+            assert set(studies.changed(cell, rows[reference])) <= set(study.varies)
+
+
+def test_a_gradient_that_is_said_to_be_zero_is_zero_and_others_are_not():
+    """What ``zero_at_start`` says, against gradients of both parts of the loss."""
+    dead = ((0.5, 3.0, "l0"), (0.1, 3.0, "l0"), (0.1, 5.0, "l1"), (0.5, -4.0, "l0"), (0.0, 0.0, "l1"))
+    alive = ((0.5, 3.0, "l1"), (0.0, 5.0, "l0"), (0.1, 0.2, "l0"))
+    for delta, start, regulariser in (*dead, *alive):
+        config = replace(CONFIG, delta=delta, log_alpha_start=start, regulariser=regulariser)
+        value = torch.full((4001,), start, requires_grad=True)
+        gates = config.distribution.sample(value, torch.linspace(1e-6, 1 - 1e-6, 4001))
+        by_gates = torch.autograd.grad(gates.sum(), value)[0].abs().max().item()
+        price = config.distribution.prob_open(value) if regulariser == "l0" else value.abs()
+        by_price = torch.autograd.grad(price.sum(), value)[0].abs().max().item()
+        assert (min(by_gates, by_price) == 0) == bool(config.zero_at_start()), config
+
+
+def test_redrawn_gates_are_redrawn_in_every_step():
+    """As in the published loop: a step whose activations are kept would have the exact gradient."""
+    for model in (studies.SDXL, studies.DEV):
+        rows = studies.STUDIES["choices"].rows(model)
+        for name in ("gates drawn anew when recomputing", "as the published code"):
+            assert rows[name].config.recompute == "redraw" and rows[name].config.keep_last == 0
+
+
+@pytest.mark.parametrize("model", [studies.SDXL, studies.DEV])
+def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
+    """Read from the rows that are recorded, so that a new measurement cannot leave an old choice behind."""
+    if not records.enabled():
+        pytest.skip("ECODIFF_RECORDS=off")
+    found = studies.recorded(load_once(model), "l1", model, seeds=1)
+    means = {name: statistics.mean(cells[0]["ssim"]) for name, cells in found.items() if name.startswith("L1")}
+    assert len(means) == len(studies.L1_BETAS)
+    assert max(means, key=means.get) == f"L1, β = {studies.tuned_l1(model):g}"
+    for name in ("main", "pairs", "choices"):
+        assert all(cell.protocol.split != "train" for cell in studies.cells(name, model).values())
+    assert all(cell.protocol.split == "train" for cell in studies.cells("l1", model).values())
+
+
+def test_further_seeds_can_have_fewer_rows_and_no_inception(toy, monkeypatch):
+    study = replace(studies.STUDIES["toy"], plan={"tiny": 3}, further={"tiny": ("learned",)})
+    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    assert list(studies.cells("toy", "tiny")) == ["original", "random", "learned"]
+    later = studies.cells("toy", "tiny", 1)
+    assert list(later) == ["learned"] and later["learned"].seed == 1 and not later["learned"].protocol.features
+    todo = [(row, cell.seed) for _, row, cell in run.missing(toy, {"toy": 3}, "tiny")]
+    assert todo[3:] == [("learned", 1), ("learned", 2)]
+
+
+def test_two_rows_are_compared_in_both_measures_and_losses_are_said():
+    rows = {
+        "learned": [{"ssim": [0.9] * 100, "facts": [1] * 60 + [0] * 40}],
+        "fisher": [{"ssim": [0.8] * 100, "facts": [1] * 80 + [0] * 20}],
+        "old": [{"ssim": [0.8] * 100}],
+    }
+    assert studies.in_words(rows, "learned") == "less: fisher (-0.100), old (-0.100)"
+    assert studies.in_words(rows, "learned", "facts") == "more: fisher (+20.0)"
+    assert studies.minus(rows, "old", "learned", "facts") == studies.minus(rows, "learned", "learned") == "–"
+    assert studies.minus(rows, "fisher", "learned", "facts").startswith("+20.0 (")
+
+
+def test_an_interval_without_a_difference_is_not_without_width():
+    same = [[1] * 60 + [0] * 4]
+    interval = experiments.difference(same, same)
+    assert interval.mean == 0 and interval.high == -interval.low == pytest.approx(1 - 0.05 ** (1 / 64))
+    closeness = experiments.difference([[0.9, 0.8]], [[0.8, 0.7]])
+    assert closeness.low == pytest.approx(0.1) and closeness.high == pytest.approx(0.1)
 
 
 def test_a_chapter_scales_learning_and_keeps_what_learns_longer():
@@ -142,10 +253,11 @@ def test_rows_are_told_apart_in_words():
         "alike": [{"ssim": ssim[::-1]}],
         "the same cell": [{"ssim": ssim}],
     }
-    told = "more: better (+0.200); less: worse (-0.100); cannot be told apart: alike (+0.000)"
+    told = "more: better (+0.200); less: worse (-0.100); no difference that matters: the same cell (+0.000); "
+    told += "undecided: alike (+0.000)"
     assert studies.in_words(rows, "default") == told
     assert studies.in_words(rows, None) == studies.in_words({"default": rows["default"]}, "default") == ""
-    assert studies.minus(rows, "default", "default") == "–" and studies.minus(rows, "worse", "default")[:7] == "-0.1000"
+    assert studies.minus(rows, "default", "default") == "–" and studies.minus(rows, "worse", "default")[:6] == "-0.100"
 
 
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
@@ -237,7 +349,7 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
     def rows(model):
         return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
 
-    monkeypatch.setattr(studies, "STUDIES", {"toy": studies.Study("A toy", "no table", rows)})
+    monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], rows=rows)})
     monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
     monkeypatch.setattr(run, "load_once", lambda model: toy)
     assert run.main(["--model", "all", "--seeds", "2"]) == 0
@@ -331,6 +443,33 @@ def test_gates_of_units_that_stay_can_stay_too(toy):
     for method in ("random+soft", "learned+soft+compensation", "learned+magic"):
         with pytest.raises(EcoDiffError, match=f"Method '{re.escape(method)}'"):
             experiments.compare(toy, replace(cut, method=method))
+
+
+def test_the_units_that_go_are_recorded_and_depend_on_no_image(toy, monkeypatch):
+    cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
+    assert experiments.removed_units(toy, cell, only_recorded=True) is None
+    found = experiments.removed_units(toy, cell)
+    smaller = experiments.smaller_model(toy, cell)
+    gone = sum(site["removed"] * site["params_per_unit"] for site in found.values())
+    sizes = [sum(p.numel() for p in pipe.unet.parameters()) for pipe in (toy, smaller)]
+    assert sizes[0] - sizes[1] == gone > 0
+    monkeypatch.setattr(experiments, "scores_of", None)  # read, for any protocol
+    other = replace(cell, protocol=replace(SMALL, pictures=7, split="heldout"))
+    assert experiments.removed_units(toy, other) == found
+
+
+def test_sites_can_be_spared_and_as_much_goes_elsewhere(toy, monkeypatch):
+    cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2, count="parameters")
+    before = {name: site["removed"] for name, site in experiments.removed_units(toy, cell).items()}
+    spared = max((name for name in before if "attn" in name), key=before.get)
+    usual, masks = experiments.compare(toy, cell), []
+    monkeypatch.setattr(experiments, "prune", lambda pipe, mask: masks.append(mask) or prune(pipe, mask))
+    values = experiments.compare_sparing(toy, cell, [spared])
+    assert before[spared] > 0 and masks[0][spared].all()
+    assert values["parameters"] == pytest.approx(usual["parameters"], rel=0.02)
+    assert experiments.compare_sparing(toy, cell, [spared], only_recorded=True) == values
+    with pytest.raises(EcoDiffError, match="'nowhere' is no site of this model"):
+        experiments.compare_sparing(toy, cell, ["nowhere"])
 
 
 def test_a_mask_can_come_from_another_model(toy, monkeypatch):

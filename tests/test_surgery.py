@@ -241,25 +241,15 @@ def test_disk_full_leaves_the_earlier_pipeline(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_save_does_not_replace_what_it_did_not_write(tmp_path):
-    small = prune(tiny_sd(), {})
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(EcoDiffError, match="something else"):
-        small.save_pretrained(tmp_path)
-    with pytest.raises(EcoDiffError, match="is a file"):
-        small.save_pretrained(tmp_path / "thesis.tex")
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
 def test_changed_files_do_not_load(tmp_path):
     model = tiny_sd().unet
     prune_denoiser(model, random_mask(model)).save_pretrained(tmp_path / "unet")
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
     name = next(iter(config["pruned_units"]))
-    for units, error in ((10**6, EcoDiffError), ("all", EcoDiffError), (config["pruned_units"][name] + 1, Exception)):
+    for units in (10**6, "all", config["pruned_units"][name] + 1):
         changed = {**config, "pruned_units": {**config["pruned_units"], name: units}}
         (tmp_path / "unet" / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(error):
+        with pytest.raises(EcoDiffError):
             ecodiff.PrunedUNet2DConditionModel.from_pretrained(tmp_path / "unet")
 
 

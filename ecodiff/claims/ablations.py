@@ -50,7 +50,7 @@ def a_hundred_prompts() -> Claim:
         "App. G.2, K.3, Tables 5, 10",
         "A hundred prompts suffice for learning; even a single one costs little, for SDXL and for FLUX.",
         "Tables: FID with 1 and with 100 prompts within a tenth of that with 512. On small models: SSIM and right "
-        "pictures within the margin of more prompts.",
+        "images are kept, against more prompts.",
         ("13_settings", "09_errata"),
         (
             by_table("table5", "SDXL", "coco_fid"),
@@ -66,7 +66,7 @@ def any_prompts() -> Claim:
         "App. G.2",
         "Which units are not needed hardly depends on the data.",
         "Masks learned on captions of held-out pairs of objects, minus those learned on the usual ones: SSIM and right "
-        "pictures within the margin.",
+        "images are kept.",
         ("13_settings",),
         tuple(kept(model, ("transfer", "learned on held-out pairs"), LEARNED, BOTH) for model in FLUX),
     )
@@ -101,8 +101,8 @@ def one_kind_alone() -> Claim:
     return Claim(
         "App. K.1, Fig. 13",
         "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
-        "Right pictures at a fifth of the heads, and at a fifth of the neurons, minus the original's: above minus the "
-        "margin.",
+        "Right images at a fifth of the heads, and at a fifth of the neurons, minus the original's: above minus the "
+        "smallest effect.",
         ("13_settings",),
         (
             *(decision for model in (SDXL, DEV) for decision in either_way(model)),

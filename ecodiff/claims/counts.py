@@ -14,7 +14,7 @@ from .. import fullsize, records
 from ..cost import cost
 from ..sites import find_sites
 from ..surgery import prune_denoiser
-from .verdict import COUNTED, MISSING, NOT_COUNTED, OPEN, Decision
+from .verdict import COUNTED, MISSING, NOT_COUNTED, UNDECIDED, Decision
 
 PRESETS = ("sd2", "sdxl", "flux-schnell")
 ONE = {"guidance": 1.0, "steps": 1, "inner": False}
@@ -54,7 +54,7 @@ def by_count(on: str, test: Callable[..., tuple[bool | None, str]], *settings: t
 
 def decided(on: str, holds: bool | None, evidence: str) -> Decision:
     """A decision at full size."""
-    return Decision(on, OPEN if holds is None else COUNTED if holds else NOT_COUNTED, evidence)
+    return Decision(on, UNDECIDED if holds is None else COUNTED if holds else NOT_COUNTED, evidence)
 
 
 def _left_out(on: str, preset: str) -> Decision:

@@ -18,8 +18,8 @@ def lines(claims: Sequence[Claim], first: int = 1) -> list[dict[str, str]]:
     for number, claim in enumerate(claims, first):
         where = "; ".join(filter(None, (claim.where, _link(claim.shown))))
         head = {"no.": str(number), "claim": f"{claim.says} *Decided by:* {claim.test}", "where": where}
-        for on, verdict, evidence in _grouped(claim):
-            told = _spaced(f"*{on}:* {evidence}" if evidence else f"*{on}*")
+        for on, verdict, evidence, varies in _grouped(claim):
+            told = _spaced(f"*{on}:* {evidence}{varies}" if evidence else f"*{on}*")
             table.append({**head, "verdict": f"**{verdict}**", "evidence": told})
             head = dict.fromkeys(head, "")  # said once
     return table
@@ -34,12 +34,17 @@ def waiting(claims: Sequence[Claim], first: int = 1) -> list[dict[str, str]]:
     return [{"command": f"`{command}`", "decides claims": ", ".join(found)} for command, found in numbers.items()]
 
 
-def _grouped(claim: Claim) -> list[tuple[str, str, str]]:
-    groups: dict[tuple[str, str, int], list[str]] = {}
+def _grouped(claim: Claim) -> list[tuple[str, str, str, str]]:
+    """Decisions as (on, verdict, evidence, what is varied); those that are open for the same reason are one."""
+    groups: dict[tuple, list[str]] = {}
     for i, decision in enumerate(claim.decisions):
         own = i if decision.verdict in DECIDED else -1
-        groups.setdefault((decision.verdict, decision.evidence, own), []).append(decision.on)
-    return [("; ".join(dict.fromkeys(on)), verdict, evidence) for (verdict, evidence, _), on in groups.items()]
+        varies = f" (varied: {', '.join(decision.varies)})" if decision.varies else ""
+        groups.setdefault((decision.verdict, decision.evidence, varies, own), []).append(decision.on)
+    return [
+        ("; ".join(dict.fromkeys(on)), verdict, evidence, varies)
+        for (verdict, evidence, varies, _), on in groups.items()
+    ]
 
 
 def _link(stems: Sequence[str]) -> str:

@@ -16,17 +16,22 @@ from .. import records, studies
 from ..cache import hashed_once, weights_hash
 from ..errors import EcoDiffError
 from ..experiments import compare, difference
-from ..metrics import Interval, mean_interval
+from ..metrics import SMALLEST_EFFECT, Interval, mean_interval
 from ..paths import data_dir
 from ..pipelines import denoiser, load_once
 from ..studies import DEV, SCHNELL, SD2, SDXL
 from . import verdict
-from .verdict import COUNTED, MISSING, NOT_COUNTED, NOT_REPRODUCED, OPEN, REPRODUCED, Decision
+from .verdict import COUNTED, DISAGREE, MISSING, NOT_COUNTED, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Decision
 
 FAMILY = {SDXL: "SDXL", SD2: "Stable Diffusion 2", DEV: "FLUX.1-dev", SCHNELL: "FLUX.1-schnell"}
 """The embedded models, and what each stands for."""
 FLUX = (DEV, SCHNELL)
-AT_FULL_SIZE = {REPRODUCED: COUNTED, NOT_REPRODUCED: NOT_COUNTED, OPEN: OPEN}
+AT_FULL_SIZE = {
+    REPRODUCED: COUNTED,
+    NOT_REPRODUCED: NOT_COUNTED,
+    DISAGREE: DISAGREE,
+    UNDECIDED: UNDECIDED,
+}
 """What a rule for rows says of the embedded family, and of a published checkpoint."""
 HUB = {
     SDXL: "stabilityai/stable-diffusion-xl-base-1.0",
@@ -39,7 +44,7 @@ EQUAL = ("parameters", "learned, 20%")
 WORDS = {"ssim": "SSIM", "facts": "all facts right", "object": "object named", "found": "all objects found"}
 Place = tuple[str, str]
 FLOOR = 4
-"""Shares of right pictures below so many margins are too low to lose one."""
+"""Shares of right pictures below so many smallest effects are too low to lose one."""
 
 
 def trained(model: str) -> bool:
@@ -90,14 +95,35 @@ def recorded(model: str, *places: Place, seeds: int = studies.SEEDS) -> list[tup
 def _values(model: str, place: Place, seed: int) -> dict | None:
     seen = _seen.get()
     if seen is None or (model, place, seed) not in seen:
-        study, row = place
-        if (cell := studies.cells(study, model, seed).get(row)) is None:
-            raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
-        values = compare(load_once(model), cell, only_recorded=True) if readable(model) else None
+        cell = _cell(model, place, seed)
+        found = cell is not None and readable(model)
+        values = compare(load_once(model), cell, only_recorded=True) if found else None
         if seen is None:
             return values
         seen[model, place, seed] = values
     return seen[model, place, seed]
+
+
+def _cell(model: str, place: Place, seed: int) -> studies.Cell | None:
+    """The cell of a row; None for a seed that the study does not measure of it, EcoDiffError for no such row."""
+    study, row = place
+    if row not in studies.cells(study, model):
+        raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
+    return studies.cells(study, model, seed).get(row)
+
+
+def varied(model: str, first: Place, second: Place) -> tuple[str, ...]:
+    """The fields in which two rows differ. Raises EcoDiffError where there are none, and where their studies do not say
+    that they vary them: such a comparison would not test what its claim says."""
+    found = studies.changed(_cell(model, first, 0), _cell(model, second, 0))
+    if not found:
+        raise EcoDiffError(f"{first} and {second} of {model} are the same cell: comparing them tests nothing.")
+    stated = {name for study, _ in (first, second) for name in studies.STUDIES[study].varies}
+    if others := [name for name in found if name not in stated]:
+        raise EcoDiffError(
+            f"{first} and {second} of {model} differ in {', '.join(others)}, which no study says it varies."
+        )
+    return tuple(found)
 
 
 _seen: ContextVar[dict | None] = ContextVar("seen", default=None)
@@ -152,7 +178,8 @@ def _decide(
     least: float = 0.0,
 ) -> Decision:
     """By a rule for intervals. What it takes for reproduced cannot be told where less than the share ``least`` of the
-    second row's pictures is right."""
+    second row's images is right."""
+    differs = varied(model, first, second)
     values = recorded(model, first, second)
     if not values:
         return missing(model, first[0], label)
@@ -161,8 +188,8 @@ def _decide(
     shares = [statistics.mean(hit for _, seed in values for hit in seed[name]) for name in found if name != "ssim"]
     right = min(shares, default=1)
     if outcome == REPRODUCED and right < least:
-        outcome, evidence = OPEN, f"{evidence}; {second[1]} itself is right in {100 * right:.1f} of 100 only"
-    return Decision(on(model, label), outcome, evidence)
+        outcome, evidence = UNDECIDED, f"{evidence}; {second[1]} itself is right in {100 * right:.1f} of 100 only"
+    return Decision(on(model, label), outcome, evidence, varies=differs)
 
 
 def missing(model: str, study: str, label: str = "") -> Decision:
@@ -173,26 +200,27 @@ def missing(model: str, study: str, label: str = "") -> Decision:
 def better(
     model: str, first: Place, second: Place, measures: Sequence[str] = ("ssim", "quality"), label: str = ""
 ) -> Decision:
-    """Is the first row better than the second? More by some measure, less by none."""
+    """Is the first row better than the second? More by some measure, less by none, each by the smallest effect."""
     return _decide(verdict.better, model, first, second, measures, label)
 
 
 def kept(model: str, first: Place, second: Place, measures: Sequence[str] = ("quality",), label: str = "") -> Decision:
-    """Does the first row lose nothing against the second, within the margin? Cannot be told where the second is right
-    so rarely that there is hardly more than the margin to lose, unless something else is lost."""
-    least = FLOOR * verdict.MARGIN
+    """Does the first row lose nothing against the second, or less than the smallest effect? Undecided where the second
+    is right so rarely that there is hardly more than that to lose, unless something else is lost."""
+    least = FLOOR * SMALLEST_EFFECT
     return _decide(verdict.kept, model, first, second, measures, label, least)
 
 
 def lower_fid(model: str, first: Place, second: Place, label: str = "") -> Decision:
-    """Is the first row's FID lower? Student's interval over seeds, since a FID is one number a seed."""
+    """Is the first row's FID lower? Student's interval over seeds, since a FID is one number per seed."""
+    differs = varied(model, first, second)
     values = [seed for seed in recorded(model, first, second) if all("fid" in v for v in seed)]
     if not values:
         return missing(model, first[0], label)
     d = mean_interval([a["fid"] - b["fid"] for a, b in values])
     ends = f"{d.low:+.1f} to {d.high:+.1f}" if len(values) > 1 else "one seed has no interval"
     evidence = f"FID, {first[1]} minus {second[1]}: {d.mean:+.1f} ({ends}); {number_of(values)}"
-    return Decision(on(model, label), verdict.lower(d), evidence)
+    return Decision(on(model, label), verdict.lower(d), evidence, varies=differs)
 
 
 def command_of_updates(model: str = SDXL) -> str:

@@ -1,7 +1,9 @@
 """What a claim is, which verdicts there are, and the rules that reach them.
 
 A verdict is about one thing that the claim was decided on: an embedded model, a count at full size, the paper's own
-tables. A claim has several. Rules look at intervals of paired differences, so that luck is not taken for a result.
+tables. A claim has several. Rules look at intervals of paired differences, so that luck is not taken for a result, and
+ask one smallest effect of interest (``ecodiff.metrics.SMALLEST_EFFECT``) both of a gain and of a loss: no difference
+can be a gain for one claim and nothing for another.
 """
 
 from __future__ import annotations
@@ -11,25 +13,22 @@ from dataclasses import dataclass
 
 from ..errata import Erratum
 from ..errors import EcoDiffError
-from ..metrics import Interval
+from ..metrics import SMALLEST_EFFECT, Interval
 
 REPRODUCED = "reproduced on the embedded family"
 NOT_REPRODUCED = "not reproduced on the embedded family"
-OPEN = "cannot be told apart"
+UNDECIDED = "undecided"
+DISAGREE = "measures disagree"
 COUNTED = "at full size: holds"
 NOT_COUNTED = "at full size: does not hold"
 PRINTED = "the paper's own numbers: hold"
 NOT_PRINTED = "the paper's own numbers: do not hold"
 CHECKPOINT = "needs the real checkpoint"
 MISSING = "not measured here yet"
-VERDICTS = (
-    REPRODUCED, NOT_REPRODUCED, OPEN, COUNTED, NOT_COUNTED, PRINTED, NOT_PRINTED, CHECKPOINT, MISSING,
-)  # fmt: skip
-DECIDED = VERDICTS[:7]
 IN_FAVOUR, AGAINST = (REPRODUCED, COUNTED, PRINTED), (NOT_REPRODUCED, NOT_COUNTED, NOT_PRINTED)
-
-MARGIN = 0.05
-"""Largest loss that counts as none: 0.05 of SSIM, or 5 of 100 pictures."""
+DECIDED = (REPRODUCED, NOT_REPRODUCED, DISAGREE, UNDECIDED, COUNTED, NOT_COUNTED, PRINTED, NOT_PRINTED)
+"""Verdicts that rest on numbers, of which some settle nothing."""
+VERDICTS = (*DECIDED, CHECKPOINT, MISSING)
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Decision:
     verdict: str
     evidence: str = ""
     command: str = ""
+    varies: tuple[str, ...] = ()
+    """The fields in which two compared rows differ; everything else is the same in both."""
 
     def __post_init__(self):
         if self.verdict not in VERDICTS:
@@ -68,32 +69,52 @@ class Claim:
         return any(decision.verdict in DECIDED for decision in self.decisions)
 
 
-def better(differences: Sequence[Interval]) -> str:
-    """Verdict on "the first is better": more by some measure and less by none, each outside its interval of first -
-    second."""
-    signs = {d.sign for d in differences}
-    return OPEN if (1 in signs) == (-1 in signs) else REPRODUCED if 1 in signs else NOT_REPRODUCED
+def better(differences: Sequence[Interval], smallest: float = SMALLEST_EFFECT) -> str:
+    """Verdict on "the first is better", by intervals of first - second: more by some measure and less by none.
 
-
-def kept(differences: Sequence[Interval], margin: float = MARGIN) -> str:
-    """Verdict on "the first loses nothing": all intervals of first - second lie above -margin; or one lies below."""
-    if any(d.high < -margin for d in differences):
+    "More" is an interval wholly above ``smallest``, "not less" one wholly above ``-smallest``. Where one measure has
+    more and another less, they disagree. It is not better where some measure has less, or where none can have more.
+    """
+    more = any(d.low > smallest for d in differences)
+    less = any(d.high < -smallest for d in differences)
+    if more and less:
+        return DISAGREE
+    if less or all(d.high < smallest for d in differences):
         return NOT_REPRODUCED
-    return REPRODUCED if all(d.low > -margin for d in differences) else OPEN
+    if more and all(d.low > -smallest for d in differences):
+        return REPRODUCED
+    return UNDECIDED
+
+
+def kept(differences: Sequence[Interval], smallest: float = SMALLEST_EFFECT) -> str:
+    """Verdict on "the first loses nothing", by intervals of first - second: all lie wholly above ``-smallest``.
+
+    It loses where one lies wholly below; where another lies wholly above ``smallest``, the measures disagree.
+    """
+    more = any(d.low > smallest for d in differences)
+    less = any(d.high < -smallest for d in differences)
+    if more and less:
+        return DISAGREE
+    if less:
+        return NOT_REPRODUCED
+    if all(d.low > -smallest for d in differences):
+        return REPRODUCED
+    return UNDECIDED
 
 
 def lower(difference: Interval) -> str:
-    """Verdict on "the first is lower", such as a FID."""
-    return {-1: REPRODUCED, 0: OPEN, 1: NOT_REPRODUCED}[difference.sign]
+    """Verdict on "the first is lower", such as a FID: by the sign alone, since the claim names no size."""
+    return {-1: REPRODUCED, 0: UNDECIDED, 1: NOT_REPRODUCED}[difference.sign]
 
 
 def together(decisions: Sequence[Decision], on: str) -> Decision:
     """One decision on "all of these": as bad as the worst; missing where one is missing and none contradicts."""
     verdicts = [decision.verdict for decision in decisions]
-    worst = next((v for v in (NOT_REPRODUCED, MISSING, OPEN) if v in verdicts), REPRODUCED)
+    worst = next((v for v in (NOT_REPRODUCED, DISAGREE, MISSING, UNDECIDED) if v in verdicts), REPRODUCED)
     evidence = "; ".join(decision.evidence for decision in decisions if decision.evidence)
     command = next((decision.command for decision in decisions if decision.command), "")
-    return Decision(on, worst, evidence, command if worst == MISSING else "")
+    varies = tuple(dict.fromkeys(name for decision in decisions for name in decision.varies))
+    return Decision(on, worst, evidence, command if worst == MISSING else "", varies)
 
 
 def printed(on: str, holds: bool, evidence: str) -> Decision:

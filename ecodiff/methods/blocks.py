@@ -19,6 +19,7 @@ import copy
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,12 @@ from tqdm import tqdm
 
 from ..errors import EcoDiffError
 from ..generate import generate
+from ..hooks import replaced_forward
 from ..judge import Judge
-from ..pipelines import denoiser, with_denoiser
+from ..pipelines import denoiser, one_denoiser, with_denoiser
 from ..prompts import encoding_once, mix
 from ..running import placed
 from ..trace import Given, trace
-from ..trajectory import replaced_forward
 from .sampling import Call, Sampling, draw
 
 _HIDDEN = ("hidden_states", "input_tensor")
@@ -85,7 +86,7 @@ def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling)
         whole, batch = call.output[0].float(), len(call.output[0])
         for i, names in enumerate(sets):
             with left_out(model, names):
-                other = model.forward(*call.args, **call.kwargs)[0].float()
+                other = call.network.forward(*call.args, **call.kwargs)[0].float()
             totals[i] += batch * (other - whole).square().mean().item()
         calls += batch
 
@@ -108,7 +109,7 @@ def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[
     measures milliseconds on a phone, and the model is taken as it is, where that one first trains it with blocks left
     out at random. Costs drawing the prompts once more for each candidate. ``sampling``: fields of ``Sampling``.
     """
-    model, settings, pipe = denoiser(pipe), Sampling(**sampling), encoding_once(pipe)
+    model, settings, pipe = one_denoiser(pipe, "blocks.clip_scores"), Sampling(**sampling), encoding_once(pipe)
     names, calls = list(_some(model)), []
     steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
     seeds = [mix(settings.seed, i) for i in range(len(prompts))]
@@ -178,27 +179,27 @@ def choose(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: fl
 def remove(pipe, names: Collection[str]):
     """A pipeline whose denoiser lacks these blocks (a copy); other components are shared.
 
-    It draws, learns and prunes like any other; diffusers cannot save it, since its config has no word for a missing
-    block.
+    It draws and is retrained like any other. `learn` and `prune` refuse it and diffusers cannot save it, since its
+    config has no word for a missing block.
     """
     _check(denoiser(pipe), names)
     smaller = copy.deepcopy(denoiser(pipe))
     for name in names:
         owner, _, leaf = name.rpartition(".")
         block = smaller.get_submodule(name)
-        setattr(smaller.get_submodule(owner), leaf, _Missing(inspect.signature(block.forward), block))
+        setattr(smaller.get_submodule(owner), leaf, _Missing(type(block)))
     return with_denoiser(pipe, smaller)
 
 
 class _Missing(nn.Module):
     """In the place of a block: returns what the block is given, in the block's form."""
 
-    def __init__(self, signature: inspect.Signature, block: nn.Module):
+    def __init__(self, block: type[nn.Module]):
         super().__init__()
-        self._pass = _through(signature, type(block).__name__)
+        self.block = block
 
     def forward(self, *args, **kwargs):
-        return self._pass(*args, **kwargs)
+        return _through(inspect.signature(partial(self.block.forward, self)), self.block.__name__)(*args, **kwargs)
 
 
 def _passing(forward):

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ..errors import EcoDiffError
-from ..pipelines import denoiser
-from ..trajectory import replaced_forward
+from ..hooks import hooked, replaced_forward
+from ..pipelines import one_denoiser
 
 
 @dataclass
@@ -52,14 +52,14 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
     calls twice). Raises EcoDiffError for a denoiser that is no U-Net, an interval or depth out of range, and, inside,
     where gradients are asked for.
     """
-    model = denoiser(pipe)
+    model = one_denoiser(pipe, "deepcache")
     deep = _deep_blocks(model, depth)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise EcoDiffError(f"deepcache: interval={interval!r} must be a whole number of steps, at least 1.")
     reuse = Reuse()
     reuse.forget()
 
-    def begin(module, args, kwargs):
+    def begin(latents):
         if torch.is_grad_enabled() and interval > 1:
             raise EcoDiffError("deepcache: kept features have no gradient; learn the mask first, then draw with reuse.")
         reuse.call += 1
@@ -69,17 +69,16 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
         now["run"] = refreshing or not known
 
     now = {"run": True}
-    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
     scheduler_class = type(pipe.scheduler)
     pipe.scheduler.__class__ = _counting(scheduler_class, reuse)
     try:
         with ExitStack() as stack:
+            stack.enter_context(hooked(model, "deepcache")).before("", begin)
             for name, block in deep.items():
                 stack.enter_context(replaced_forward(block, partial(_kept_forward, name=name, reuse=reuse, now=now)))
             yield reuse
     finally:
         pipe.scheduler.__class__ = scheduler_class
-        handle.remove()
         reuse.kept.clear()
 
 

@@ -35,7 +35,8 @@ def scores(pipe, prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, **samplin
     EcoDiffError for a denoiser in float16, one whose input has not the shape of the latents, and a scheduler whose
     prediction is of an unknown type.
     """
-    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
     not_half(model, "fisher")
     every = NoisePrediction.prepare(pipe, prompts, settings)
     totals = {name: torch.zeros(site.units) for name, site in sites.items()}

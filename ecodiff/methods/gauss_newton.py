@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..batches import in_batches, together
 from ..errors import EcoDiffError
 from ..gates import apply_gates
 from ..pipelines import denoiser
-from ..prompts import checked_prompts, collate, mix
+from ..prompts import checked_prompts, collate, encoding_once, mix
 from ..running import not_half, placed
 from ..trajectory import final_latents
 from .sampling import KINDS, Sampling, gates_of_samples, sites_of
@@ -48,33 +49,40 @@ def scores(
     """
     if probes < 1:
         raise EcoDiffError(f"gauss-newton: probes={probes}: at least one backward pass is needed.")
-    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
     not_half(model, "gauss-newton")
     prompts = checked_prompts(prompts, "gauss-newton")
-    guidance = {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
+    call = {"num_inference_steps": settings.num_inference_steps, **settings.call}
+    if settings.guidance_scale is not None:
+        call["guidance_scale"] = settings.guidance_scale
+    pipe = encoding_once(pipe)
     totals = {name: torch.zeros(site.units) for name, site in sites.items()}
+
+    def add(numbers: list[int]) -> None:
+        gates = gates_of_samples(model, sites, len(numbers))
+        with apply_gates(model, gates, sites):
+            latents = final_latents(
+                pipe,
+                keep_last=keep_last,
+                generator=[torch.Generator().manual_seed(mix(settings.seed, i)) for i in numbers],
+                **collate([prompts[i] for i in numbers]),
+                **call,
+            ).float()
+            for probe in range(probes):
+                signs = torch.stack([_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
+                product, last = (latents * signs.to(latents.device)).sum(), probe == probes - 1
+                slopes = torch.autograd.grad(product, gates.values(), retain_graph=not last, allow_unused=True)
+                for total, slope in zip(totals.values(), slopes, strict=True):
+                    if slope is not None:
+                        total += slope.abs().sum(0).cpu()
+        bar.update(len(numbers))
+
     with tqdm(total=len(prompts), desc="gauss-newton", disable=not settings.progress) as bar:
-        for first in range(0, len(prompts), settings.batch_size):
-            batch = prompts[first : first + settings.batch_size]
-            numbers, gates = range(first, first + len(batch)), gates_of_samples(model, sites, len(batch))
-            with apply_gates(model, gates, sites):
-                latents = final_latents(
-                    pipe,
-                    keep_last=keep_last,
-                    num_inference_steps=settings.num_inference_steps,
-                    generator=[torch.Generator().manual_seed(mix(settings.seed, i)) for i in numbers],
-                    **collate(batch),
-                    **guidance,
-                    **settings.call,
-                ).float()
-                for probe in range(probes):
-                    signs = torch.stack([_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
-                    product, last = (latents * signs.to(latents.device)).sum(), probe == probes - 1
-                    slopes = torch.autograd.grad(product, gates.values(), retain_graph=not last, allow_unused=True)
-                    for total, slope in zip(totals.values(), slopes, strict=True):
-                        if slope is not None:
-                            total += slope.abs().sum(0).cpu()
-            bar.update(len(batch))
+        size = settings.batch_size
+        if size > 1 and not together(pipe, prompts, output_type="latent", **call):
+            size = 1
+        in_batches(range(len(prompts)), size, add)
     return {name: math.sqrt(math.pi / 2) * total / (len(prompts) * probes) for name, total in totals.items()}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines import denoiser
-from ..sites import find_sites
+from .sampling import sites_of
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), **sampling)
     """
     model = denoiser(pipe)
     result = {}
-    for name, site in find_sites(model, kinds).items():
+    for name, site in sites_of(pipe, kinds, exclude=sampling.get("exclude", ())).items():
         total, entries = torch.zeros(site.units), 0
         for dimension, spans in enumerate((site.writers, site.readers)):
             for span in spans:

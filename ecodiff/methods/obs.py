@@ -47,7 +47,8 @@ def scores(
     Summed over the layers that read the site (two in joint attention). See `second_moments` for the arguments.
     """
     moments = second_moments(pipe, prompts, kinds=kinds, time_weights=time_weights, **sampling)
-    return from_moments(pipe, moments, kinds=kinds, damping=damping)
+    exclude = sampling.get("exclude", ())
+    return from_moments(pipe, moments, kinds=kinds, damping=damping, exclude=exclude)
 
 
 @placed
@@ -72,8 +73,8 @@ def second_moments(
     """
     if time_weights not in ("log", "uniform"):
         raise EcoDiffError(f"obs: time_weights={time_weights!r} is not one of log, uniform.")
-    model, sites = denoiser(pipe), sites_of(pipe, kinds, readers=True)
-    settings, result = Sampling(**sampling), {}
+    model, settings, result = denoiser(pipe), Sampling(**sampling), {}
+    sites = sites_of(pipe, kinds, readers=True, exclude=settings.exclude)
     packages = _packages(model, sites, memory_gb * 1e9)
     if settings.progress and len(packages) > 1:
         tqdm.write(f"obs: {len(packages)} passes over {len(prompts)} prompts, {memory_gb:g} GB of second moments each")
@@ -101,18 +102,23 @@ def time_weight(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def from_moments(
-    pipe, moments: Mapping[str, Tensor], *, kinds: tuple[str, ...] = KINDS, damping: float = DAMPING
+    pipe,
+    moments: Mapping[str, Tensor],
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    damping: float = DAMPING,
+    exclude: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """The scores for second moments that are already known."""
-    model, sites = denoiser(pipe), sites_of(pipe, kinds, readers=True)
+    """The scores for second moments that are already known; raises EcoDiffError where those of a layer are missing."""
+    model, sites = denoiser(pipe), sites_of(pipe, kinds, readers=True, exclude=exclude)
     result = {name: torch.zeros(site.units) for name, site in sites.items()}
     readers: dict[str, list] = {}
     for name, site in sites.items():
         for span in site.readers:
             readers.setdefault(span.layer, []).append((name, span))
     for layer, spans in readers.items():
-        if layer not in moments:  # a layer that never ran reads nothing
-            continue
+        if layer not in moments:
+            raise EcoDiffError(f"obs: no second moments of {layer!r}; compute them for this pipeline and these kinds.")
         weight = model.get_submodule(layer).weight.double().cpu()
         inverse = torch.linalg.inv(damped(moments[layer], damping))
         for name, span in spans:

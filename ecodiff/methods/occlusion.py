@@ -54,7 +54,8 @@ def scores(
         raise EcoDiffError(f"occlusion: distance={distance!r} is not one of {', '.join(_DISTANCES)}.")
     if groups is not None and groups < 1:
         raise EcoDiffError(f"occlusion: groups={groups} must be at least 1, or None for every neuron by itself.")
-    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
     pipe = encoding_once(pipe)  # one memory for all trajectories
     quiet = {**sampling, "progress": False}
     share = _shares(pipe, prompts, sites, groups, quiet)
@@ -93,7 +94,8 @@ def _shares(pipe, prompts, sites: dict[str, Site], groups: int | None, quiet: di
     grouped = tuple(dict.fromkeys(s.kind for s in sites.values() if _grouped(s, groups)))
     if not grouped:
         return {}
-    scores = from_norms(pipe, norms(pipe, prompts, kinds=grouped, **quiet), grouped)
+    known = norms(pipe, prompts, kinds=grouped, **quiet)
+    scores = from_norms(pipe, known, grouped, quiet.get("exclude", ()))
     return {name: score for name, score in scores.items() if _grouped(sites[name], groups)}
 
 

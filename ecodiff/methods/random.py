@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import checked_seed
 from ..pipelines import denoiser
-from ..sites import find_sites
+from ..sites import sites_but
 
 
 def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int = 0, **sampling) -> dict[str, Tensor]:
@@ -14,7 +15,6 @@ def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int =
 
     Prompts and other settings are not used.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(site.units, generator=generator) for name, site in find_sites(denoiser(pipe), kinds).items()
-    }
+    generator = torch.Generator().manual_seed(checked_seed(seed, "random"))
+    sites = sites_but(denoiser(pipe), kinds, sampling.get("exclude", ()))
+    return {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}

@@ -8,15 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..batches import in_batches, together
+from ..carried import refuse_elsewhere
+from ..checks import checked_call, checked_guidance, checked_seed
 from ..errors import EcoDiffError
-from ..pipelines import denoiser
+from ..hooks import hooked
+from ..pipelines import denoiser, named_experts
 from ..prompts import checked_prompts, collate, encoding_once, mix
-from ..sites import Site, Span, find_sites
+from ..running import without_adapters
+from ..sites import Site, Span, sites_but
 from ..trajectory import count_steps, frozen, private_copy
 
 KINDS = ("attention", "feed_forward")
@@ -34,8 +40,13 @@ class Sampling:
     call: Mapping = field(default_factory=dict)
     """Further arguments of the pipeline's call (height, width, ...)."""
     progress: bool = True
+    exclude: tuple[str, ...] = ()
+    """Names of sites that get no score, such as those that the pipeline's call never reaches."""
 
     def __post_init__(self):
+        object.__setattr__(self, "seed", checked_seed(self.seed, "Sampling"))
+        checked_guidance(self.guidance_scale, "Sampling")
+        checked_call(self.call, "Sampling: call")
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise EcoDiffError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -65,6 +76,8 @@ class Call:
     args: tuple
     kwargs: dict
     output: object
+    network: nn.Module
+    """That was called: the denoiser, or one of `Experts`."""
 
 
 def draw(
@@ -90,38 +103,41 @@ def draw(
     clock = clock or Clock()
     clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
-    def hook(module, args, kwargs, output):
-        each_call(Call(clock.step, args, kwargs, output))
-
-    handle = denoiser(pipe).register_forward_hook(hook, with_kwargs=True) if each_call else None
     parts = []
     bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
-    try:
-        with torch.no_grad(), frozen(*modules), bar:
-            for first in range(0, len(prompts), sampling.batch_size):
-                batch = prompts[first : first + sampling.batch_size]
-                clock.watch["steps"] = 0
-                numbers = range(first, first + len(batch))
-                latents = runner(
-                    num_inference_steps=sampling.num_inference_steps,
-                    generator=[torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers],
-                    output_type="latent",
-                    return_dict=False,
-                    **collate(batch),
-                    **guidance,
-                    **sampling.call,
-                )[0]
-                if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
-                    raise EcoDiffError(
-                        f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
-                    )
-                parts.append(latents.float())
-                if each_batch:
-                    each_batch(latents, runner.scheduler)
-                bar.update(len(batch))
-    finally:
-        if handle:
-            handle.remove()
+    settings = {
+        "num_inference_steps": sampling.num_inference_steps,
+        "output_type": "latent",
+        "return_dict": False,
+        **guidance,
+        **sampling.call,
+    }
+
+    def run(numbers: list[int]) -> None:
+        clock.watch["steps"] = 0
+        generators = [torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers]
+        latents = runner(generator=generators, **collate([prompts[i] for i in numbers]), **settings)[0]
+        if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
+            raise EcoDiffError(
+                f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
+            )
+        parts.append(latents.float())
+        if each_batch:
+            each_batch(latents, runner.scheduler)
+        bar.update(len(numbers))
+
+    def see(args, kwargs, output, network: nn.Module) -> None:
+        each_call(Call(clock.step, args, kwargs, output, network))
+
+    size = sampling.batch_size
+    with torch.no_grad(), frozen(*modules), bar:
+        if size > 1 and not together(runner, prompts, **settings):
+            size = 1
+        with hooked(denoiser(pipe), label) as hooks:
+            if each_call:
+                for name, network in named_experts(denoiser(pipe)).items():
+                    hooks.after(name, partial(see, network=network), site=type(network).__name__)
+            in_batches(range(len(prompts)), size, run)
     return torch.cat(parts)
 
 
@@ -132,9 +148,14 @@ def gates_of_samples(model: nn.Module, sites: Mapping[str, Site], samples: int) 
     return {name: torch.ones(samples, site.units, device=device, requires_grad=True) for name, site in sites.items()}
 
 
-def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False) -> dict[str, Site]:
-    """The sites of these kinds; raises EcoDiffError where there is none or, with ``readers``, no layer reads one."""
-    sites = find_sites(denoiser(pipe), kinds)
+def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False, exclude: Sequence[str] = ()) -> dict[str, Site]:
+    """The sites of these kinds but the excluded ones, of a denoiser that has all its weights and no adapters.
+
+    Raises EcoDiffError where there is none, an excluded name is no site or, with ``readers``, no layer reads one.
+    """
+    without_adapters(denoiser(pipe), "scores")
+    refuse_elsewhere(denoiser(pipe), "scores")
+    sites = sites_but(denoiser(pipe), kinds, exclude)
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(kinds)}.")
     for site in sites.values():
@@ -145,18 +166,22 @@ def sites_of(pipe, kinds: tuple[str, ...], readers: bool = False) -> dict[str, S
 
 @contextmanager
 def reading(model: nn.Module, sites: Mapping[str, Site], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, ``see(layer name, input [rows, channels])`` is called whenever a layer runs that reads units."""
-    layers = dict.fromkeys(span.layer for site in sites.values() for span in site.readers)
+    """Inside, ``see(layer name, input [rows, channels])`` is called whenever a layer runs that reads units.
 
-    def hook(layer):
-        return lambda module, args: see(layer, args[0].detach().flatten(0, -2))
+    Raises EcoDiffError on leaving where one of these layers never ran.
+    """
+    layers = {span.layer: name for name, site in sites.items() for span in site.readers}
 
-    handles = [model.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in layers]
-    try:
+    def watcher(layer):
+        def watch(x):
+            see(layer, x.detach().flatten(0, -2))
+
+        return watch
+
+    with hooked(model, "scores") as hooks:
+        for layer, site in layers.items():
+            hooks.before(layer, watcher(layer), site)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def columns(span: Span, units: int) -> slice:

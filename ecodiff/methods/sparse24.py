@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..carried import refuse_elsewhere
 from ..errors import EcoDiffError
 from ..pipelines import denoiser, with_denoiser
 
@@ -55,6 +56,7 @@ def sparsify(pipe, prompts=()):
 
     ``prompts`` are not used (the choice is by magnitude). The original is not changed.
     """
+    refuse_elsewhere(denoiser(pipe), "sparsify")
     sparse = copy.deepcopy(denoiser(pipe))
     with torch.no_grad():
         for layer in layers_2_4(sparse).values():

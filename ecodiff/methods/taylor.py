@@ -53,7 +53,8 @@ def scores(
     """
     if not 0 <= threshold < 1:
         raise EcoDiffError(f"taylor: threshold={threshold} is a share of the largest loss, in [0, 1).")
-    model, sites, settings = denoiser(pipe), sites_of(pipe, kinds), Sampling(**sampling)
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
     not_half(model, "taylor")
     loss = NoisePrediction.prepare(pipe, prompts, settings)
     device = next(model.parameters()).device
@@ -98,7 +99,6 @@ class NoisePrediction:
     ``recorded``: for each batch its first number, final latents and calls. ``steps``: step numbers, least noise first.
     """
 
-    model: nn.Module
     scheduler: object
     recorded: list[tuple[int, Tensor, list[Call]]]
     seed: int
@@ -118,7 +118,7 @@ class NoisePrediction:
             used[:] = [scheduler]
 
         draw(pipe, prompts, sampling, label="taylor: latents", each_call=each_call, each_batch=each_batch)
-        return cls(denoiser(pipe), used[0], recorded, sampling.seed)
+        return cls(used[0], recorded, sampling.seed)
 
     @property
     def steps(self) -> list[int]:
@@ -148,7 +148,7 @@ class NoisePrediction:
         copies, rest = divmod(len(given), len(z_0))
         if given.shape[1:] != z_0.shape[1:] or rest:
             raise EcoDiffError(
-                f"taylor: {type(self.model).__name__} is given {list(given.shape)}, but final latents are "
+                f"taylor: {type(call.network).__name__} is given {list(given.shape)}, but final latents are "
                 f"{list(z_0.shape)}; pipelines that add channels to their latents are not covered."
             )
         noised, target = noised_input(self.scheduler, call.step, z_0, noise)
@@ -157,7 +157,7 @@ class NoisePrediction:
             kwargs[place] = noised
         else:
             args[0] = noised
-        predicted = self.model(*args, **kwargs)[0]
+        predicted = call.network(*args, **kwargs)[0]
         predicted = predicted[:, : z_0.shape[1]].float()  # some predict a variance, too: further channels
         return (predicted - target.repeat(copies, *[1] * (z_0.ndim - 1))).square().mean()
 

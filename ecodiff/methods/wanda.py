@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..errors import EcoDiffError
 from ..pipelines import denoiser
 from ..running import placed
 from .sampling import KINDS, Sampling, columns, draw, reading, sites_of
@@ -18,7 +21,8 @@ def scores(pipe, prompts, *, kinds: tuple[str, ...] = KINDS, **sampling) -> dict
     root of its length, so that layers with more tokens compare with those with fewer (within a layer the order is
     WANDA's). ``sampling``: fields of ``Sampling``. Raises EcoDiffError for kinds that no layer reads.
     """
-    return from_norms(pipe, norms(pipe, prompts, kinds=kinds, **sampling), kinds)
+    exclude = Sampling(**sampling).exclude
+    return from_norms(pipe, norms(pipe, prompts, kinds=kinds, **sampling), kinds, exclude)
 
 
 @placed
@@ -32,21 +36,25 @@ def norms(pipe, prompts, *, kinds: tuple[str, ...] = KINDS, **sampling) -> dict[
         squares[layer] = squares[layer] + total if layer in squares else total
         counts[layer] = counts.get(layer, 0) + len(x)
 
-    with reading(denoiser(pipe), sites_of(pipe, kinds, readers=True), see):
-        draw(pipe, prompts, Sampling(**sampling), label="wanda")
+    settings = Sampling(**sampling)
+    with reading(denoiser(pipe), sites_of(pipe, kinds, readers=True, exclude=settings.exclude), see):
+        draw(pipe, prompts, settings, label="wanda")
     return {layer: (square / counts[layer]).sqrt().cpu() for layer, square in squares.items()}
 
 
 @torch.no_grad()
-def from_norms(pipe, norms: dict[str, Tensor], kinds: tuple[str, ...] = KINDS) -> dict[str, Tensor]:
-    """The scores for input norms that are already known."""
+def from_norms(
+    pipe, norms: dict[str, Tensor], kinds: tuple[str, ...] = KINDS, exclude: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The scores for input norms that are already known; raises EcoDiffError where those of a layer are missing."""
     model, result = denoiser(pipe), {}
-    for name, site in sites_of(pipe, kinds, readers=True).items():
+    for name, site in sites_of(pipe, kinds, readers=True, exclude=exclude).items():
         total, entries = torch.zeros(site.units), 0
         for span in site.readers:
             weight, mine = model.get_submodule(span.layer).weight, columns(span, site.units)
-            norm = norms.get(span.layer, torch.zeros(weight.shape[1]))[mine]  # a layer that never ran reads nothing
-            each = weight[:, mine].float().abs().sum(0).cpu() * norm
+            if span.layer not in norms:
+                raise EcoDiffError(f"wanda: no norms of {span.layer!r}; compute them for this pipeline and kinds.")
+            each = weight[:, mine].float().abs().sum(0).cpu() * norms[span.layer][mine]
             total += each.view(site.units, span.size).sum(1)
             entries += span.size * len(weight)
         result[name] = total / entries

@@ -14,9 +14,11 @@ from PIL import Image
 from .. import data, pipelines
 from ..errors import EcoDiffError
 from ..judge import Judge
-from ..paths import data_dir, whole_folder
+from ..paths import data_dir
+from ..saving import replaced_files
 
 MANIFEST = "checksums.sha256"
+EVALUATED = ("README.md", "measured.json", "fixed.png", "fixed.json")  # what ``evaluate`` writes about one model
 FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
 
 
@@ -31,9 +33,11 @@ def is_judge(recipe: dict) -> bool:
 
 
 def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
-    """Write a trained pipeline (or judge) in its library's folder format, weights in fp16; the folder appears whole or
-    not at all."""
-    with whole_folder(Path(folder)) as written, _in_fp16(pipe):
+    """Write a trained pipeline (or judge) in its library's folder format, weights in fp16, all files or none.
+
+    The card and the numbers of an earlier model there go with it; ``evaluate`` writes new ones. Other files stay.
+    """
+    with replaced_files(folder, outdated=EVALUATED) as written, _in_fp16(pipe):
         temporary = Path(written)
         _forget_batches(pipe)
         pipe.save_pretrained(temporary)
