@@ -361,6 +361,14 @@ REUSE = ("deepcache", "learned+deepcache, 20%")
 # A learned mask of a U-Net takes thrice as long as one of a transformer: these decide claims about both.
 CORRECTIONS = ("corrected", "L1 in place of L0", "and shared by all samples", "one step at a time")
 METHOD = ("method", "ratio")
+CHOICES = tuple(
+    f"config.{name}"
+    for name in ("regulariser", "weight", "gate_draw", "recompute", "keep_last", "fixed_noise", "objective")
+)
+PUBLISHED = tuple(
+    f"config.{name}" for name in ("target_open", "normalize", "delta", "batch_size", "lr", "optimizer", "weight_decay")
+)
+"""What the published code does otherwise beside the choices that have rows of their own."""
 QUOTED = ("learned", "taylor", "diff-pruning", "fisher", "obs+compensation", "learned+compensation")
 FIFTH = tuple(f"{method}, 20%" for method in QUOTED)
 """Rows at equal parameters that README quotes of a transformer: three seeds."""
@@ -438,7 +446,7 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
         "As published, and corrected",
         "§2.2, Algorithm 1",
         _choices,
-        tuple(f"config.{item.name}" for item in fields(LearnConfig)),  # the last row varies most of them
+        CHOICES + PUBLISHED,
         ("corrected",),
         plan=BOTH_KINDS,
         short={SDXL: CORRECTIONS},
