@@ -65,7 +65,13 @@ class Protocol:
 def recommended(model: str) -> dict:
     """How the recipe of an embedded model says it is drawn: arguments of its call; nothing for any other model."""
     path = data_dir() / "models" / model / "recipe.json"
-    return dict(json.loads(path.read_text())["recipe"]["sampling"]) if path.is_file() else {}
+    return dict(_sampling(path, path.stat().st_mtime_ns)) if path.is_file() else {}
+
+
+@lru_cache(maxsize=16)
+def _sampling(recipe: Path, changed: int) -> dict:
+    """What a recipe, last changed at this time, says of drawing: read once, since studies ask for it in every row."""
+    return json.loads(recipe.read_text())["recipe"]["sampling"]
 
 
 def judge_pictures(drawn: Tensor, scenes: Sequence[data.Scene], features: bool = True) -> dict[str, list | float]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from ..paper import row, table
-from .rows import DEV, FLUX, LEARNED, ORIGINAL, SCHNELL, SDXL, better, kept, on, real
+from .rows import BOTH, DEV, FLUX, LEARNED, ORIGINAL, SCHNELL, SDXL, better, kept, on, real
 from .verdict import Claim, printed, together
-
-BOTH = ("ssim", "quality")
 
 
 def middle_beta() -> Claim:

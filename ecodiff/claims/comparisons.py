@@ -132,7 +132,7 @@ def _mended(model: str) -> Decision:
 
 def with_deepcache() -> Claim:
     def combined(model: str) -> Decision:
-        return kept(model, ("main", "learned+deepcache, 20%"), ("main", "deepcache"), ("ssim", "quality"))
+        return kept(model, ("main", "learned+deepcache, 20%"), ("main", "deepcache"), rows.BOTH)
 
     return Claim(
         "App. I.2, Fig. 10",

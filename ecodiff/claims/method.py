@@ -11,10 +11,8 @@ from ..paper import setting
 from ..studies import tuned_l1
 from . import counts, rows
 from .counts import ONE, SD2_UPDATE, by_count, by_structure
-from .rows import DEV, LEARNED, SCHNELL, SD2, SDXL, better, kept, real
+from .rows import BOTH, DEV, LEARNED, SCHNELL, SD2, SDXL, better, kept, real
 from .verdict import MISSING, NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted, printed
-
-BOTH = ("ssim", "quality")
 
 
 def exact_gates() -> Claim:

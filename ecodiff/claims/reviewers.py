@@ -13,10 +13,8 @@ from ..gates import Gates
 from ..pipelines import denoiser
 from . import rows
 from .method import l1_against_l0
-from .rows import DEV, LEARNED, SDXL, better, kept
+from .rows import BOTH, DEV, LEARNED, SDXL, better, kept
 from .verdict import NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted
-
-BOTH = ("ssim", "quality")
 
 
 def rigour() -> Claim:

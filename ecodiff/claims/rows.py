@@ -41,6 +41,8 @@ HUB = {
 }
 LEARNED, ORIGINAL = ("main", "learned, 20%"), ("main", "original")
 EQUAL = ("parameters", "learned, 20%")
+BOTH = ("ssim", "quality")
+"""Closeness to the original, and what an image shows (``quality``)."""
 WORDS = {"ssim": "SSIM", "facts": "all facts right", "object": "object named", "found": "all objects found"}
 Place = tuple[str, str]
 FLOOR = 4
@@ -107,9 +109,10 @@ def _values(model: str, place: Place, seed: int) -> dict | None:
 def _cell(model: str, place: Place, seed: int) -> studies.Cell | None:
     """The cell of a row; None for a seed that the study does not measure of it, EcoDiffError for no such row."""
     study, row = place
-    if row not in studies.cells(study, model):
+    rows = studies.cells(study, model, seed)
+    if row not in rows and row not in studies.cells(study, model):
         raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
-    return studies.cells(study, model, seed).get(row)
+    return rows.get(row)
 
 
 def varied(model: str, first: Place, second: Place) -> tuple[str, ...]:
@@ -197,9 +200,7 @@ def missing(model: str, study: str, label: str = "") -> Decision:
     return Decision(on(model, label), MISSING, command=command(model, study))
 
 
-def better(
-    model: str, first: Place, second: Place, measures: Sequence[str] = ("ssim", "quality"), label: str = ""
-) -> Decision:
+def better(model: str, first: Place, second: Place, measures: Sequence[str] = BOTH, label: str = "") -> Decision:
     """Is the first row better than the second? More by some measure, less by none, each by the smallest effect."""
     return _decide(verdict.better, model, first, second, measures, label)
 
