@@ -46,18 +46,29 @@ def together(runner, prompts: Sequence, **call) -> bool:
     warnings.warn(
         f"{name}: prompts run one by one, which takes longer, since in a batch the denoiser would not be told of each "
         f"what it is told of it alone{f' ({why})' if why else ''}.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return False
+
+
+def size_together(wanted: int, runner, prompts: Sequence, **call) -> int:
+    """How many samples run in one call: ``wanted`` where they may run `together`, else 1."""
+    if wanted > 1 and not together(runner, prompts, **call):
+        return 1
+    return wanted
 
 
 def _size(prompt: str | Mapping) -> int:
     """How long a prompt is: letters, and numbers of its tensors."""
     if isinstance(prompt, str):
         return len(prompt)
-    sizes = [part.numel() if isinstance(part, Tensor) else len(part) if isinstance(part, str) else 0
-             for part in prompt.values()]  # fmt: skip
-    return sum(sizes)
+    size = 0
+    for part in prompt.values():
+        if isinstance(part, Tensor):
+            size += part.numel()
+        elif isinstance(part, str):
+            size += len(part)
+    return size
 
 
 def _differ(a: str | Mapping, b: str | Mapping) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import EcoDiffError
 from .paths import write_whole
+from .pipelines import plain_name
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -50,7 +51,7 @@ def hashed_once() -> Iterator[None]:
 def _hash(module: nn.Module) -> str:
     total = hashlib.sha256()
     state = {
-        name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()
+        plain_name(name): value for name, value in module.state_dict().items()
     }  # torch.compile's prefix
     for name, value in sorted(state.items()):
         if isinstance(value, Tensor):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EcoDiffError
+from .pipelines import plain_module, plain_name
 
 # Entries of a module's __dict__ that weights, config, structure, or code below take care of.
 _ELSEWHERE = {
@@ -56,11 +57,6 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if "_orig_mod" not in module._modules:
             yield plain_name(name), module
-
-
-def plain_name(name: str) -> str:
-    """The name of a module or tensor without the wrappers of compiled parts in it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -164,9 +160,8 @@ def carry_pipeline(old, new, old_denoiser: nn.Module, new_denoiser: nn.Module) -
     fresh = dict(new_denoiser.named_modules())
     modules = {id(module): fresh[name] for name, module in plain_modules(old_denoiser) if name in fresh}
     copier = _Copier({**modules, id(old): new}, old_denoiser)
-    ours = {"save_pretrained"}  # set by prune itself
     for name, value in vars(old).items():
-        if name.startswith("_") or name in ours or name in old.components:
+        if name.startswith("_") or name in old.components:
             continue
         if name not in vars(new) or not _same(value, vars(new)[name], copier):
             new.__dict__[name] = copier.copy(value, f"pipe.{name}")
@@ -220,7 +215,7 @@ def _on_the_whole(old: nn.Module) -> list[str]:
 def _carry_children(name: str, old: nn.Module, new: nn.Module, copier: _Copier, missing: _Missing) -> None:
     """Modules without weights that were added, exchanged or taken away (weights were compared before)."""
     for child, module in old._modules.items():
-        module = getattr(module, "_modules", {}).get("_orig_mod", module)
+        module = plain_module(module)
         theirs = new._modules.get(child)
         if module is None:
             if theirs is not None:
@@ -253,9 +248,7 @@ def _carry_entries(name: str, old: nn.Module, new: nn.Module, copier: _Copier, m
         if key in _ELSEWHERE:
             continue
         if key in _HOOKS:
-            value = type(value)(
-                (number, hook) for number, hook in value.items() if not hasattr(hook, "of_ecodiff")
-            )
+            value = type(value)((number, hook) for number, hook in value.items() if not hasattr(hook, "of_ecodiff"))
         if key not in vars(new) or not _same(value, vars(new)[key], copier):
             new.__dict__[key] = copier.copy(value, f"{name}.{key}".lstrip("."))
     forward = _own_forward(old)
@@ -359,9 +352,7 @@ class _Copier:
         unchanged = all(a is b for a, b in zip(before + list(defaults), after + list(new_defaults), strict=True))
         if unchanged and all(new_named[key] is named[key] for key in named) and new_wrapped is wrapped:
             return function
-        closure = tuple(
-            types.CellType(part) if _full(cell) else cell for cell, part in zip(cells, after, strict=True)
-        )
+        closure = tuple(types.CellType(part) if _full(cell) else cell for cell, part in zip(cells, after, strict=True))
         made = types.FunctionType(function.__code__, function.__globals__, function.__name__, new_defaults, closure)
         made.__kwdefaults__ = new_named or None
         made.__dict__.update(vars(function))

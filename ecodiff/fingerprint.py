@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .cache import canonical, key, tensor_hash, weights_hash
 from .errors import EcoDiffError
+from .pipelines import plain_name
 
 # Their code is named by its place and the library's version. All other code is unknown here.
 _VERSIONED = ("torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pillow", "ecodiff")
@@ -196,7 +197,7 @@ def _module(module: nn.Module, where: str) -> dict:
         place = f"{where}.{name}".rstrip(".")
         if type(part) not in classes:
             classes[type(part)] = _class(type(part), place)
-        parts.append([name.replace("_orig_mod", "").lstrip("."), classes[type(part)], _state(part, place)])
+        parts.append([plain_name(name), classes[type(part)], _state(part, place)])
     return {"weights": weights_hash(module), "modules": parts}
 
 

@@ -215,6 +215,17 @@ class Gates:
         return gates
 
 
+def fresh_gates(gates: Gates, samples: int) -> Callable[[str], Tensor]:
+    """A gate sample for each sample of the batch, drawn anew each time a site's module runs, from torch's own CPU
+    random state (as published): ``values`` for `apply_gates`."""
+
+    def draw(name: str) -> Tensor:
+        value = gates.log_alpha[name]
+        return gates.distribution.sample(value, torch.rand(samples, *value.shape).to(value.device))
+
+    return draw
+
+
 @contextmanager
 def apply_gates(
     denoiser: nn.Module,

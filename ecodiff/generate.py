@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import in_batches, together
+from .batches import in_batches, size_together
 from .cache import cached, canonical
 from .checks import checked_call, checked_guidance, checked_seed
 from .errors import EcoDiffError
@@ -121,9 +121,8 @@ def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> 
         bar.update(len(batch))
 
     with frozen(*modules), tqdm(total=len(todo), desc="pictures", disable=not progress) as bar:
-        if batch_size > 1 and not together(runner, [prompt for prompt, _ in todo], output_type="pt", **settings):
-            batch_size = 1
-        in_batches(range(len(todo)), batch_size, draw)
+        size = size_together(batch_size, runner, [prompt for prompt, _ in todo], output_type="pt", **settings)
+        in_batches(range(len(todo)), size, draw)
     return torch.cat(parts)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import resume
-from .batches import in_batches, together
+from .batches import in_batches, size_together
 from .carried import refuse_elsewhere
 from .errors import EcoDiffError
-from .gates import Gates, apply_gates
+from .gates import Gates, apply_gates, fresh_gates
 from .hooks import Hooks, hooked, never_ran, replaced_forward
 from .learn_config import RAMP, LearnConfig
 from .pipelines import denoiser as find_denoiser
@@ -142,10 +142,9 @@ class _Task:
         self.denoiser = find_denoiser(pipe)
         many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
         self.samples = [(prompt, mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
-        self.size = config.micro_batch_size or config.batch_size
+        wanted = config.micro_batch_size or config.batch_size
+        self.size = size_together(wanted, pipe, prompts, output_type="latent", **self.call)
         """Samples that run together."""
-        if self.size > 1 and not together(pipe, prompts, output_type="latent", **self.call):
-            self.size = 1
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
 
@@ -216,7 +215,7 @@ class _Task:
         def add(part: list[int]) -> None:
             nonlocal reconstruction
             own = None if config.gate_draw == "trajectory" else len(part)
-            values = _fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
+            values = fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
             if config.objective == "step":
                 reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
                 return
@@ -264,7 +263,7 @@ class _Task:
         sources = gates.log_alpha if callable(values) else values
         leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
         if callable(values):
-            values = _fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
+            values = fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
         else:
             values = leaves
         losses = []
@@ -334,17 +333,6 @@ def _regulariser(gates: Gates, form: str) -> dict[str, Tensor]:
         elif kind != "modulation":
             prices[kind] = torch.stack([value.abs().mean() for value in values]).mean()
     return prices
-
-
-def _fresh_gates(gates: Gates, samples: int):
-    """A gate sample for each sample of the batch, drawn anew each time a site's module runs, from torch's own CPU
-    random state (as published)."""
-
-    def draw(name: str) -> Tensor:
-        value = gates.log_alpha[name]
-        return gates.distribution.sample(value, torch.rand(samples, *value.shape).to(value.device))
-
-    return draw
 
 
 def _optimizer(gates: Gates, config: LearnConfig) -> torch.optim.Optimizer:

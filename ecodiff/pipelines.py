@@ -170,6 +170,17 @@ def experts(network: nn.Module) -> list[nn.Module]:
     return list(network.children()) if isinstance(network, Experts) else [network]
 
 
+def plain_module(module):
+    """A module without the wrapper that ``torch.compile(module)`` puts around it; anything else as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor without the wrappers of parts that were compiled by ``torch.compile(part)``: what
+    it is called in the model before that, and still an address (`get_submodule` looks through the wrappers)."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def named_experts(network: nn.Module) -> dict[str, nn.Module]:
     """`experts` by the names under which ``network.get_submodule`` finds them: "" for the first, or the only one."""
     names = list(network._modules)[1:] if isinstance(network, Experts) else []
@@ -184,7 +195,7 @@ def denoisers(pipe) -> dict[str, nn.Module]:
     for name in (*_DENOISER_NAMES, *filter(_FURTHER_EXPERT.fullmatch, components)):
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):
-            found[name] = getattr(network, "_orig_mod", network)  # behind the wrapper of ``torch.compile(network)``
+            found[name] = plain_module(network)
     if not found:
         networks = [f"{name} ({type(part).__name__})" for name, part in components.items() if _is_network(part)]
         raise EcoDiffError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import records
 from .cache import key, weights_hash
-from .gates import Gates, HardConcrete, apply_gates
+from .gates import Gates, HardConcrete, apply_gates, fresh_gates
 from .pipelines import denoiser
 from .prompts import collate
 from .resume import conditions
@@ -99,14 +99,10 @@ def gradient(
     def noise() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed + k) for k in range(len(captions))]
 
-    def draw(name: str) -> Tensor:
-        uniform = torch.rand(len(captions), gates.sites[name].units)
-        return gates.distribution.sample(gates.log_alpha[name], uniform)
-
     teacher = final_latents(pipe, gradients=False, generator=noise(), **arguments)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        with apply_gates(network, draw, gates.sites, gates.log_alpha.values()):
+        with apply_gates(network, fresh_gates(gates, len(captions)), gates.sites, gates.log_alpha.values()):
             student = final_latents(
                 pipe, preserve_rng_state=restore, keep_last=keep_last, generator=noise(), **arguments
             )

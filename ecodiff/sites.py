@@ -20,6 +20,7 @@ from torch import nn
 
 from .errors import EcoDiffError
 from .hooks import hooked
+from .pipelines import plain_name
 
 KINDS = ("attention", "feed_forward", "modulation")
 
@@ -142,7 +143,7 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
 
 def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
     """Yield every site, and (name, reason) for every look-alike."""
-    modules = {_plain(name): module for name, module in denoiser.named_modules()}
+    modules = {plain_name(name): module for name, module in denoiser.named_modules()}
     for name, module in modules.items():
         parent = modules.get(name.rpartition(".")[0], denoiser)
         try:
@@ -159,12 +160,6 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
                 raise _NotASite("not built like diffusers' FeedForward (net.0.proj, net.2)")
         except _NotASite as reason:
             yield name, str(reason)
-
-
-def _plain(name: str) -> str:
-    """A module's name without the wrappers of parts that were compiled by ``torch.compile(part)``: what it is called in
-    the model before that, and still an address (`get_submodule` looks through the wrappers)."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:

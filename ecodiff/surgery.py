@@ -30,12 +30,11 @@ from .carried import (
     carry_over,
     carry_pipeline,
     kept_elsewhere,
-    plain_name,
     refuse_elsewhere,
 )
 from .errors import EcoDiffError
 from .gates import check_units
-from .pipelines import Experts, align, denoisers, experts, with_denoiser
+from .pipelines import Experts, align, denoisers, experts, plain_module, plain_name, with_denoiser
 from .pipelines import denoiser as find_denoiser
 from .running import without_adapters
 from .saving import finish_interrupted, whole
@@ -84,7 +83,7 @@ def prune(pipe, mask: Mapping[str, Tensor]):
 
 def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
     """`prune` for a denoiser by itself: a smaller copy. One that is on the meta device gives one that is, too."""
-    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    denoiser = plain_module(denoiser)
     smaller, missing = _smaller(denoiser, mask)
     _warn(missing)
     return smaller
@@ -348,8 +347,8 @@ def _save_pruned_pipelines_whole() -> None:
 
     @wraps(by_diffusers)
     def save_pretrained(self, *args, **kwargs):
-        parts = [getattr(part, "_orig_mod", part) for part in vars(self).values()]  # _orig_mod: of a compiled module
-        method = all_or_nothing if any(isinstance(part, _Pruned) for part in parts) else by_diffusers
+        pruned = any(isinstance(plain_module(part), _Pruned) for part in vars(self).values())
+        method = all_or_nothing if pruned else by_diffusers
         return method(self, *args, **kwargs)
 
     save_pretrained.of_library = by_diffusers

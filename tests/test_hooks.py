@@ -9,10 +9,10 @@ from diffusers import FluxTransformer2DModel
 from pipelines import latents, tiny_flux, tiny_sd
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import Gates, apply_gates
+from ecodiff.gates import Gates, apply_gates, fresh_gates
 from ecodiff.generate import generate
 from ecodiff.hooks import eagerly, hooked, replaced_forward
-from ecodiff.learn import LearnConfig, _fresh_gates, learn
+from ecodiff.learn import LearnConfig, learn
 from ecodiff.methods import METHODS, Sampling, obs, wanda
 from ecodiff.methods.blocks import errors, left_out
 from ecodiff.methods.deepcache import deepcache
@@ -213,7 +213,7 @@ def test_a_site_whose_gates_were_never_drawn_is_named():
 
     block.forward = around
     with pytest.raises(EcoDiffError, match=f"never ran .* '{SINGLE}'"):
-        with apply_gates(pipe.transformer, _fresh_gates(gates, 1), gates.sites, gates.log_alpha.values()):
+        with apply_gates(pipe.transformer, fresh_gates(gates, 1), gates.sites, gates.log_alpha.values()):
             latents(pipe, steps=1)
 
 

@@ -11,8 +11,8 @@ import torch
 from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import Gates, apply_gates
-from ecodiff.learn import LearnConfig, _fresh_gates, _regulariser, _Task, learn
+from ecodiff.gates import Gates, apply_gates, fresh_gates
+from ecodiff.learn import LearnConfig, _regulariser, _Task, learn
 from ecodiff.pipelines import denoiser
 from ecodiff.prompts import encoding_once
 from ecodiff.running import epoch_batch
@@ -428,7 +428,7 @@ def test_the_step_objective_is_the_mean_error_of_single_calls(make, draw):
     sites = find_sites(denoiser(pipe), config.kinds)
     task = _Task(encoding_once(pipe), PROMPTS[:2], config, torch.device("cpu"))
     gates = Gates.start(sites, 1.0, config.distribution)
-    values = gates.sample(torch.Generator().manual_seed(0), 2) if draw == "trajectory" else _fresh_gates(gates, 2)
+    values = gates.sample(torch.Generator().manual_seed(0), 2) if draw == "trajectory" else fresh_gates(gates, 2)
     calls = []
     handle = denoiser(pipe).register_forward_hook(lambda m, a, k, o: calls.append((a, k, o[0])), with_kwargs=True)
     task.latents([0, 1], gradients=False)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batches import in_batches, together
+from ..batches import in_batches, size_together
 from ..errors import EcoDiffError
 from ..gates import apply_gates
 from ..pipelines import denoiser
@@ -79,9 +79,7 @@ def scores(
         bar.update(len(numbers))
 
     with tqdm(total=len(prompts), desc="gauss-newton", disable=not settings.progress) as bar:
-        size = settings.batch_size
-        if size > 1 and not together(pipe, prompts, output_type="latent", **call):
-            size = 1
+        size = size_together(settings.batch_size, pipe, prompts, output_type="latent", **call)
         in_batches(range(len(prompts)), size, add)
     return {name: math.sqrt(math.pi / 2) * total / (len(prompts) * probes) for name, total in totals.items()}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..batches import in_batches, together
+from ..batches import in_batches, size_together
 from ..carried import refuse_elsewhere
 from ..checks import checked_call, checked_guidance, checked_seed
 from ..errors import EcoDiffError
@@ -129,10 +129,8 @@ def draw(
     def see(args, kwargs, output, network: nn.Module) -> None:
         each_call(Call(clock.step, args, kwargs, output, network))
 
-    size = sampling.batch_size
     with torch.no_grad(), frozen(*modules), bar:
-        if size > 1 and not together(runner, prompts, **settings):
-            size = 1
+        size = size_together(sampling.batch_size, runner, prompts, **settings)
         with hooked(denoiser(pipe), label) as hooks:
             if each_call:
                 for name, network in named_experts(denoiser(pipe)).items():
