@@ -30,13 +30,13 @@ test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 measure: $(STAMP)
-	$(PY) -m ecodiff.studies --model all
+	$(PY) -m ecodiff study --model all
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
 
 pair: $(STAMP)
-	$(PY) -m ecodiff.book pair
+	$(PY) -m ecodiff book pair
 
 ci:
 	.ci/run

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from ecodiff.paths import data_dir
-from ecodiff.zoo import card, measure, store
-from ecodiff.zoo.card import Measured
+from ecodiff.lab.zoo import card, measure, store
+from ecodiff.lab.zoo.card import Measured
+from ecodiff.storage.paths import data_dir
 
 WORDS = {
     "VAE PSNR (dB)": "27.90",

@@ -10,15 +10,17 @@ import torch
 from pipelines import TINY, TOKENS, call_kwargs
 from torch import nn
 
-from ecodiff import EcoDiffError, LearnConfig, fullsize, learn, paper, prune
+from ecodiff import EcoDiffError, LearnConfig, learn, prune
 from ecodiff.__main__ import main
-from ecodiff.cost import cost, keep_last_for, parse_bytes, usable
-from ecodiff.gates import Gates, apply_gates
-from ecodiff.mask import make_mask
-from ecodiff.pipelines import denoiser
-from ecodiff.sites import find_sites
-from ecodiff.trace import trace
-from ecodiff.trajectory import final_latents
+from ecodiff.cost import presets
+from ecodiff.cost.counting import cost, keep_last_for, parse_bytes, usable
+from ecodiff.cost.trace import trace
+from ecodiff.lab import paper
+from ecodiff.method.gates import Gates, apply_gates
+from ecodiff.method.mask import make_mask
+from ecodiff.method.sites import find_sites
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.loading import denoiser
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -48,28 +50,28 @@ def counted(name="sd2", **options):
 @cache
 def forward(name):
     """One forward of one sample at the preset's size, without gradients."""
-    p, network = fullsize.preset(name), fullsize.preset(name).build()
-    shapes, _ = fullsize.inputs(network, fullsize.Geometry(1, p.size[0] // 8, p.size[1] // 8, 1, p.text_tokens))
+    p, network = presets.preset(name), presets.preset(name).build()
+    shapes, _ = presets.inputs(network, presets.Geometry(1, p.size[0] // 8, p.size[1] // 8, 1, p.text_tokens))
     return trace(network, shapes, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_have_the_published_number_of_parameters(name):
-    p = fullsize.preset(name)
+    p = presets.preset(name)
     assert sum(parameter.numel() for parameter in p.build().parameters()) == PARAMETERS[name] == p.parameters
-    assert fullsize.preset(p.id) is not None
+    assert presets.preset(p.id) is not None
 
 
 SOURCED = {
     path.stem: entry["source"]
-    for path in fullsize.FOLDER.glob("*.json")
+    for path in presets.FOLDER.glob("*.json")
     if "source" in (entry := json.loads(path.read_text()))
 }
 
 
 @pytest.mark.parametrize("name", SOURCED)
 def test_presets_fill_the_published_weights_file(name):
-    source, network = SOURCED[name], fullsize.preset(name).build()
+    source, network = SOURCED[name], presets.preset(name).build()
     width = getattr(torch, source["weights_dtype"]).itemsize
     size = width * sum(tensor.numel() for tensor in network.state_dict().values())
     if "weights_bytes" in source:  # what the file has beside its tensors is a header of names and shapes
@@ -79,7 +81,7 @@ def test_presets_fill_the_published_weights_file(name):
 
 
 def test_presets_are_all_tested():
-    assert set(fullsize.names()) == set(PARAMETERS)
+    assert set(presets.names()) == set(PARAMETERS)
 
 
 def test_flops_of_one_linear_layer():
@@ -142,9 +144,9 @@ def test_table_1_prints_nominal_gflop_for_pruned_models():
 
 
 def test_published_masks_leave_the_parameters_of_table_1():
-    from ecodiff.surgery import prune_denoiser
+    from ecodiff.method.surgery import prune_denoiser
 
-    network = fullsize.preset("sdxl").build()
+    network = presets.preset("sdxl").build()
     for column, billion in (("kept_10", 2.343), ("kept_20", 2.114)):
         mask = {row["site"]: torch.arange(row["units"]) < row[column] for row in paper.table("sdxl_lambda")}
         left = sum(parameter.numel() for parameter in prune_denoiser(network, mask).parameters())
@@ -394,7 +396,7 @@ def test_the_pipeline_shows_the_arguments_of_a_class_that_is_not_known(name, gui
     tokens = None if name in ("sd", "sdxl") else TOKENS
     known = cost(pipe, **options, text_tokens=2 * TOKENS if name == "sd3" else tokens, ratio=0.3)
     before = {key: repr(value) for key, value in vars(pipe.scheduler).items()}
-    monkeypatch.setattr(fullsize, "INPUTS", {})
+    monkeypatch.setattr(presets, "INPUTS", {})
     shown = cost(pipe, **options, text_tokens=tokens, ratio=0.3)
     assert shown.flops == known.flops and shown.forwards == known.forwards and shown.calls == known.calls
     assert shown.parameters == known.parameters and shown.pruned.parameters == known.pruned.parameters

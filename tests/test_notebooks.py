@@ -8,11 +8,11 @@ import nbformat
 import pytest
 import yaml
 
-from ecodiff import book
 from ecodiff.errors import EcoDiffError
-from ecodiff.paths import root
+from ecodiff.lab.book import build
+from ecodiff.storage.paths import root
 
-SOURCES = book.sources()
+SOURCES = build.sources()
 chapters = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
@@ -23,18 +23,18 @@ def test_there_are_chapters():
 @chapters
 def test_pair_is_equal(source):
     paired = source.with_suffix(".ipynb")
-    assert paired.exists() and paired.read_text() == book.paired_text(source), "run `make pair` and commit both"
+    assert paired.exists() and paired.read_text() == build.paired_text(source), "run `make pair` and commit both"
     assert all(not cell.get("outputs") for cell in nbformat.read(paired, as_version=4).cells)
 
 
 @chapters
 def test_parameters_are_typed_and_explained(source):
-    assert book.parameters(source)
+    assert build.parameters(source)
 
 
 @chapters
 def test_front_matter(source):
-    metadata = book.read(source).metadata
+    metadata = build.read(source).metadata
     assert metadata["kernelspec"]["name"] == "python3"
     assert isinstance(metadata["ecodiff"]["data"], list)
 
@@ -43,13 +43,13 @@ def test_front_matter(source):
 def test_a_chapter_declares_the_papers_tables_if_it_reads_them(source):
     """Otherwise it is not run again when they change."""
     reads = re.search(r"\bpaper\.(claim|readable|table|row)\(", source.read_text(encoding="utf-8"))
-    assert not reads or "paper" in book.read(source).metadata["ecodiff"]["data"]
+    assert not reads or "paper" in build.read(source).metadata["ecodiff"]["data"]
 
 
 @chapters
 def test_figures_have_number_caption_and_alternative_text(source):
     names = []
-    for cell in book.read(source).cells:
+    for cell in build.read(source).cells:
         if cell.cell_type == "code":
             myst = cell.metadata.get("mystnb", {})
             if "figure" in myst:
@@ -65,7 +65,7 @@ def test_figures_have_number_caption_and_alternative_text(source):
 
 @chapters
 def test_imports_at_the_top_are_folded(source):
-    for cell in book.read(source).cells:
+    for cell in build.read(source).cells:
         if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M):
             break
         if cell.cell_type == "code" and re.match(r"(import|from) ", cell.source):
@@ -75,7 +75,7 @@ def test_imports_at_the_top_are_folded(source):
 @chapters
 def test_no_chapter_prints_a_check_or_a_command_in_place_of_a_result(source):
     """What is not measured is said in words, or left out."""
-    code = "\n".join(cell.source for cell in book.read(source).cells if cell.cell_type == "code")
+    code = "\n".join(cell.source for cell in build.read(source).cells if cell.cell_type == "code")
     found = re.findall(r"DOES NOT HOLD|recorded (?:here )?yet|nothing yet|none yet|verdicts\(rows\):\n +print", code)
     assert not found
 
@@ -102,7 +102,7 @@ def test_profile_names_parameters_of_the_right_type(profile):
     values = yaml.safe_load(profile.read_text())
     assert values["profile"] == profile.stem
     for source in SOURCES:
-        own = book.parameters(source)
+        own = build.parameters(source)
         for name in values.keys() & own.keys():
             assert type(values[name]) is type(own[name]), f"{profile.name}: {name} in {source.name}"
 
@@ -131,12 +131,18 @@ def test_papermill_runs_a_chapter_from_another_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-@pytest.mark.parametrize("line", [
-    "draws = 3  # untyped", "draws: int = 3", "draws: int = 3  #no space", "draws: int = 3  # 1 = one",
-    "draws: int = three()  # no value",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "draws = 3  # untyped",
+        "draws: int = 3",
+        "draws: int = 3  #no space",
+        "draws: int = 3  # 1 = one",
+        "draws: int = three()  # no value",
+    ],
+)
 def test_untyped_or_unexplained_parameter_is_refused(tmp_path, line):
     source = tmp_path / "01_x.md"
     source.write_text(f"```{{code-cell}} ipython3\n:tags: [parameters]\n\n{line}\n```\n")
     with pytest.raises(EcoDiffError, match="must read 'name: type = value"):
-        book.parameters(source)
+        build.parameters(source)

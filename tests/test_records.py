@@ -7,8 +7,8 @@ import platform
 import pytest
 import torch
 
-from ecodiff import records
 from ecodiff.errors import EcoDiffError
+from ecodiff.storage import records
 
 CONFIG = {"method": "random", "ratio": 0.2, "seed": 3}
 
@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_the_file_and_hands_over_the_row(tmp_path, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ecodiff.records.os.replace", full)
+    monkeypatch.setattr("ecodiff.storage.records.os.replace", full)
     with pytest.raises(EcoDiffError, match="ECODIFF_RECORDS=off") as caught:
         records.measure(CONFIG, Counter(), name="quality", recompute=True)
     assert caught.value.row["values"]["ssim"] == 0.1

@@ -5,10 +5,12 @@ import re
 
 import pytest
 
-from ecodiff import book, errata, paper, records
-from ecodiff.paths import data_dir, root
+from ecodiff.lab import errata, paper
+from ecodiff.lab.book import build
+from ecodiff.storage import records
+from ecodiff.storage.paths import data_dir, root
 
-CHAPTERS = {source.stem[:2]: source for source in book.sources()}
+CHAPTERS = {source.stem[:2]: source for source in build.sources()}
 CARDS = ("openmoji-sdxl", "openmoji-sd2", "openmoji-flux-dev", "openmoji-flux-schnell")
 
 
@@ -87,7 +89,7 @@ def test_factors_in_time_of_the_introduction_are_the_recorded_ones():
 
 def test_the_nine_choices_are_those_that_the_configurations_have():
     pytest.importorskip("torch")
-    from ecodiff.learn import LearnConfig
+    from ecodiff.method.learn import LearnConfig
 
     table = re.search(r"^\| \| here \| paper \| authors' code \|\n\|[-|]+\n((?:\|.*\n)+)", text("04"), re.M)[1]
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
@@ -111,9 +113,9 @@ def test_the_nine_choices_are_those_that_the_configurations_have():
 
 def test_openmoji_sd2_loses_heads_of_both_kinds_alike():
     torch = pytest.importorskip("torch")
-    from ecodiff import studies
-    from ecodiff.experiments import learned_gates
-    from ecodiff.pipelines import load_once
+    from ecodiff.lab import studies
+    from ecodiff.lab.studies.measure import learned_gates
+    from ecodiff.pipelines.loading import load_once
 
     pipe, cell = load_once("openmoji-sd2"), studies.base("openmoji-sd2")
     gates = learned_gates(pipe, cell.captions(), cell.seeded)
