@@ -14,26 +14,22 @@ from __future__ import annotations
 from .lazy import names_of
 
 _HOMES = {
-    "EcoDiffError": "errors",
-    "load": "pipelines.loading",
-    "denoiser": "pipelines.loading",
-    "Site": "method.sites",
-    "find_sites": "method.sites",
-    "skipped_modules": "method.sites",
-    "with_flops": "method.sites",
-    "HardConcrete": "method.gates",
-    "Gates": "method.gates",
-    "apply_gates": "method.gates",
-    "final_latents": "method.trajectory",
-    "LearnConfig": "method.config",
-    "learn": "method.learn",
-    "make_mask": "method.mask",
-    "prune": "method.surgery",
-    "save": "method.surgery",
-    "generate": "method.generate",
-    "prune_adapted": "scores.obs",
-    "RetrainConfig": "retraining.config",
-    "retrain": "retraining.retrain",
+    "errors": ("EcoDiffError",),
+    "pipelines.loading": ("load",),
+    "pipelines.parts": ("denoiser",),
+    "method.sites": ("Site", "find_sites", "skipped_modules", "with_flops"),
+    "method.hard_concrete": ("HardConcrete",),
+    "method.gates": ("Gates",),
+    "method.hooks": ("apply_gates",),
+    "method.trajectory": ("final_latents",),
+    "method.config": ("LearnConfig",),
+    "method.learn": ("learn",),
+    "method.mask": ("make_mask",),
+    "method.surgery": ("prune", "save"),
+    "method.generate": ("generate",),
+    "scores.compensation": ("prune_adapted",),
+    "retraining.config": ("RetrainConfig",),
+    "retraining.retrain": ("retrain",),
 }
 _named, __dir__, __all__ = names_of(__name__, _HOMES)
 
@@ -44,8 +40,9 @@ def __getattr__(name: str):
 
         return ModelMixin
     if name.startswith("Pruned") and len(name) > len("Pruned"):
+        from ecodiff.method.pruned import pruned_class
+
         from .errors import EcoDiffError
-        from .method.surgery import pruned_class
 
         try:
             return pruned_class(name.removeprefix("Pruned"))

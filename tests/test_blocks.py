@@ -20,7 +20,7 @@ from ecodiff.baselines.blocks import (
 )
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.generate import generate
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import mix
 
 

@@ -12,11 +12,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pipelines import latents, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.gates import apply_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.learn import LearnConfig, learn
 from ecodiff.method.sites import KINDS, find_sites
 from ecodiff.method.surgery import prune, prune_denoiser
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.scores import wanda
 
 MID = "mid_block.attentions.0.transformer_blocks.0"

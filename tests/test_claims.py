@@ -22,12 +22,13 @@ from ecodiff.lab.claims import (
     rules,
 )
 from ecodiff.lab.studies import measure, protocol
-from ecodiff.lab.studies.measure import Cell, describe_cell
+from ecodiff.lab.studies.cell import Cell, describe_cell
 from ecodiff.lab.studies.plan import judging
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.config import LearnConfig
-from ecodiff.metrics.similarity import Interval
-from ecodiff.storage import cache, records
+from ecodiff.metrics.intervals import Interval
+from ecodiff.pipelines import identity
+from ecodiff.storage import records
 from ecodiff.storage.paths import data_file, root
 
 MODEL = on_embedded.SDXL
@@ -333,7 +334,7 @@ def updates(pipe, times, peaks, equal=True, published=1.8):
             {"variant": "checkpointed", "peak_bytes": peaks(steps), "times_plain": times, "bit_equal": equal},
             {"variant": "published", "peak_bytes": 110, "times_plain": published, "bit_equal": equal},
         ]
-        config = {"what": "mask_step", "T": steps, "weights": cache.weights_hash(pipe.unet)}
+        config = {"what": "mask_step", "T": steps, "weights": identity.weights_hash(pipe.unet)}
         records.measure(config, lambda v=variants: {"variants": v}, name="mask_step", recompute=True)
 
 
@@ -495,9 +496,9 @@ def test_page_numbers_claims_and_groups_what_is_open(store):
 
 def test_weights_are_hashed_once_inside_and_anew_outside():
     layer = torch.nn.Linear(2, 2)
-    with cache.hashed_once():
-        before = cache.weights_hash(layer)
+    with identity.hashed_once():
+        before = identity.weights_hash(layer)
         with torch.no_grad():
             layer.weight.add_(1)
-        assert cache.weights_hash(layer) == before
-    assert cache.weights_hash(layer) != before
+        assert identity.weights_hash(layer) == before
+    assert identity.weights_hash(layer) != before

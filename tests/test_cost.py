@@ -13,14 +13,16 @@ from torch import nn
 from ecodiff import EcoDiffError, LearnConfig, learn, prune
 from ecodiff.__main__ import main
 from ecodiff.cost import presets
-from ecodiff.cost.counting import cost, keep_last_for, parse_bytes, usable
+from ecodiff.cost.counting import cost, fit
 from ecodiff.cost.trace import trace
+from ecodiff.cost.units import parse_bytes, usable
 from ecodiff.lab import paper
-from ecodiff.method.gates import Gates, apply_gates
+from ecodiff.method.gates import Gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.mask import make_mask
 from ecodiff.method.sites import find_sites
 from ecodiff.method.trajectory import final_latents
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -200,34 +202,33 @@ def test_budget_decides_keep_last():
     assert two.max_keep_last("1GB") is None
 
 
-def test_keep_last_for_a_learning_run():
-    config = LearnConfig(batch_size=2, num_inference_steps=6, call={"height": 16, "width": 16})
-    keep_last, peak = keep_last_for(tiny("sdxl"), config, "8GB")
-    assert keep_last == 6 and 0 < peak < usable("8GB")
-    with pytest.raises(EcoDiffError, match="micro_batch_size"):
-        keep_last_for(tiny("sdxl"), config, "510MB")
-
-
-def test_learning_within_a_memory_budget(tmp_path, capsys):
+def test_a_configuration_is_made_to_fit_a_memory_budget():
     pipe, prompts = tiny("sd"), ["a cat", "a dog"]
     pipe.set_progress_bar_config(disable=True)
     size = {"height": 16, "width": 16}
     config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call=size, keep_last=0, target_open=None)
-    _, least = keep_last_for(pipe, config, "8GB")
     need = [cost(pipe, size=16, batch=2, steps=4, inner=False).update_peak(keep_last=k) for k in range(5)]
-    assert least == need[4] and need[1] < need[2] < need[4]
-    budget = round((need[2] + 500_000_000) / 0.97) + 2  # the third step does not fit any more
-    free = learn(pipe, prompts, config, progress=False)
-    first = learn(pipe, prompts, replace(config, updates=1), resume_dir=tmp_path, memory_budget=budget)
-    assert "keep_last=2 of 4 steps" in capsys.readouterr().out
-    assert len(first.history) == 1
-    bound = learn(pipe, prompts, config, resume_dir=tmp_path, memory_budget="8GB")  # another keep_last, the same run
-    assert "keep_last=4 of 4 steps" in capsys.readouterr().out
-    assert all(torch.equal(bound.log_alpha[name], value) for name, value in free.log_alpha.items())
-    with pytest.raises(EcoDiffError, match="even with one step at a time"):
-        learn(pipe, prompts, config, progress=False, memory_budget="510MB")
+    assert need[1] < need[2] < need[4]
+    room_for_two = round((need[2] + 500_000_000) / 0.97) + 2  # the third step does not fit any more
+    assert fit(pipe, config, prompts[0], room_for_two) == replace(config, checkpoint=True, keep_last=2)
+    assert fit(pipe, config, prompts[0], "8GB") == replace(config, checkpoint=True, keep_last=4)
+    with pytest.raises(EcoDiffError, match="even with one step at a time.*micro_batch_size"):
+        fit(pipe, config, prompts[0], "510MB")
     with pytest.raises(EcoDiffError, match="amount of memory"):
-        learn(pipe, prompts, config, progress=False, memory_budget="much")
+        fit(pipe, config, prompts[0], "much")
+
+
+def test_a_run_goes_on_with_more_memory_to_the_same_mask(tmp_path):
+    pipe, prompts = tiny("sd"), ["a cat", "a dog"]
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16}
+    config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call=size, keep_last=0, target_open=None)
+    free = learn(pipe, prompts, config, progress=False)
+    first = learn(pipe, prompts, replace(config, updates=1, keep_last=2), resume_dir=tmp_path, progress=False)
+    assert len(first.history) == 1
+    roomy = fit(pipe, config, prompts[0], "8GB")
+    again = learn(pipe, prompts, roomy, resume_dir=tmp_path, progress=False)
+    assert all(torch.equal(again.log_alpha[name], value) for name, value in free.log_alpha.items())
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])

@@ -10,7 +10,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.sites import find_sites
 from ecodiff.method.surgery import prune
 from ecodiff.method.trajectory import final_latents
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.scores.calibration import Sampling, draw
 
 

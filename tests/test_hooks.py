@@ -10,14 +10,15 @@ from pipelines import latents, tiny_flux, tiny_sd
 
 from ecodiff.baselines.blocks import errors, left_out
 from ecodiff.baselines.deepcache import deepcache
-from ecodiff.cost.trace import flops_while
+from ecodiff.cost.watch import flops_while
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.gates import Gates, apply_gates, fresh_gates
+from ecodiff.method.gates import Gates, fresh_gates
 from ecodiff.method.generate import generate
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.learn import LearnConfig, learn
 from ecodiff.method.sites import find_sites, with_flops
 from ecodiff.pipelines.forward_hooks import eagerly, hooked, replaced_forward
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.retraining.config import RetrainConfig
 from ecodiff.scores import METHODS, Sampling, obs, wanda
 

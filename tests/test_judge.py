@@ -8,18 +8,9 @@ import torch
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import (
-    PLACES,
-    Facts,
-    Judge,
-    caption_ranks,
-    clip_score,
-    clip_score_metric,
-    questions,
-    verdicts,
-    views,
-)
+from ecodiff.lab.openmoji.facts import PLACES, Facts, caption_ranks, questions, verdicts, views
 from ecodiff.lab.zoo import build, contrast
+from ecodiff.metrics.clip import Judge, clip_score, clip_score_metric
 
 
 class Oracle:

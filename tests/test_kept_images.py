@@ -16,10 +16,10 @@ import ecodiff
 from ecodiff.baselines import blocks
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.config import LearnConfig
-from ecodiff.method.trajectory import private_copy
 from ecodiff.pipelines.identity import Undescribed, describe, of_pipeline
-from ecodiff.pipelines.loading import denoiser
-from ecodiff.storage.cache import key
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.running import private_copy
+from ecodiff.storage.fingerprint import key
 
 SMALL = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 16, "width": 16, "progress": False}
 

@@ -11,12 +11,12 @@ import torch
 from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.gates import Gates, apply_gates, fresh_gates
+from ecodiff.method.gates import Gates, fresh_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.learn import LearnConfig, _regulariser, _Task, learn
 from ecodiff.method.sites import find_sites
-from ecodiff.pipelines.loading import denoiser
-from ecodiff.pipelines.prompts import encoding_once
-from ecodiff.pipelines.running import epoch_batch
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.prompts import encoding_once, epoch_batch
 
 SIZE = {"height": 16, "width": 16}
 QUICK = LearnConfig(

@@ -10,17 +10,18 @@ from pipelines import PROMPTS, TINY, latents, tiny_flux, tiny_sd, tiny_sd3, tiny
 
 import ecodiff
 from ecodiff.errors import EcoDiffError
-from ecodiff.lab.studies import measure
+from ecodiff.lab.studies import cell, measure
 from ecodiff.method.config import LearnConfig
-from ecodiff.method.gates import apply_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import find_sites
 from ecodiff.method.surgery import prune
 from ecodiff.pipelines import running
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.scores import METHODS, Sampling, prune_compensated, second_moments
 from ecodiff.scores.calibration import columns, draw, mix
+from ecodiff.scores.compensation import DAMPING, compensated, damped, time_weight
 from ecodiff.scores.gauss_newton import _signs
-from ecodiff.scores.obs import DAMPING, compensated, damped, from_moments, time_weight
+from ecodiff.scores.obs import from_moments
 from ecodiff.scores.taylor import NoisePrediction, noised_input
 
 SEEING = [name for name in METHODS if name not in ("random", "magnitude")]
@@ -484,6 +485,6 @@ def test_a_comparison_calls_every_method_by_name(monkeypatch):
     assert not torch.equal(*(denoiser(p).get_submodule(layer).weight for p in (small, other)))
     with pytest.raises(EcoDiffError, match="Unknown method 'best': take learned, random, magnitude"):
         measure.scores_of(pipe, "best", PROMPTS[:1], config, 0)
-    assert len(measure.calibration("occlusion", ["a"] * 99)) == 8
-    assert len(measure.calibration("wanda", ["a"] * 99)) == 32
-    assert len(measure.calibration("gauss-newton", ["a"] * 99)) == 99
+    assert len(cell.calibration("occlusion", ["a"] * 99)) == 8
+    assert len(cell.calibration("wanda", ["a"] * 99)) == 32
+    assert len(cell.calibration("gauss-newton", ["a"] * 99)) == 99

@@ -9,7 +9,7 @@ from pipelines import TINY, call_kwargs, tiny_sd, tiny_sdxl
 
 import ecodiff
 from ecodiff import EcoDiffError
-from ecodiff.pipelines.loading import denoiser, denoiser_name
+from ecodiff.pipelines.parts import denoiser, denoiser_name
 from ecodiff.scores import METHODS
 
 

@@ -6,8 +6,9 @@ import torch
 from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
+from ecodiff.lab.openmoji import judges
 from ecodiff.lab.studies import metric_checks, protocol
-from ecodiff.lab.studies.measure import Cell
+from ecodiff.lab.studies.cell import Cell
 from ecodiff.lab.studies.protocol import Protocol
 
 
@@ -39,8 +40,8 @@ def test_changes_are_what_they_say():
     assert all(x.shape == real.shape and x.dtype == torch.uint8 for x in found.values())
     assert torch.equal(found["moved by 3 pixels"][..., 3:], real[..., :-3])
     expected = [scene.colour for scene in scenes]
-    assert metrics.background_correct(found["no object"], expected, openmoji.COLOURS).all()
-    assert not metrics.background_correct(found["another background"], expected, openmoji.COLOURS).any()
+    assert openmoji.background_correct(found["no object"], expected, openmoji.COLOURS).all()
+    assert not openmoji.background_correct(found["another background"], expected, openmoji.COLOURS).any()
     assert (found["no object"].flatten(2).amax(2) == found["no object"].flatten(2).amin(2)).all()
     for change in list(found)[1:]:
         assert (metrics.ssim(found[change], real) < 0.999).all(), change
@@ -49,13 +50,13 @@ def test_changes_are_what_they_say():
 
 def test_features_of_real_scenes_are_computed_once(monkeypatch):
     scenes = list(openmoji.scenes("seen", 8, count=1))
-    first = protocol.real_features(scenes[:5])
+    first = judges.real_features(scenes[:5])
     seen = []
     compute = metrics.inception_features
     monkeypatch.setattr(metrics, "inception_features", lambda x, progress: seen.append(len(x)) or compute(x, progress))
-    more = protocol.real_features(scenes)
+    more = judges.real_features(scenes)
     assert seen == [3] and torch.equal(more[:5], first)
-    assert torch.equal(protocol.real_features(scenes[:4][::-1]), first[:4].flip(0)) and seen == [3]
+    assert torch.equal(judges.real_features(scenes[:4][::-1]), first[:4].flip(0)) and seen == [3]
     assert torch.equal(more, compute(openmoji.images(scenes), False))
 
 

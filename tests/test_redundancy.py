@@ -9,8 +9,8 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.lab.studies import redundancy
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.lab.studies.redundancy import ONE_LEVEL
-from ecodiff.method.gates import apply_gates
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.method.hooks import apply_gates
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.storage import records
 
 SAMPLING = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}

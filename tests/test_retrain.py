@@ -13,7 +13,8 @@ from pipelines import PROMPTS, TINY, TOKENS, latents, tiny_flux, tiny_sd, tiny_s
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.sites import find_sites
 from ecodiff.method.surgery import prune
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines import conditioning
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.retraining import losses, two_four
 from ecodiff.retraining.retrain import RetrainConfig, _add_adapters, _Task, retrain
 
@@ -239,7 +240,7 @@ def test_a_denoiser_that_predicts_the_target_has_no_loss():
 
 
 def test_the_denoiser_is_told_what_the_pipelines_own_call_tells_it():
-    told = {name: losses.conditioning(pipe := make(), PROMPTS[0], (16, 16), config_for(pipe).call)
+    told = {name: conditioning.conditioning(pipe := make(), PROMPTS[0], (16, 16), config_for(pipe).call)
             for name, make in TINY.items()}  # fmt: skip
     assert told["sd"].arguments["encoder_hidden_states"].shape == (1, TOKENS, 32)
     added = told["sdxl"].arguments["added_cond_kwargs"]
@@ -247,13 +248,13 @@ def test_the_denoiser_is_told_what_the_pipelines_own_call_tells_it():
     assert (told["flux"].full_time, told["sd3"].full_time) == (1, 1000)
     assert told["flux"].arguments["guidance"].item() == 3.5  # what pictures are drawn with
     flux, settings = tiny_flux(), ((16, 16), config_for(tiny_flux()).call)
-    rule = losses.rule_of_joining(flux, PROMPTS[:1] * 2, [told["flux"]] * 2, *settings)
-    both = losses.join([told["flux"]] * 2, rule)
+    rule = conditioning.rule_of_joining(flux, PROMPTS[:1] * 2, [told["flux"]] * 2, *settings)
+    both = conditioning.join([told["flux"]] * 2, rule)
     assert both["img_ids"].shape == (16, 3) and both["pooled_projections"].shape == (2, 32)
     given = {**config_for(pipe := tiny_flux()).call, "guidance_scale": 2.0}
-    assert losses.conditioning(pipe, PROMPTS[0], (16, 16), given).arguments["guidance"].item() == 2
+    assert conditioning.conditioning(pipe, PROMPTS[0], (16, 16), given).arguments["guidance"].item() == 2
     embeds = told["sd"].arguments["encoder_hidden_states"]
-    again = losses.conditioning(tiny_sd(), {"prompt_embeds": embeds}, (16, 16), {"guidance_scale": 5.0})
+    again = conditioning.conditioning(tiny_sd(), {"prompt_embeds": embeds}, (16, 16), {"guidance_scale": 5.0})
     assert torch.equal(again.arguments["encoder_hidden_states"], embeds)
 
 

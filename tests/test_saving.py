@@ -19,7 +19,7 @@ import ecodiff
 from ecodiff import EcoDiffError, find_sites, prune
 from ecodiff.lab.zoo import store
 from ecodiff.method.surgery import prune_denoiser
-from ecodiff.storage.paths import write_whole
+from ecodiff.storage.files import write_whole
 from ecodiff.storage.saving import finish_interrupted, replaced_files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

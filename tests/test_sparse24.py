@@ -6,7 +6,7 @@ from pipelines import latents, tiny_flux, tiny_sd
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.retraining.two_four import layers_2_4, mask_2_4, sparsify, trainable
 
 

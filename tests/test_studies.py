@@ -15,11 +15,12 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
 from ecodiff.lab.claims.on_embedded import HUB
 from ecodiff.lab.studies import measure, protocol, run
-from ecodiff.lab.studies.measure import Cell
+from ecodiff.lab.studies.cell import Cell, describe_cell, sampling_of
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.config import LearnConfig
-from ecodiff.method.gates import apply_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.surgery import prune
+from ecodiff.metrics import intervals
 from ecodiff.pipelines.loading import load_once
 from ecodiff.retraining.config import RetrainConfig
 from ecodiff.storage import records
@@ -164,9 +165,9 @@ def test_two_rows_are_compared_in_both_measures_and_losses_are_said():
 
 def test_an_interval_without_a_difference_is_not_without_width():
     same = [[1] * 60 + [0] * 4]
-    interval = measure.difference(same, same)
+    interval = intervals.difference(same, same)
     assert interval.mean == 0 and interval.high == -interval.low == pytest.approx(1 - 0.05 ** (1 / 64))
-    closeness = measure.difference([[0.9, 0.8]], [[0.8, 0.7]])
+    closeness = intervals.difference([[0.9, 0.8]], [[0.8, 0.7]])
     assert closeness.low == pytest.approx(0.1) and closeness.high == pytest.approx(0.1)
 
 
@@ -315,7 +316,7 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
 
     def differ(method, **changes):
         cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
-        return measure.describe_cell(pipe, cell) != measure.describe_cell(pipe, replace(cell, **changes))
+        return describe_cell(pipe, cell) != describe_cell(pipe, replace(cell, **changes))
 
     assert not differ("random", prompts=3) and not differ("magnitude", config=replace(CONFIG, weight=9.0))
     assert differ("learned", prompts=3) and differ("learned", config=replace(CONFIG, weight=9.0))
@@ -329,7 +330,7 @@ def test_a_row_and_its_gates_depend_on_text_encoders_and_scheduler():
     cells = [Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2) for method in ("random", "learned")]
 
     def described():
-        return [measure.describe_cell(pipe, cell) for cell in cells], measure.gates_file(pipe, cells[1])
+        return [describe_cell(pipe, cell) for cell in cells], measure.gates_file(pipe, cells[1])
 
     before = described()
     pipe.text_encoder.get_input_embeddings().weight.data.add_(0.1)
@@ -482,7 +483,7 @@ def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     mask = measure.learned_gates(other, own.captions(), CONFIG).mask(0.5)
     small = measure.smaller_model(toy, borrowed)
     assert torch.equal(latents(small), latents(prune(toy, mask)))
-    assert measure.describe_cell(toy, own) != measure.describe_cell(toy, borrowed)
+    assert describe_cell(toy, own) != describe_cell(toy, borrowed)
     schnell = studies._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
     assert schnell.learned_on == "openmoji-flux-dev" and schnell.config == studies.base("openmoji-flux-dev").config
 
@@ -493,6 +494,6 @@ def test_scores_are_computed_once_for_all_ratios(store, monkeypatch):
     monkeypatch.setitem(measure.METHODS, "wanda", lambda *a, **k: calls.append(1) or real(*a, **k))
     scores = [measure.scores_of(pipe, "wanda", ["a cat", "a pizza"], CONFIG, seed) for seed in (0, 0, 1)]
     assert len(calls) == 2
-    for name, value in real(pipe, ["a cat", "a pizza"], **measure._sampling(CONFIG, 0), kinds=CONFIG.kinds).items():
+    for name, value in real(pipe, ["a cat", "a pizza"], **sampling_of(CONFIG, 0), kinds=CONFIG.kinds).items():
         assert torch.equal(scores[0].pop(name), value) and torch.equal(scores[1].pop(name), value)
     assert not scores[0] and not scores[1]

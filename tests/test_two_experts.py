@@ -13,7 +13,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.sites import with_flops
 from ecodiff.method.surgery import fold_gates
 from ecodiff.method.trajectory import final_latents
-from ecodiff.pipelines.loading import denoiser, experts, with_denoiser
+from ecodiff.pipelines.parts import denoiser, experts, with_denoiser
 from ecodiff.scores import METHODS, obs, prune_adapted
 
 # The boundary lies at t = 600 of 1000: of three steps (t = 1000, 500, 1) the first expert makes one, the second two.

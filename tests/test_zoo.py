@@ -12,9 +12,9 @@ import ecodiff
 from ecodiff.__main__ import main
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import Judge
 from ecodiff.lab.zoo import build, fit, recipes, store
 from ecodiff.lab.zoo.train import plan, train
+from ecodiff.metrics.clip import Judge
 from ecodiff.storage.paths import data_dir
 
 PIPELINES = {

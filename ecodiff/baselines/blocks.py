@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from ecodiff.cost.trace import Given, trace
 from ecodiff.errors import EcoDiffError
-from ecodiff.lab.openmoji.facts import Judge
 from ecodiff.method.generate import generate
+from ecodiff.metrics.clip import Judge
 from ecodiff.pipelines.forward_hooks import replaced_forward
-from ecodiff.pipelines.loading import denoiser, one_denoiser, with_denoiser
+from ecodiff.pipelines.parts import denoiser, one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import encoding_once, mix
 from ecodiff.pipelines.running import placed
 from ecodiff.scores.calibration import Call, Sampling, draw

@@ -21,7 +21,7 @@ from torch import nn
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.forward_hooks import hooked, replaced_forward
-from ecodiff.pipelines.loading import one_denoiser
+from ecodiff.pipelines.parts import one_denoiser
 
 
 @dataclass
@@ -53,7 +53,7 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
     where gradients are asked for.
     """
     model = one_denoiser(pipe, "deepcache")
-    deep = _deep_blocks(model, depth)
+    deep = deep_blocks(model, depth)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise EcoDiffError(f"deepcache: interval={interval!r} must be a whole number of steps, at least 1.")
     reuse = Reuse()
@@ -82,7 +82,7 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
         reuse.kept.clear()
 
 
-def _deep_blocks(model: nn.Module, depth: int) -> dict[str, nn.Module]:
+def deep_blocks(model: nn.Module, depth: int) -> dict[str, nn.Module]:
     """The blocks between the ``depth`` outermost ones of either side, {name: module}."""
     if not all(hasattr(model, name) for name in ("down_blocks", "mid_block", "up_blocks")):
         raise EcoDiffError(

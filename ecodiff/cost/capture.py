@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.trajectory import private_copy
 from ecodiff.pipelines.forward_hooks import replaced_forward
-from ecodiff.pipelines.loading import denoiser as find_denoiser
-from ecodiff.pipelines.loading import experts, sampling_loop
+from ecodiff.pipelines.parts import denoiser as find_denoiser
+from ecodiff.pipelines.parts import experts, sampling_loop
+from ecodiff.pipelines.running import private_copy
 
 from .trace import Given, outputs, without_weights
 

@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     # Imported here so that --help answers at once.
     from . import presets
-    from .counting import cost, parse_bytes
+    from .counting import cost
     from .report import table, verdict
+    from .units import parse_bytes
 
     if options.list or not options.model:
         for name in presets.names():

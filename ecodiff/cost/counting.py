@@ -16,7 +16,6 @@ Bytes are what PyTorch's allocator is asked for. Sizes such as "24GB" are 10^9 b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 
@@ -24,22 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.method.config import LearnConfig
 from ecodiff.method.mask import make_mask
 from ecodiff.method.sites import KINDS, find_sites
 from ecodiff.method.surgery import prune_denoiser
-from ecodiff.pipelines.loading import Experts, experts
+from ecodiff.pipelines.parts import Experts, experts
 from ecodiff.pipelines.prompts import collate
 
 from . import presets
 from .capture import call_arguments
 from .setting import Loop, Subject, geometry, loop_of, overridden, subject_of
-from .trace import Backward, Flops, Trace, parameters, trace
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{p}{b}": k**i for i, p in enumerate("KMGT", 1) for b, k in (("", 1000), ("B", 1000), ("IB", 1024))
-}
-# Beside what the allocator hands out, a GPU holds the CUDA context, and fragments: assumed, not measured.
-CONTEXT, FRAGMENTS = 500_000_000, 0.03
+from .trace import Backward, Trace, parameters, trace
+from .units import gb, usable
+from .watch import Flops
 
 
 @dataclass(frozen=True)
@@ -217,13 +213,13 @@ def cost(
     return replace(original, pruned=replace(smaller, pruning=how))
 
 
-def keep_last_for(pipe, config, budget: int | str, prompt: str | Mapping = "a") -> tuple[int, int]:
-    """``keep_last`` for `learn` under a memory budget, and the peak bytes counted with it (§2.3).
+def fit(pipe, config: LearnConfig, prompt: str | Mapping, budget: int | str) -> LearnConfig:
+    """The configuration with which a mask update fits into a memory budget (§2.3): the most last steps, ``keep_last``,
+    that can keep their activations. The other steps are checkpointed, which changes no gradient.
 
-    The most last steps that can keep their activations. config: a `LearnConfig`; budget: bytes, or text such as
-    "24GB"; prompt: one of those to learn from, whose length counts where it is given as embeddings. Counts all
-    components on the device, unless the pipeline is offloaded. Raises EcoDiffError where not even one step fits, saying
-    what would.
+    prompt: one of those to learn from, whose length counts where it is given as embeddings. budget: bytes of the
+    device, or text such as "24GB". Counts all components on the device, unless the pipeline is offloaded. Raises
+    EcoDiffError where not even one step at a time fits, saying what would.
     """
     call = dict(config.call)
     size = (call["height"], call["width"]) if {"height", "width"} <= call.keys() else None
@@ -241,34 +237,15 @@ def keep_last_for(pipe, config, budget: int | str, prompt: str | Mapping = "a") 
         inner=False,
     )
     offload = bool(getattr(pipe, "_all_hooks", None))
-    best = counted.max_keep_last(budget, offload=offload)
-    if best is None:
+    keep_last = counted.max_keep_last(budget, offload=offload)
+    if keep_last is None:
         need = counted.update_peak(offload=offload)
         raise EcoDiffError(
             f"A mask update of {counted.batch} samples needs {gb(need)} even with one step at a time, and {budget} "
             f"leaves {gb(usable(budget))}: lower micro_batch_size, call enable_gradient_checkpointing() on the "
             "denoiser, or offload."
         )
-    return best, counted.update_peak(keep_last=best, offload=offload)
-
-
-def parse_bytes(text: int | str) -> int:
-    """Bytes of a size such as "24GB" (10^9), "8 GiB" (2^30) or a number of bytes; EcoDiffError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if isinstance(text, bool) or not match or match[2].upper() not in _UNITS or not float(match[1]):
-        raise EcoDiffError(f"{text!r} is no amount of memory: write it as 24GB, 8GiB or a number of bytes.")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def usable(budget: int | str) -> int:
-    """What the allocator can hand out of a GPU's memory: less 0.5 GB for the CUDA context and 3 % lost to fragments."""
-    return max(round(parse_bytes(budget) * (1 - FRAGMENTS)) - CONTEXT, 0)
-
-
-def gb(size: int) -> str:
-    """Bytes as text in GB (10^9), three digits."""
-    value = size / 1e9
-    return f"{value:,.0f} GB" if value >= 100 else f"{value:.1f} GB" if value >= 10 else f"{value:.2f} GB"
+    return replace(config, checkpoint=True, keep_last=keep_last)
 
 
 def _count(

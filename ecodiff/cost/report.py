@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .counting import Cost, gb, usable
+from .counting import Cost
+from .units import gb, usable
 
 _NAMES = {"attention": "attention heads", "feed_forward": "feed-forward neurons", "modulation": "modulation channels"}
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ecodiff import pipelines
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import DTYPES, Experts, experts
+from ecodiff.pipelines.loading import DTYPES
+from ecodiff.pipelines.parts import Experts, experts
 
 from . import presets
 from .capture import capture

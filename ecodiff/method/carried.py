@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import plain_module, plain_name
+from ecodiff.pipelines.parts import plain_module, plain_name
 
 # Entries of a module's __dict__ that weights, config, structure, or code below take care of.
 _ELSEWHERE = {

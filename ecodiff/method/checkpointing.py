@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.running import frozen
 
-from .gates import OpenGates
+from .hooks import OpenGates
 
 
 def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: bool = True, **kwargs):
@@ -154,25 +155,6 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         for kind in sorted({"cpu", device.type}):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards all is as
-    before."""
-    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-    training = [m for module in modules for m in module.modules() if m.training]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
 
-from .gates import HardConcrete
+from .hard_concrete import HardConcrete
 
 RAMP = 0.02  # share of open gates above the line to `target_open` at which β acts in full
 _CHOICES = {

@@ -21,9 +21,9 @@ from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
 from ecodiff.pipelines.identity import Undescribed, describe, of_pipeline
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once
-from ecodiff.storage.cache import cached, canonical
-
-from .trajectory import frozen, private_copy
+from ecodiff.pipelines.running import frozen, private_copy
+from ecodiff.storage.cache import cached
+from ecodiff.storage.fingerprint import canonical
 
 _OURS = ("prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt")
 

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
@@ -23,15 +22,17 @@ from tqdm import tqdm
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.forward_hooks import Hooks, hooked, never_ran, replaced_forward
-from ecodiff.pipelines.loading import denoiser as find_denoiser
-from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
-from ecodiff.pipelines.running import epoch_batch, in_words, not_half, on_device
+from ecodiff.pipelines.identity import describe_run
+from ecodiff.pipelines.parts import denoiser as find_denoiser
+from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, epoch_batch, mix
+from ecodiff.pipelines.running import in_words, not_half, on_device
 
 from . import resume
 from .carried import refuse_elsewhere
 from .checkpointing import undisturbed
 from .config import RAMP, LearnConfig
-from .gates import Gates, apply_gates, fresh_gates
+from .gates import Gates, fresh_gates
+from .hooks import apply_gates
 from .sites import Site, sites_but, skipped_modules
 from .surgery import check_prunable
 from .trajectory import final_latents, prediction
@@ -44,7 +45,6 @@ def learn(
     *,
     resume_dir: str | Path | None = None,
     progress: bool = True,
-    memory_budget: int | str | None = None,
     exclude: Collection[str] = (),
 ) -> Gates:
     """Learn one λ a unit of the pipeline's denoiser (Alg. 1); ``pipe`` itself is not changed.
@@ -62,8 +62,6 @@ def learn(
             ``save_every``, ``checkpoint`` and ``keep_last`` may change in between, and ``updates`` where
             ``target_open`` is None (else the line to it would be another).
         progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
-        memory_budget: bytes of the device, such as "24GB": choose, in the place of the config's ``checkpoint`` and
-            ``keep_last``, the most last steps whose activations fit (counted by `ecodiff.cost` before anything runs).
         exclude: names of sites that get no gates, such as those that this pipeline's call never reaches.
 
     Returns:
@@ -73,8 +71,8 @@ def learn(
     Raises:
         EcoDiffError: no prompts, no sites, a denoiser that `prune` would refuse (adapters, other layers than its class
             makes), one in float16, a site that the pipeline's call never reaches (see ``exclude``), a sampling loop
-            that is not differentiable, another run in ``resume_dir``, a memory budget that even one step exceeds, or a
-            loss, gradient or λ that is not finite; the error's ``gates`` then holds the last λ that was good.
+            that is not differentiable, another run in ``resume_dir``, or a loss, gradient or λ that is not finite; the
+            error's ``gates`` then holds the last λ that was good.
     """
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
@@ -89,13 +87,11 @@ def learn(
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
     for sentence in config.zero_at_start():
         warnings.warn(sentence, stacklevel=2)
-    if memory_budget is not None:
-        config = _within(memory_budget, pipe, prompts[0], config, progress)
     with on_device(pipe, "learn") as device, undisturbed(device):
         task = _Task(encoding_once(pipe), prompts, config, device)
         folder = None
         if resume_dir is not None:
-            run = resume.describe(pipe, prompts, config)
+            run = describe_run(pipe, prompts, config)
             folder = resume.Folder(resume_dir, run | {"exclude": sorted(exclude)} if exclude else run)
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
@@ -298,19 +294,6 @@ class _Task:
             return (student - teacher).square().mean() / self.scale
         size = teacher[0].numel() if self.config.normalize else 1
         return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
-
-
-def _within(memory_budget: int | str, pipe, prompt, config: LearnConfig, progress: bool) -> LearnConfig:
-    """The configuration with the ``keep_last`` that the budget allows; says which."""
-    from ecodiff.cost.counting import gb, keep_last_for, parse_bytes
-
-    keep_last, peak = keep_last_for(pipe, config, memory_budget, prompt)
-    if progress:
-        tqdm.write(
-            f"memory_budget {gb(parse_bytes(memory_budget))}: keep_last={keep_last} of {config.num_inference_steps} "
-            f"steps, counted peak {gb(peak)}"
-        )
-    return replace(config, checkpoint=True, keep_last=keep_last)
 
 
 def _watch(hooks: Hooks, sites: Mapping[str, Site]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,65 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.identity import Undescribed
-from ecodiff.pipelines.identity import describe as describe_value
-from ecodiff.pipelines.loading import denoiser as find_denoiser
-from ecodiff.storage import cache
-from ecodiff.storage.paths import write_whole
-
-# These change how far or how a run is computed, not its result: checkpointing is exact.
-_FREE = ("updates", "save_every", "snapshot_every", "checkpoint", "keep_last")
-
-
-def describe(pipe, prompts: list, config) -> dict:
-    """All that determines the result of a run, as plain JSON values; weights and prompts by their hashes."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    if settings["objective"] == "final":  # so runs that began before there was a choice go on
-        del settings["objective"]
-    if settings["target_open"] is None:
-        del settings["target_open"]
-    else:  # the line to it depends on them
-        settings["updates"] = config.updates
-    if config.gate_draw == "call":
-        settings["version"] = 2  # each sample has gates of its own
-    if config.gate_draw == "call" and config.recompute == "redraw":  # what is drawn in recomputation depends on these
-        settings |= {"checkpoint": config.checkpoint, "keep_last": config.keep_last}
-    described = {
-        "config": settings,
-        "prompts": cache.key(prompts),
-        "pipeline": type(pipe).__name__,
-        "weights": cache.weights_hash(find_denoiser(pipe)),
-        **conditions(pipe),
-    }
-    return json.loads(json.dumps(described, default=_by_value))
-
-
-def conditions(pipe) -> dict:
-    """What a trajectory depends on beside the denoiser, as plain JSON values: the scheduler's configuration, the text
-    encoders' weights."""
-    encoders = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and part is not None}
-    scheduler = {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}
-    if _DEFAULTS in scheduler:  # diffusers makes this list from a set, whose order is another in every process
-        scheduler[_DEFAULTS] = sorted(scheduler[_DEFAULTS])
-    described = {
-        "scheduler": scheduler,
-        "text_encoders": {name: cache.weights_hash(part) for name, part in sorted(encoders.items())},
-    }
-    return json.loads(json.dumps(described, default=_by_value))
-
-
-_DEFAULTS = "_use_default_values"
-
-
-def _by_value(value):
-    """What JSON cannot hold (a tensor, a picture), by its contents: its text may be shortened or be an address."""
-    try:
-        return describe_value(value)
-    except Undescribed as error:
-        raise EcoDiffError(
-            f"An argument of the run cannot be told apart from others in a later process ({error}): take plain values, "
-            "tensors or pictures, or learn without resume_dir."
-        ) from error
+from ecodiff.storage import fingerprint
+from ecodiff.storage.files import write_whole
 
 
 class Folder:
@@ -170,7 +112,7 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
     """SHA-256 over a file's metadata and tensors."""
     total = hashlib.sha256(about.encode())
     for name in sorted(tensors):
-        total.update(f"{name} {cache.tensor_hash(tensors[name])}\n".encode())
+        total.update(f"{name} {fingerprint.tensor_hash(tensors[name])}\n".encode())
     return total.hexdigest()
 
 

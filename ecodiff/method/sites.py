@@ -16,11 +16,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.forward_hooks import hooked
-from ecodiff.pipelines.loading import plain_name
+from ecodiff.pipelines.parts import plain_name
 
 KINDS = ("attention", "feed_forward", "modulation")
 
@@ -281,3 +281,14 @@ def _norm_size(norm: nn.Module | None) -> int | None:
         weight = getattr(norm, "weight", None)
         return None if weight is None else weight.numel()
     return size[-1]
+
+
+def check_units(values: Mapping[str, Tensor], sites: Mapping[str, Site], where: str, samples: bool = False) -> None:
+    """Raises EcoDiffError, beginning with ``where``, for a name that is no site or a number of units that is wrong.
+    ``samples``: tensors [samples, units] are right, too."""
+    for name, value in values.items():
+        if name not in sites:
+            raise EcoDiffError(f"{where}: {name!r} is not a site of this denoiser; find_sites lists them.")
+        right = value.dim() == 1 or (samples and value.dim() == 2 and len(value))
+        if not right or value.shape[-1] != sites[name].units:
+            raise EcoDiffError(f"{where}: {name!r} has {sites[name].units} units, not {list(value.shape)}.")

@@ -12,7 +12,6 @@ place of ``T``. Only the denoiser is recomputed, so multi-step and stochastic sc
 
 from __future__ import annotations
 
-import copy
 import inspect
 from functools import wraps
 
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.forward_hooks import eagerly, replaced_forward
-from ecodiff.pipelines.loading import denoiser as find_denoiser
-from ecodiff.pipelines.loading import sampling_loop
+from ecodiff.pipelines.parts import denoiser as find_denoiser
+from ecodiff.pipelines.parts import sampling_loop
+from ecodiff.pipelines.running import count_steps, frozen, private_copy
 
-from .checkpointing import frozen, frozen_inside, kept, recomputed
-from .gates import OpenGates
+from .checkpointing import frozen_inside, kept, recomputed
+from .hooks import OpenGates
 
 
 def prediction(output) -> Tensor:
@@ -142,32 +142,3 @@ def final_latents(
             "Nothing in the denoiser requires gradients: apply gates made from λ first, or set gradients=False."
         )
     return latents
-
-
-def private_copy(pipe):
-    """The pipeline with the same components but its own attributes and scheduler, so that a run changes nothing of
-    ``pipe``."""
-    runner = object.__new__(type(pipe))
-    scheduler = copy.copy(pipe.scheduler)  # not deep: a scheduler that has run may hold tensors of a graph
-    for name, value in vars(scheduler).items():
-        if isinstance(value, list):
-            setattr(scheduler, name, list(value))
-    # Into __dict__: the pipelines' own __setattr__ would register the components anew.
-    bar = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-    runner.__dict__.update(vars(pipe), scheduler=scheduler, _progress_bar_config=bar)
-    return runner
-
-
-def count_steps(scheduler) -> dict:
-    """Make this (private) scheduler count its steps; returns the record that the denoiser's wrapper reads and
-    completes."""
-    watch = {"steps": 0, "gradients": False, "without_grad": False}
-    step = scheduler.step
-
-    @wraps(step)  # pipelines look at the signature to see whether it takes eta and a generator
-    def counted(*args, **kwargs):
-        watch["steps"] += 1
-        return step(*args, **kwargs)
-
-    scheduler.step = counted
-    return watch

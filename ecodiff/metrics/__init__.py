@@ -1,19 +1,23 @@
 """How good images are (§3.1, App. E.1): SSIM and PSNR against a reference, FID and KID of sets, CLIP, intervals."""
 
-from ..lazy import names_of
+from ecodiff.lazy import names_of
 
-_SIMILARITY = ("ssim", "ssim_map", "psnr", "fid", "kid")
-_INTERVALS = (
-    "SMALLEST_EFFECT",
-    "EFFECTS",
-    "Interval",
-    "bootstrap_interval",
-    "nested_interval",
-    "difference_interval",
-    "share_interval",
-    "mean_interval",
-)
+_HOMES = {
+    "similarity": ("psnr", "ssim", "ssim_map"),
+    "distances": ("fid", "kid"),
+    "clip": ("Judge", "clip_score", "clip_score_metric"),
+    "inception": ("inception_features",),
+    "intervals": (
+        "EFFECTS",
+        "SMALLEST_EFFECT",
+        "Interval",
+        "bootstrap_interval",
+        "difference",
+        "difference_interval",
+        "mean_interval",
+        "nested_interval",
+        "share_interval",
+    ),
+}
 
-__getattr__, __dir__, __all__ = names_of(
-    __name__, dict.fromkeys(_SIMILARITY, "similarity") | dict.fromkeys(_INTERVALS, "similarity")
-)
+__getattr__, __dir__, __all__ = names_of(__name__, _HOMES)

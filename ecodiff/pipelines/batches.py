@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ecodiff.method.trajectory import private_copy
-
 from .forward_hooks import eagerly
-from .loading import denoiser, experts
+from .parts import denoiser, experts
 from .prompts import NotJoined, alike, collate, fits, near
+from .running import private_copy
 
 
 def together(runner, prompts: Sequence, **call) -> bool:

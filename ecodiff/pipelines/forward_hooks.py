@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
 
-from .loading import experts
+from .parts import experts
 
 _CAUSES = (
     "Either this run does not reach them (then leave them out), or their weights are used without calling the module, "

@@ -18,6 +18,9 @@ import math
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
@@ -28,9 +31,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.cache import canonical, key, tensor_hash, weights_hash
+from ecodiff.storage.fingerprint import canonical, key, raw_bytes, tensor_hash
 
-from .loading import plain_name
+from .parts import denoiser as find_denoiser
+from .parts import plain_name
 
 # Their code is named by its place and the library's version. All other code is unknown here.
 _VERSIONED = ("torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pillow", "ecodiff")
@@ -345,3 +349,100 @@ def _foreign(cls: type) -> Iterator[str]:
         written = code is not None and code.co_filename == "<string>"  # by a dataclass or a named tuple for itself
         if not written and _home(function).partition(".")[0] not in _LIBRARIES:
             yield name
+
+
+_DEFAULTS = "_use_default_values"
+
+
+def _by_value(value):
+    """What JSON cannot hold (a tensor, a picture), by its contents: its text may be shortened or be an address."""
+    try:
+        return describe(value)
+    except Undescribed as error:
+        raise EcoDiffError(
+            f"An argument of the run cannot be told apart from others in a later process ({error}): take plain values, "
+            "tensors or pictures, or learn without resume_dir."
+        ) from error
+
+
+# These change how far or how a run is computed, not its result: checkpointing is exact.
+_FREE = ("updates", "save_every", "snapshot_every", "checkpoint", "keep_last")
+
+
+def describe_run(pipe, prompts: list, config) -> dict:
+    """All that determines the result of a run, as plain JSON values; weights and prompts by their hashes."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    if settings["objective"] == "final":  # so runs that began before there was a choice go on
+        del settings["objective"]
+    if settings["target_open"] is None:
+        del settings["target_open"]
+    else:  # the line to it depends on them
+        settings["updates"] = config.updates
+    if config.gate_draw == "call":
+        settings["version"] = 2  # each sample has gates of its own
+    if config.gate_draw == "call" and config.recompute == "redraw":  # what is drawn in recomputation depends on these
+        settings |= {"checkpoint": config.checkpoint, "keep_last": config.keep_last}
+    described = {
+        "config": settings,
+        "prompts": key(prompts),
+        "pipeline": type(pipe).__name__,
+        "weights": weights_hash(find_denoiser(pipe)),
+        **conditions(pipe),
+    }
+    return json.loads(json.dumps(described, default=_by_value))
+
+
+def conditions(pipe) -> dict:
+    """What a trajectory depends on beside the denoiser, as plain JSON values: the scheduler's configuration, the text
+    encoders' weights."""
+    encoders = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and part is not None}
+    scheduler = {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}
+    if _DEFAULTS in scheduler:  # diffusers makes this list from a set, whose order is another in every process
+        scheduler[_DEFAULTS] = sorted(scheduler[_DEFAULTS])
+    described = {
+        "scheduler": scheduler,
+        "text_encoders": {name: weights_hash(part) for name, part in sorted(encoders.items())},
+    }
+    return json.loads(json.dumps(described, default=_by_value))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 (64 hex digits) over names, shapes, dtypes and bytes of all parameters and saved buffers of a module.
+
+    The same on every device and in every process; about a second a gigabyte. Raises EcoDiffError for weights that are
+    not there (meta device).
+    """
+    known = _known.get()
+    if known is None:
+        return _hash(module)
+    if id(module) not in known:
+        known[id(module)] = module, _hash(module)  # the module too, so that its id stays its own
+    return known[id(module)][1]
+
+
+_known: ContextVar[dict | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def hashed_once() -> Iterator[None]:
+    """Inside, ``weights_hash`` reads each module once: for code that looks up many results and changes no weights."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _hash(module: nn.Module) -> str:
+    total = hashlib.sha256()
+    state = {plain_name(name): value for name, value in module.state_dict().items()}  # torch.compile's prefix
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                raise EcoDiffError(
+                    f"{type(module).__name__}: {name} is on the meta device and has no values to hash: load its "
+                    "weights."
+                )
+            total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+            total.update(raw_bytes(value))
+    return total.hexdigest()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.cache import canonical
+from ecodiff.storage.fingerprint import canonical
 
 from .identity import Undescribed, describe
 
@@ -240,3 +240,13 @@ def alike(a, b) -> bool:
 def mix(*numbers: int) -> int:
     """One seed from several numbers, such as a run's seed and the number of a sample."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+
+
+def epoch_batch(samples: int, batch_size: int, seed: int, update: int) -> list[int]:
+    """Sample indices of an update: each epoch visits every sample once, in an order of its own."""
+    positions = range(update * batch_size, (update + 1) * batch_size)
+    orders = {
+        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, -1, epoch))).tolist()
+        for epoch in {position // samples for position in positions}
+    }
+    return [orders[position // samples][position % samples] for position in positions]

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from ecodiff.errors import EcoDiffError
 
-from .loading import experts
-from .prompts import mix
-
-
-def epoch_batch(samples: int, batch_size: int, seed: int, update: int) -> list[int]:
-    """Sample indices of an update: each epoch visits every sample once, in an order of its own."""
-    positions = range(update * batch_size, (update + 1) * batch_size)
-    orders = {
-        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, -1, epoch))).tolist()
-        for epoch in {position // samples for position in positions}
-    }
-    return [orders[position // samples][position % samples] for position in positions]
+from .parts import experts
 
 
 @contextmanager
@@ -82,3 +73,51 @@ def in_words(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards all is as
+    before."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    training = [m for module in modules for m in module.modules() if m.training]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def private_copy(pipe):
+    """The pipeline with the same components but its own attributes and scheduler, so that a run changes nothing of
+    ``pipe``."""
+    runner = object.__new__(type(pipe))
+    scheduler = copy.copy(pipe.scheduler)  # not deep: a scheduler that has run may hold tensors of a graph
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            setattr(scheduler, name, list(value))
+    # Into __dict__: the pipelines' own __setattr__ would register the components anew.
+    bar = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    runner.__dict__.update(vars(pipe), scheduler=scheduler, _progress_bar_config=bar)
+    return runner
+
+
+def count_steps(scheduler) -> dict:
+    """Make this (private) scheduler count its steps; returns the record that the denoiser's wrapper reads and
+    completes."""
+    watch = {"steps": 0, "gradients": False, "without_grad": False}
+    step = scheduler.step
+
+    @wraps(step)  # pipelines look at the signature to see whether it takes eta and a generator
+    def counted(*args, **kwargs):
+        watch["steps"] += 1
+        return step(*args, **kwargs)
+
+    scheduler.step = counted
+    return watch

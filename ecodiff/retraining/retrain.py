@@ -29,13 +29,14 @@ from ecodiff.method.carried import refuse_elsewhere
 from ecodiff.method.checkpointing import undisturbed
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
-from ecodiff.pipelines.loading import one_denoiser, with_denoiser
-from ecodiff.pipelines.prompts import checked_prompts, mix
-from ecodiff.pipelines.running import epoch_batch, in_words, on_device, without_adapters
+from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining
+from ecodiff.pipelines.parts import one_denoiser, with_denoiser
+from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
+from ecodiff.pipelines.running import in_words, on_device, without_adapters
 
 from . import two_four
 from .config import RetrainConfig
-from .losses import conditioning, encode, join, rule_of_joining, training_loss
+from .losses import training_loss
 
 
 def retrain(

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
-from ecodiff.pipelines.loading import denoiser, with_denoiser
+from ecodiff.pipelines.parts import denoiser, with_denoiser
 
 KEPT, GROUP = 2, 4
 

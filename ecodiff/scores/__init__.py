@@ -10,10 +10,10 @@ weights), `blocks` (whole blocks go).
 """
 
 from .calibration import Sampling
+from .compensation import prune_adapted, prune_compensated, second_moments
 from .fisher import scores as fisher
 from .gauss_newton import scores as gauss_newton
 from .magnitude import scores as magnitude
-from .obs import prune_adapted, prune_compensated, second_moments
 from .obs import scores as obs
 from .occlusion import scores as occlusion
 from .random import scores as random

@@ -17,13 +17,12 @@ from tqdm import tqdm
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
 from ecodiff.method.sites import Site, Span, sites_but
-from ecodiff.method.trajectory import count_steps, frozen, private_copy
 from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
 from ecodiff.pipelines.forward_hooks import hooked
-from ecodiff.pipelines.loading import denoiser, named_experts
+from ecodiff.pipelines.parts import denoiser, named_experts
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
-from ecodiff.pipelines.running import without_adapters
+from ecodiff.pipelines.running import count_steps, frozen, private_copy, without_adapters
 
 KINDS = ("attention", "feed_forward")
 

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ecodiff.method.gates import apply_gates
-from ecodiff.method.trajectory import frozen
-from ecodiff.pipelines.loading import denoiser
-from ecodiff.pipelines.running import not_half, placed
+from ecodiff.method.hooks import apply_gates
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.running import frozen, not_half, placed
 
 from .calibration import KINDS, Sampling, gates_of_samples, sites_of
 from .taylor import NoisePrediction

@@ -24,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.gates import apply_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.trajectory import final_latents
 from ecodiff.pipelines.batches import in_batches, size_together
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
 from ecodiff.pipelines.running import not_half, placed
 

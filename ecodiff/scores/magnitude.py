@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 
 from .calibration import sites_of
 

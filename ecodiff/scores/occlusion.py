@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.gates import apply_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import Site
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import encoding_once
 from ecodiff.pipelines.running import placed
 

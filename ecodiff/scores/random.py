@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ecodiff.method.sites import sites_but
 from ecodiff.pipelines.checks import checked_seed
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 
 
 def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), seed: int = 0, **sampling) -> dict[str, Tensor]:

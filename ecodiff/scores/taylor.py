@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.gates import apply_gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import Site
-from ecodiff.method.trajectory import frozen
-from ecodiff.pipelines.loading import denoiser
-from ecodiff.pipelines.running import not_half, placed
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.running import frozen, not_half, placed
 
 from .calibration import KINDS, Call, Sampling, columns, draw, mix, sites_of
 

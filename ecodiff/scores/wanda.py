@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import placed
 
 from .calibration import KINDS, Sampling, columns, draw, reading, sites_of

@@ -3,91 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import plain_name
 
-from .paths import write_whole
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 (64 hex digits) over names, shapes, dtypes and bytes of all parameters and saved buffers of a module.
-
-    The same on every device and in every process; about a second a gigabyte. Raises EcoDiffError for weights that are
-    not there (meta device).
-    """
-    known = _known.get()
-    if known is None:
-        return _hash(module)
-    if id(module) not in known:
-        known[id(module)] = module, _hash(module)  # the module too, so that its id stays its own
-    return known[id(module)][1]
-
-
-_known: ContextVar[dict | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def hashed_once() -> Iterator[None]:
-    """Inside, ``weights_hash`` reads each module once: for code that looks up many results and changes no weights."""
-    token = _known.set({})
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def _hash(module: nn.Module) -> str:
-    total = hashlib.sha256()
-    state = {plain_name(name): value for name, value in module.state_dict().items()}  # torch.compile's prefix
-    for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            if value.is_meta:
-                raise EcoDiffError(
-                    f"{type(module).__name__}: {name} is on the meta device and has no values to hash: load its "
-                    "weights."
-                )
-            total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            total.update(_bytes(value))
-    return total.hexdigest()
-
-
-def tensor_hash(value: Tensor) -> str:
-    """SHA-256 over shape, dtype and bytes of a tensor, the same on every device."""
-    about = f"{tuple(value.shape)} {value.dtype}\n".encode()
-    return hashlib.sha256(about + bytes(_bytes(value))).hexdigest()
-
-
-def canonical(value) -> str:
-    """One text for equal settings: JSON with sorted keys; tensors and arrays enter by the hash of their contents.
-
-    Raises EcoDiffError for what has no such text (a function, a NaN).
-    """
-    try:
-        return json.dumps(
-            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
-        )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, EcoDiffError):
-            raise
-        raise EcoDiffError(f"These settings have no unambiguous text form ({error}): use plain values.") from error
-
-
-def key(value) -> str:
-    """SHA-256 of ``canonical(value)``: what a result is filed under."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+from . import records
+from .files import write_whole
+from .fingerprint import key, raw_bytes
+from .paths import data_dir
 
 
 def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, compute: Callable[[], Tensor]) -> Tensor:
@@ -103,7 +36,7 @@ def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, comput
     if path.exists():
         return _read(path, name)
     result = compute().detach().cpu().contiguous()
-    metadata = {"request": name, "sha256": hashlib.sha256(_bytes(result)).hexdigest()}
+    metadata = {"request": name, "sha256": hashlib.sha256(raw_bytes(result)).hexdigest()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save({"result": result}, metadata))
@@ -118,32 +51,34 @@ def _read(path: Path, name: str) -> Tensor:
             metadata, result = file.metadata() or {}, file.get_tensor("result")
     except (OSError, SafetensorError) as error:
         raise EcoDiffError(f"{path} is damaged ({error}): delete it, and it is computed again.") from error
-    if metadata.get("request") != name or metadata.get("sha256") != hashlib.sha256(_bytes(result)).hexdigest():
+    if metadata.get("request") != name or metadata.get("sha256") != hashlib.sha256(raw_bytes(result)).hexdigest():
         raise EcoDiffError(f"{path} is not what was written there: delete it, and it is computed again.")
     return result
 
 
-def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def cache_folder(name: str) -> Path | None:
+    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off. With
+    ECODIFF_RECOMPUTE=1 and inside ``anew`` a folder of this process, which goes when it ends."""
+    if not records.enabled():
+        return None
+    own = records.recompute_asked() or _anew.get()
+    return (Path(_own_folder().name) if own else data_dir() / ".cache") / name
 
 
-def _plain(value):
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, Tensor):
-        return {
-            "shape": list(value.shape),
-            "dtype": str(value.dtype),
-            "sha256": hashlib.sha256(_bytes(value)).hexdigest(),
-        }
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, torch.dtype):
-        return str(value)
-    raise EcoDiffError(
-        f"A {type(value).__name__} among the settings has no text form to file a result under: use plain values."
-    )
+@contextmanager
+def anew(asked: bool = True) -> Iterator[None]:
+    """Inside, if ``asked``, only pictures and scores that this process made are read: what is measured again is drawn
+    again."""
+    token = _anew.set(asked or _anew.get())
+    try:
+        yield
+    finally:
+        _anew.reset(token)
+
+
+_anew: ContextVar[bool] = ContextVar("anew", default=False)
+
+
+@lru_cache(maxsize=1)
+def _own_folder() -> TemporaryDirectory:
+    return TemporaryDirectory(prefix="ecodiff-")

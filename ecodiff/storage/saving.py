@@ -34,7 +34,7 @@ from pathlib import Path
 
 from ecodiff.errors import EcoDiffError
 
-from .paths import sync
+from .files import sync
 
 try:
     import fcntl

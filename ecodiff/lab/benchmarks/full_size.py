@@ -33,7 +33,7 @@ import torch
 from ecodiff.cost import presets
 from ecodiff.cost.trace import parameters, trace
 from ecodiff.method.checkpointing import kept, recomputed
-from ecodiff.method.gates import OpenGates, apply_gates
+from ecodiff.method.hooks import OpenGates, apply_gates
 from ecodiff.method.mask import make_mask
 from ecodiff.method.sites import find_sites
 from ecodiff.method.surgery import prune_denoiser

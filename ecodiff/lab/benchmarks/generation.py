@@ -27,9 +27,9 @@ from ecodiff.lab.studies.redundancy import in_bf16
 from ecodiff.lab.zoo import store
 from ecodiff.lab.zoo.card import SECONDS_FOR_512
 from ecodiff.method.generate import generate
-from ecodiff.pipelines.loading import denoiser
-from ecodiff.storage import records
-from ecodiff.storage.cache import weights_hash
+from ecodiff.pipelines.identity import weights_hash
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.storage import provenance, records
 
 DTYPES = {"fp32": lambda pipe: nullcontext(), "bf16": in_bf16}
 
@@ -53,7 +53,7 @@ def rows(model: str, options: argparse.Namespace):
     """A recorded row for each batch size and dtype of one model, then one of all pictures drawn the fastest way."""
     pipe, sampling = ecodiff.load(model), Protocol.of(model).sampling
     described = {"what": "generation", "model": model, "weights": weights_hash(denoiser(pipe)), "sampling": sampling}
-    described |= {"threads": torch.get_num_threads(), "machine": records.machine(), "seed": 0, "version": 1}
+    described |= {"threads": torch.get_num_threads(), "machine": provenance.machine(), "seed": 0, "version": 1}
 
     def row(number: int, size: int, dtype: str) -> dict:
         config = {**described, "pictures": number, "batch_size": size, "dtype": dtype}

@@ -29,9 +29,11 @@ import time
 import torch
 
 import ecodiff
-from ecodiff.method.gates import Gates, apply_gates
+from ecodiff.method.gates import Gates
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import find_sites
-from ecodiff.method.trajectory import final_latents, frozen
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.running import frozen
 
 VARIANTS = ("plain", "checkpointed", "every step", "half kept", "published")
 GUIDANCE = 5.0

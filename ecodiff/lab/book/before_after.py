@@ -21,7 +21,7 @@ from ecodiff.method.generate import generate
 from ecodiff.method.learn import LearnConfig
 from ecodiff.method.mask import make_mask
 from ecodiff.storage.paths import root
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.sites import find_sites
 

@@ -28,7 +28,8 @@ import papermill
 import yaml
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.paths import data_dir, root, write_whole
+from ecodiff.storage.paths import data_dir, root
+from ecodiff.storage.files import write_whole
 
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
 # What libraries say while they load is not part of a page: a page's stderr fails the build.

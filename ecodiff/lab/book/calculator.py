@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 
 from ecodiff.cost import presets
-from ecodiff.cost.counting import CONTEXT, FRAGMENTS, cost
+from ecodiff.cost.units import CONTEXT, FRAGMENTS
+from ecodiff.cost.counting import cost
 from .interactive import interactive
 
 FAR = 0.5  # the second ratio that is counted; between 0 and this the page interpolates

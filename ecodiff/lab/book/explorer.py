@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ecodiff.method.gates import HardConcrete
+from ecodiff.method.hard_concrete import HardConcrete
 from .interactive import interactive
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 48, 58, 14

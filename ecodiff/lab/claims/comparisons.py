@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ecodiff.lab.errata import arithmetic
 from ecodiff.lab.paper import claim, row, table
-from ecodiff.lab.studies.measure import difference
 from ecodiff.lab.studies.plan import METHODS
-from ecodiff.metrics.similarity import nested_interval
+from ecodiff.metrics.intervals import difference, nested_interval
 
 from . import on_embedded, rules
 from .on_embedded import DEV, EQUAL, FAMILY, LEARNED, SD2, SDXL, better, kept, real

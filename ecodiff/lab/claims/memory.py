@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ecodiff.cost.counting import gb, usable
+from ecodiff.cost.units import gb, usable
 from ecodiff.lab.errata import arithmetic
 from ecodiff.lab.paper import claim, row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ecodiff.baselines.deepcache import _deep_blocks
+from ecodiff.baselines.deepcache import deep_blocks
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab.errata import algebra
 from ecodiff.lab.paper import setting
@@ -151,9 +151,9 @@ def _learned_on_both() -> Decision:
 
 def deepcache_needs_a_unet() -> Claim:
     def refused(unet, transformer) -> tuple[bool, str]:
-        deep = len(_deep_blocks(unet, depth=1))
+        deep = len(deep_blocks(unet, depth=1))
         try:
-            _deep_blocks(transformer, depth=1)
+            deep_blocks(transformer, depth=1)
         except EcoDiffError:
             return True, f"SD2 has {deep} blocks inside its skip connections, FLUX.1 has no skip connections to reuse"
         return False, "FLUX.1 has blocks to reuse"

@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
-from ecodiff.lab.studies.measure import compare, difference
+from ecodiff.lab.studies.measure import compare
 from ecodiff.lab.studies.plan import DEV, SCHNELL, SD2, SDXL
-from ecodiff.metrics.similarity import SMALLEST_EFFECT, Interval, mean_interval
-from ecodiff.pipelines.loading import denoiser, load_once
+from ecodiff.metrics.intervals import SMALLEST_EFFECT, Interval, difference, mean_interval
+from ecodiff.pipelines.identity import hashed_once, weights_hash
+from ecodiff.pipelines.loading import load_once
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.storage import records
-from ecodiff.storage.cache import hashed_once, weights_hash
 from ecodiff.storage.paths import data_dir
 
 from . import rules

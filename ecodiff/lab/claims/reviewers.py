@@ -10,7 +10,7 @@ from ecodiff.lab import studies
 from ecodiff.lab.errata import algebra
 from ecodiff.lab.studies.measure import gates_file
 from ecodiff.method.gates import Gates
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.parts import denoiser
 
 from . import on_embedded
 from .method import l1_against_l0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab.errata import Erratum
-from ecodiff.metrics.similarity import SMALLEST_EFFECT, Interval
+from ecodiff.metrics.intervals import SMALLEST_EFFECT, Interval
 
 REPRODUCED = "reproduced on the embedded family"
 NOT_REPRODUCED = "not reproduced on the embedded family"

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.metrics.inception import SIZE, check_pictures, inception_features
-from ecodiff.storage.paths import write_whole
+from ecodiff.storage.files import write_whole
 
 
 @dataclass(frozen=True)

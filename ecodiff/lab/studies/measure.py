@@ -7,12 +7,9 @@ depend on, weights included, so a row is read where nothing has changed and meas
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,68 +18,28 @@ from torch import Tensor, nn
 from ecodiff import metrics
 from ecodiff.baselines import blocks
 from ecodiff.baselines.deepcache import deepcache
-from ecodiff.cost.trace import flops_while
+from ecodiff.cost.watch import flops_while
 from ecodiff.errors import EcoDiffError
-from ecodiff.lab import openmoji
+from ecodiff.lab.openmoji.judges import judge
 from ecodiff.method.gates import Gates
 from ecodiff.method.generate import generate
 from ecodiff.method.learn import LearnConfig, learn
 from ecodiff.method.mask import make_mask
-from ecodiff.method.resume import conditions, describe
 from ecodiff.method.sites import find_sites
 from ecodiff.method.surgery import fold_gates, prune
-from ecodiff.pipelines.loading import denoiser, load_once
+from ecodiff.pipelines.identity import describe_run, weights_hash
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import mix
 from ecodiff.retraining import two_four
-from ecodiff.retraining.config import RetrainConfig
 from ecodiff.retraining.retrain import retrain
 from ecodiff.scores import METHODS, prune_adapted
 from ecodiff.storage import records
-from ecodiff.storage.cache import cached, key, weights_hash
+from ecodiff.storage.cache import anew, cache_folder, cached
+from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import data_dir
 
-from .protocol import Protocol, anew, cache_folder, draw, judge, judge_pictures
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table: how the units to go are chosen, and how the smaller model is judged.
-
-    ``method`` is "original" (nothing goes), "learned", one of ``ecodiff.scores`` (with "blocks", "blocks-clip" and
-    "sparse24"), or any of these with "+compensation" (the weights that stay are adapted), "+soft" (learned: the units
-    that stay keep their gates as factors) and "+deepcache" (every other step reuses deep features; U-Nets only).
-    ``seed`` is that of learning (or of the method's scores) and of the noise pictures are drawn from. ``prompts``
-    captions of ``split`` are what learning or calibration sees. ``scope`` and ``count`` are ``make_mask``'s.
-    """
-
-    method: str = "learned"
-    ratio: float = 0.2
-    seed: int = 0
-    protocol: Protocol = Protocol()
-    config: LearnConfig = LearnConfig()
-    prompts: int = 100
-    split: str = "train"
-    scope: str = "kind"
-    count: str = "units"
-    retrain: RetrainConfig | None = None
-    """Retrain the smaller model so, on pictures that the original draws for the same captions."""
-    learned_on: str = ""
-    """Id of another model with the same sites, whose scores are taken; ``config`` is then for drawing with that one."""
-
-    @property
-    def seeded(self) -> LearnConfig:
-        """``config`` with the cell's own seed: what a mask is learned with."""
-        return replace(self.config, seed=self.seed)
-
-    def captions(self) -> list[str]:
-        """The captions that learning or calibration sees."""
-        return list(_captions(self.split, self.prompts))
-
-
-@lru_cache(maxsize=16)
-def _captions(split: str, number: int) -> tuple[str, ...]:
-    """Drawn once: pages describe hundreds of cells."""
-    return tuple(openmoji.prompts(split, number))
+from .cell import BLOCKS, Cell, apart, calibration, describe_cell, sampling_of, source_of
+from .protocol import Protocol, draw, judge_pictures
 
 
 def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompute: bool = False) -> Gates:
@@ -106,7 +63,7 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
 
 def _kept_gates(pipe, captions: Sequence[str], config: LearnConfig) -> Path:
     """The file in which ``learned_gates`` keeps the gates of this configuration."""
-    name = key({**describe(pipe, list(captions), config), "updates": config.updates})
+    name = key({**describe_run(pipe, list(captions), config), "updates": config.updates})
     return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
 
 
@@ -124,7 +81,7 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
         return learned_gates(pipe, captions, replace(config, seed=seed), recompute=recompute).scores()
     if method not in METHODS:
         raise EcoDiffError(f"Unknown method {method!r}: take learned, {', '.join(METHODS)}.")
-    seen, settings = calibration(method, captions), {"kinds": config.kinds, **_sampling(config, seed)}
+    seen, settings = calibration(method, captions), {"kinds": config.kinds, **sampling_of(config, seed)}
 
     def compute() -> Tensor:
         found = METHODS[method](pipe, seen, progress=False, **settings)
@@ -143,43 +100,13 @@ def _computed_once(pipe, request: dict, compute: Callable[[], Tensor]) -> Tensor
     return cached(cache_folder("scores"), "scores", request, compute)
 
 
-UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no picture: their rows depend on no captions
-EXTRAS = ("compensation", "soft", "deepcache")  # what a method's name may have after it
-
-
-def apart(method: str) -> tuple[str, list[str]]:
-    """A method's name and its extras. Raises EcoDiffError for an extra that is none, or one that does not fit."""
-    name, *extras = method.split("+")
-    for extra in extras:
-        if extra not in EXTRAS:
-            raise EcoDiffError(f"Method {method!r}: +{extra} is not known: take +{', +'.join(EXTRAS)}.")
-    if "soft" in extras and (name != "learned" or "compensation" in extras):
-        raise EcoDiffError(f"Method {method!r}: only learned masks have gates to keep, without compensation.")
-    return name, extras
-
-
 def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[str], config: LearnConfig, seed: int):
     """The smaller pipeline for a mask: cut and, for a method "...+compensation", adapted to what has gone."""
     if "compensation" not in apart(method)[1]:
         return prune(pipe, mask)
     kinds = tuple(kind for kind in config.kinds if kind != "modulation")
     seen = calibration("obs", captions)
-    return prune_adapted(pipe, mask, seen, kinds=kinds, progress=False, **_sampling(config, seed))
-
-
-def calibration(method: str, captions: Sequence[str]) -> list[str]:
-    """The captions a method of ``ecodiff.scores`` watches: the first 32; 8 for occlusion, which draws them anew for
-    every part; all for Gauss-Newton, which makes one backward pass with each, as a learned mask makes many."""
-    return list(captions[: {"occlusion": 8, "gauss-newton": len(captions)}.get(method, 32)])
-
-
-def _sampling(config: LearnConfig, seed: int) -> dict:
-    return {
-        "seed": seed,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "call": config.call,
-    }
+    return prune_adapted(pipe, mask, seen, kinds=kinds, progress=False, **sampling_of(config, seed))
 
 
 def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = False) -> dict | None:
@@ -201,49 +128,9 @@ def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = 
     ]
 
 
-def describe_cell(pipe, cell: Cell) -> dict:
-    """Everything that the values of a cell depend on: what its row is found by."""
-    captions, config = cell.captions(), cell.seeded
-    (base, extras), judged_by = apart(cell.method), judge()
-    source = _source(pipe, cell)
-    described = {
-        "weights": weights_hash(denoiser(pipe)),
-        "vae": weights_hash(pipe.vae),
-        "conditions": key(conditions(pipe)),
-        "judge": weights_hash(judged_by.model) if judged_by else None,
-        "method": cell.method,
-        "ratio": 0.0 if base == "original" else cell.ratio,
-        "scope": cell.scope,
-        "count": cell.count,
-        "seed": cell.seed,
-        "protocol": asdict(cell.protocol),
-    }
-    if base in UNSEEING and config.kinds != LearnConfig().kinds:
-        described["kinds"] = config.kinds
-    if base == "learned":
-        described["learned"] = {**describe(source, captions, config), "updates": config.updates}
-    elif cell.learned_on:
-        described["scores of"] = weights_hash(denoiser(source))
-    if cell.retrain:
-        described["retrain"] = {**asdict(cell.retrain), "captions": key(captions)}
-    if "compensation" in extras or base not in ("original", "learned", *UNSEEING):
-        described["calibration"] = {
-            **_sampling(config, cell.seed),
-            "captions": key({name: calibration(name, captions) for name in (base, "obs")}),
-            "kinds": config.kinds,
-            "version": 1,
-        }
-    return described
-
-
-def _source(pipe, cell: Cell):
-    """The pipeline whose units are scored."""
-    return load_once(cell.learned_on) if cell.learned_on else pipe
-
-
 def gates_file(pipe, cell: Cell) -> Path:
     """Where the gates of a cell of learned masks are kept once they are learned."""
-    return _kept_gates(_source(pipe, cell), cell.captions(), cell.seeded)
+    return _kept_gates(source_of(pipe, cell), cell.captions(), cell.seeded)
 
 
 def smaller_model(pipe, cell: Cell, recompute: bool = False):
@@ -270,7 +157,7 @@ def _pruned(pipe, cell: Cell, recompute: bool):
         return _without_blocks(pipe, method, calibration(method, captions), cell)
     mask = _mask(pipe, cell, recompute)
     if "soft" in extras:
-        gates = learned_gates(_source(pipe, cell), captions, cell.seeded)
+        gates = learned_gates(source_of(pipe, cell), captions, cell.seeded)
         pipe = fold_gates(pipe, gates.deterministic())
     return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
 
@@ -278,7 +165,7 @@ def _pruned(pipe, cell: Cell, recompute: bool):
 def _mask(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
     """The mask {site: bool [units]} of a cell whose method scores units."""
     method, _ = apart(cell.method)
-    scores = scores_of(_source(pipe, cell), method, cell.captions(), cell.config, cell.seed, recompute)
+    scores = scores_of(source_of(pipe, cell), method, cell.captions(), cell.config, cell.seed, recompute)
     return make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
 
 
@@ -335,11 +222,8 @@ def compare_sparing(pipe, cell: Cell, sites: Sequence[str], *, only_recorded: bo
     return records.measure(described, measured, name="spared")["values"]
 
 
-BLOCKS = ("blocks", "blocks-clip")  # whole blocks by the prediction's error (LAPTOP-Diff), by CLIP score (SnapFusion)
-
-
 def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
-    model, settings = denoiser(pipe), _sampling(cell.config, cell.seed)
+    model, settings = denoiser(pipe), sampling_of(cell.config, cell.seed)
     sizes = blocks.candidates(model)
     if method == "blocks-clip" and judge() is None:
         raise EcoDiffError("blocks-clip needs the judge: run python -m ecodiff zoo train openmoji-clip.")
@@ -386,65 +270,3 @@ def picture_gflop(pipe, protocol: Protocol) -> float:
     attention's products included. Counted while one is drawn."""
     scenes = protocol.scenes()[:1]
     return flops_while(denoiser(pipe), lambda: draw(pipe, scenes, 0, protocol, keep=False)).total / 1e9
-
-
-def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digits: int | None = None) -> str:
-    """Mean over all seeds' values with its 95 % interval (bootstrap over seeds and pictures) as text, such as
-    "0.812 (0.798 to 0.825)"; with three digits, or one for values that are scaled up, unless told otherwise."""
-    values = [[scale * value for value in seed_values] for seed_values in per_seed if seed_values]
-    if not values:
-        return "–"
-    interval = metrics.nested_interval(values)
-    if digits is None:
-        digits = 1 if scale > 1 else 3
-    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
-
-
-def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> metrics.Interval:
-    """Mean difference first - second with its 95 % interval over seeds and pictures, paired by both.
-
-    Where no picture differs at all in a measure that is 0 or 1, resampling can only give an interval of no width. Then
-    the interval is that of the rule of three: with n pictures of which none differs, up to a share of 1 - 0.05^(1/n),
-    about 3/n, could differ with a chance of 5 % (Hanley & Lippman-Hand 1983).
-    """
-    pairs = [[a - b for a, b in zip(xs, ys, strict=True)] for xs, ys in zip(first, second, strict=True)]
-    interval = metrics.nested_interval(pairs)
-    values = {value for group in (*first, *second) for value in group}
-    if interval.low == interval.high == 0 and values <= {0, 1}:
-        unseen = 1 - 0.05 ** (1 / len(pairs[0]))
-        return replace(interval, low=-unseen, high=unseen)
-    return interval
-
-
-def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: str = "learned") -> str:
-    """Sentences that say, from the paired intervals, whether ``ours`` keeps more than each other method."""
-    lines = []
-    for other in cells:
-        if other == ours:
-            continue
-        for measure, words in (("ssim", "SSIM"), ("object", "objects named")):
-            sets = [[cell.get(measure, []) for cell in cells[name]] for name in (ours, other)]
-            if not sets[0][0]:
-                continue
-            d = difference(*sets)
-            shown = f"{d.mean:+.3f}, 95 % interval {d.low:+.3f} to {d.high:+.3f}"
-            lines.append(f"- {words}, {ours} against {other}: {d.word} (paired difference {shown}).")
-    return "\n".join(lines)
-
-
-def latency(models: Mapping[str, object], captions: Sequence[str], *, turns: int = 5, **settings) -> dict[str, dict]:
-    """Seconds of drawing the captions with each pipeline, in turns; ratios to the first pipeline, pair by pair."""
-    seconds: dict[str, list[float]] = {label: [] for label in models}
-    for turn in range(turns + 1):  # the first turn warms up
-        for label, pipe in models.items():
-            started = time.perf_counter()
-            generate(pipe, captions, range(len(captions)), progress=False, **settings)
-            if turn:
-                seconds[label].append(time.perf_counter() - started)
-    base = seconds[next(iter(models))]
-    result = {}
-    for label, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, base, strict=True)]
-        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        result[label] = {"seconds": statistics.median(times), "ratio": middle, "low": low, "high": high}
-    return result

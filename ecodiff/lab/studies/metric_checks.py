@@ -15,11 +15,14 @@ from torch.nn.functional import avg_pool2d, interpolate, pad
 from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import clip_score
+from ecodiff.lab.openmoji.judges import judge, probe, real_features
+from ecodiff.metrics.clip import clip_score
+from ecodiff.pipelines.conditioning import through_vae
 from ecodiff.storage import records
 
-from .measure import Cell, describe_cell, smaller_model
-from .protocol import draw, judge, probe, real_features
+from .cell import Cell, describe_cell
+from .measure import smaller_model
+from .protocol import draw
 
 NETWORK = "inception-2015-12-05"
 
@@ -58,13 +61,6 @@ def resized(pictures: Tensor, size: int) -> Tensor:
     """uint8 pictures [N, 3, H, W] -> [N, 3, size, size], bicubic (as App. E.1 of the paper, with size 512)."""
     y = interpolate(pictures.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
     return y.round().clamp(0, 255).to(torch.uint8)
-
-
-@torch.no_grad()
-def through_vae(vae, pictures: Tensor) -> Tensor:
-    """What the pipeline's VAE makes of pictures: encoded (mean) and decoded, uint8 as they came."""
-    parts = [vae.decode(vae.encode(x.float() / 127.5 - 1).latent_dist.mean).sample for x in pictures.split(32)]
-    return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def halves(scenes: int, sizes: Sequence[int], draws: int, seed: int = 0, recompute: bool = False) -> dict:
@@ -132,7 +128,7 @@ def _known_sets(pipe, cell: Cell, recompute: bool) -> dict:
         return {
             **distances(features[:n], seen),
             "object": probe().correct(seen, [scene.objects[0] for scene in shown]).int(),
-            "colour": metrics.background_correct(images, [scene.colour for scene in shown], openmoji.COLOURS).int(),
+            "colour": openmoji.background_correct(images, [scene.colour for scene in shown], openmoji.COLOURS).int(),
         }
 
     def distances(reference: Tensor, seen: Tensor, ending: str = "") -> dict:

@@ -6,24 +6,20 @@ One protocol for all methods: the same captions, and for each caption and seed t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 
 from ecodiff import metrics
-from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import Judge, verdicts
+from ecodiff.lab.openmoji.facts import verdicts
+from ecodiff.lab.openmoji.judges import judge, probe, real_features
 from ecodiff.method.generate import generate
-from ecodiff.storage import records
-from ecodiff.storage.paths import data_dir, data_file
+from ecodiff.storage.cache import cache_folder
+from ecodiff.storage.paths import data_dir
 
 
 @dataclass(frozen=True)
@@ -67,18 +63,18 @@ class Protocol:
 def recommended(model: str) -> dict:
     """How the recipe of an embedded model says it is drawn: arguments of its call; nothing for any other model."""
     path = data_dir() / "models" / model / "recipe.json"
-    return dict(_sampling(path, path.stat().st_mtime_ns)) if path.is_file() else {}
+    return dict(sampling_of(path, path.stat().st_mtime_ns)) if path.is_file() else {}
 
 
 @lru_cache(maxsize=16)
-def _sampling(recipe: Path, changed: int) -> dict:
+def sampling_of(recipe: Path, changed: int) -> dict:
     """What a recipe, last changed at this time, says of drawing: read once, since studies ask for it in every row."""
     return json.loads(recipe.read_text())["recipe"]["sampling"]
 
 
 def judge_pictures(drawn: Tensor, scenes: Sequence[openmoji.Scene], features: bool = True) -> dict[str, list | float]:
     """What ``compare`` returns about pictures uint8 [N, 3, 64, 64] of scenes, without a reference."""
-    found = {"colour": metrics.background_correct(drawn, [scene.colour for scene in scenes], openmoji.COLOURS)}
+    found = {"colour": openmoji.background_correct(drawn, [scene.colour for scene in scenes], openmoji.COLOURS)}
     sets = {}
     if features:
         seen = metrics.inception_features(drawn, progress=False)
@@ -94,34 +90,6 @@ def judge_pictures(drawn: Tensor, scenes: Sequence[openmoji.Scene], features: bo
     return {**{name: [int(hit) for hit in hits] for name, hits in found.items()}, **sets}
 
 
-def real_features(scenes: Sequence[openmoji.Scene]) -> Tensor:
-    """Inception features [N, 2048] of the scenes themselves, each computed once in a process."""
-    new = [scene for scene in scenes if scene not in _known_features]
-    if new:
-        seen = metrics.inception_features(openmoji.images(new), progress=False)
-        _known_features.update(zip(new, seen, strict=True))
-    return torch.stack([_known_features[scene] for scene in scenes])
-
-
-_known_features: dict[openmoji.Scene, Tensor] = {}
-
-
-@lru_cache(maxsize=1)
-def judge() -> Judge | None:
-    """The embedded judge, or None where it is not trained. It keeps its captions: the questions of a set of scenes are
-    some twenty thousand, the same for every model."""
-    try:
-        return replace(Judge.load(), texts={})
-    except EcoDiffError:
-        return None
-
-
-@lru_cache(maxsize=1)
-def probe() -> metrics.ObjectProbe:
-    """The object probe kept under ``data/models/openmoji-probe``."""
-    return metrics.ObjectProbe.load(data_file("models/openmoji-probe/probe.safetensors"))
-
-
 def draw(pipe, scenes: Sequence[openmoji.Scene], seed: int, protocol: Protocol, keep: bool = True) -> Tensor:
     """Pictures uint8 [N, 3, 64, 64] of the scenes' captions; the noise of each is fixed by ``seed`` and its scene.
 
@@ -135,31 +103,3 @@ def draw(pipe, scenes: Sequence[openmoji.Scene], seed: int, protocol: Protocol, 
         progress=False,
         **protocol.sampling,
     )
-
-
-def cache_folder(name: str) -> Path | None:
-    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off. With
-    ECODIFF_RECOMPUTE=1 and inside ``anew`` a folder of this process, which goes when it ends."""
-    if not records.enabled():
-        return None
-    own = records.recompute_asked() or _anew.get()
-    return (Path(_own_folder().name) if own else data_dir() / ".cache") / name
-
-
-@contextmanager
-def anew(asked: bool = True) -> Iterator[None]:
-    """Inside, if ``asked``, only pictures and scores that this process made are read: what is measured again is drawn
-    again."""
-    token = _anew.set(asked or _anew.get())
-    try:
-        yield
-    finally:
-        _anew.reset(token)
-
-
-_anew: ContextVar[bool] = ContextVar("anew", default=False)
-
-
-@lru_cache(maxsize=1)
-def _own_folder() -> TemporaryDirectory:
-    return TemporaryDirectory(prefix="ecodiff-")

@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ecodiff.method.gates import Gates, HardConcrete, apply_gates, fresh_gates
-from ecodiff.method.resume import conditions
+from ecodiff.method.gates import Gates, fresh_gates
+from ecodiff.method.hard_concrete import HardConcrete
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import find_sites
 from ecodiff.method.trajectory import final_latents
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.identity import conditions, weights_hash
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import collate
 from ecodiff.storage import records
-from ecodiff.storage.cache import key, weights_hash
+from ecodiff.storage.fingerprint import key
 
 CAPTIONS = 2
 """Captions per seed; each seed has its own."""

@@ -24,13 +24,13 @@ from torch import Tensor
 from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.method.gates import apply_gates
 from ecodiff.method.generate import generate
-from ecodiff.method.resume import conditions
+from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import Site, find_sites
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.identity import conditions, weights_hash
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.storage import records
-from ecodiff.storage.cache import key, weights_hash
+from ecodiff.storage.fingerprint import key
 
 from .protocol import Protocol
 

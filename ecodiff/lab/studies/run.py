@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
+from ecodiff.pipelines.identity import hashed_once
 from ecodiff.pipelines.loading import embedded, load_once
 from ecodiff.storage import records
-from ecodiff.storage.cache import hashed_once, key
+from ecodiff.storage.cache import anew
+from ecodiff.storage.fingerprint import key
 
-from .measure import Cell, apart, compare, describe_cell, gates_file, measure_cell
+from .cell import Cell, apart, describe_cell
+from .measure import compare, gates_file, measure_cell
 from .plan import cells, planned
-from .protocol import anew
 
 
 def seeds_of(names: Sequence[str], model: str, most: int | None = None) -> dict[str, int]:

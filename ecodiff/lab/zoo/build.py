@@ -22,7 +22,7 @@ __all__ = ["build", "clip_tokenizer", "fold_guidance", "load_recipe", "parameter
 
 
 def build(recipe: dict, models: Path | None = None):
-    """The model of a recipe before training, seeded by it: a pipeline, or an ``ecodiff.lab.openmoji.facts.Judge``.
+    """The model of a recipe before training, seeded by it: a pipeline, or an ``ecodiff.metrics.clip.Judge``.
 
     ``models`` is the folder with the trained models it starts from (left out: ``data/models``). Raises EcoDiffError
     where one of those is missing, or for a class that no recipe here knows how to assemble.
@@ -190,7 +190,7 @@ def _judge(recipe: dict, models: Path | None):
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from ecodiff.lab.openmoji.facts import Judge
+    from ecodiff.metrics.clip import Judge
 
     tokenizer = clip_tokenizer(recipe)
     text = {**_clip_words(tokenizer), **recipe["text"]}

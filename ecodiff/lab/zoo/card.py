@@ -10,9 +10,8 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from ecodiff import metrics
 from ecodiff.lab import openmoji
-from ecodiff.storage import records
+from ecodiff.storage import provenance
 from ecodiff.storage.paths import data_dir
 
 PROBE_PICTURES = 12  # real one-object scenes a class
@@ -77,12 +76,12 @@ def gap(student: Mapping[str, Measured], teacher: Mapping[str, Measured]) -> tup
 def fit_probe() -> float:
     """Fit the object probe on real one-object scenes, keep it in ``data/models/openmoji-probe``, return its ceiling."""
     scenes = list(openmoji.scenes("train", PROBE_PICTURES * len(openmoji.object_names()), start=20_000_000, count=1))
-    probe = metrics.ObjectProbe.fit(openmoji.images(scenes), [scene.objects[0] for scene in scenes])
+    probe = openmoji.ObjectProbe.fit(openmoji.images(scenes), [scene.objects[0] for scene in scenes])
     folder = data_dir() / "models" / "openmoji-probe"
     folder.mkdir(parents=True, exist_ok=True)
     probe.save(folder / "probe.safetensors")
     text = _template("probe.md").substitute(
-        pictures=len(scenes), ceiling=f"{100 * probe.ceiling:.1f}", objects=len(probe.names), commit=records.commit()
+        pictures=len(scenes), ceiling=f"{100 * probe.ceiling:.1f}", objects=len(probe.names), commit=provenance.commit()
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     return probe.ceiling

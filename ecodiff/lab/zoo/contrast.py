@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, normalize, pad
 
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import Facts, cut, vectors
+from ecodiff.lab.openmoji.facts import Facts, cut
+from ecodiff.metrics.clip import vectors
 
 from .fit import fit
 from .stages import pixels

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ecodiff import metrics
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import Judge, caption_ranks, clip_score, cut, verdicts
-from ecodiff.lab.studies import protocol
-from ecodiff.lab.studies.metric_checks import through_vae
+from ecodiff.lab.openmoji import judges
+from ecodiff.lab.openmoji.facts import caption_ranks, cut, verdicts
 from ecodiff.method.generate import generate
+from ecodiff.metrics.clip import Judge, clip_score
+from ecodiff.pipelines.conditioning import through_vae
 
 from .contrast import shift
 
@@ -39,7 +40,7 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
     fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling. For FLUX what
     ``crossed`` says.
     """
-    judge, sets = protocol.judge(), scene_sets(prompts)
+    judge, sets = judges.judge(), scene_sets(prompts)
     asked = {name: (scenes, [scene.caption for scene in scenes]) for name, scenes in sets.items()}
     one = sets["one object"]
     asked["free wording"] = (one, free_wordings(one))
@@ -71,7 +72,7 @@ def crossed(pipe, judge: Judge | None, scenes: list[openmoji.Scene], sampling: d
     prompts = [{"prompt": pooled.caption, "prompt_2": tokens.caption} for tokens, pooled in pairs]
     drawn, rows = generate(pipe, prompts, range(7_000_000, 7_000_000 + len(prompts)), **sampling), {}
     for whose, own in zip(("tokens", "pooled vector"), zip(*pairs, strict=True), strict=True):
-        hits = {"background": metrics.background_correct(drawn, [scene.colour for scene in own], openmoji.COLOURS)}
+        hits = {"background": openmoji.background_correct(drawn, [scene.colour for scene in own], openmoji.COLOURS)}
         if judge is not None:
             hits["object"] = verdicts(judge, drawn, own)["objects"]
         for what, right in hits.items():
@@ -133,10 +134,10 @@ def _found(judge: Judge | None, sets: list[Tensor], scenes: list[openmoji.Scene]
 
 
 def _probed(images: Tensor, scenes: list[openmoji.Scene]) -> dict[str, Tensor]:
-    right = metrics.background_correct(images, [scene.colour for scene in scenes], openmoji.COLOURS)
+    right = openmoji.background_correct(images, [scene.colour for scene in scenes], openmoji.COLOURS)
     if len(scenes[0].objects) != 1:
         return {"background right": right}
-    named = protocol.probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
+    named = judges.probe().correct(images, [scene.objects[0] for scene in scenes], progress=False)
     return {"object named by the probe": named, "background right": right}
 
 

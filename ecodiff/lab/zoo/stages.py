@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ecodiff.lab import openmoji
-from ecodiff.pipelines.loading import denoiser
+from ecodiff.pipelines.conditioning import encode as encode_with_vae
+from ecodiff.pipelines.parts import denoiser
 from ecodiff.retraining import losses
 
 from .fit import fit
@@ -113,7 +114,7 @@ def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
 
 def encode(pipe, scenes: list[openmoji.Scene]) -> Tensor:
     """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]."""
-    return losses.encode(pipe, pixels(scenes, pipe.vae.device))
+    return encode_with_vae(pipe, pixels(scenes, pipe.vae.device))
 
 
 def compiled(model, options: dict):

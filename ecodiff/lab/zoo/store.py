@@ -14,7 +14,7 @@ from PIL import Image
 from ecodiff import pipelines
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import Judge
+from ecodiff.metrics.clip import Judge
 from ecodiff.storage.paths import data_dir
 from ecodiff.storage.saving import replaced_files
 

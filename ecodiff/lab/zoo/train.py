@@ -9,10 +9,11 @@ import torch
 
 from ecodiff import pipelines
 from ecodiff.errors import EcoDiffError
-from ecodiff.lab.openmoji.facts import Judge
-from ecodiff.storage.cache import key, weights_hash
+from ecodiff.metrics.clip import Judge
+from ecodiff.pipelines.identity import weights_hash
+from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import data_dir
-from ecodiff.storage.records import commit, machine
+from ecodiff.storage.provenance import commit, machine
 
 from .build import build
 from .contrast import train_contrast
