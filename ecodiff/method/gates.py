@@ -92,7 +92,7 @@ class Gates:
 
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.log_alpha.items()}
         metadata = {
-            "format": "ecodiff.method.gates.1",
+            "format": "ecodiff.gates.1",
             "distribution": json.dumps(asdict(self.distribution)),
             "sites": json.dumps({name: [site.kind, site.units] for name, site in self.sites.items()}),
             "history": json.dumps(self.history),
@@ -118,7 +118,7 @@ class Gates:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise EcoDiffError(f"{path}: not a readable safetensors file ({error}); save the gates again.") from error
-        if metadata.get("format") != "ecodiff.method.gates.1":
+        if metadata.get("format") != "ecodiff.gates.1":
             raise EcoDiffError(f"{path}: not written by Gates.save; for λ of another origin use Gates.from_tensors.")
         if metadata.pop("sha256", None) != _digest(tensors, metadata):
             raise EcoDiffError(f"{path}: the contents do not fit their checksum; the file was changed or damaged.")

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 
+STEPS = (1, 2, 5, 10, 20, 50)  # of full-size, as are the ratios
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 MODULES = {"generation": "generation", "mask-update": "mask_update", "full-size": "full_size"}
 
 
@@ -55,10 +57,8 @@ def _add_full_size(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=1, help="samples in a denoiser call (guidance makes 2 of an image)"
     )
     parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50], help="values of T")
-    parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="of --parts inference"
-    )
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="values of T")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="of --parts inference")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--measure", default="both", choices=["both", "peak", "time"])
     parser.add_argument("--minutes", type=float, default=1e9, help="start no measurement after so long")
