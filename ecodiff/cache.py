@@ -50,9 +50,7 @@ def hashed_once() -> Iterator[None]:
 
 def _hash(module: nn.Module) -> str:
     total = hashlib.sha256()
-    state = {
-        plain_name(name): value for name, value in module.state_dict().items()
-    }  # torch.compile's prefix
+    state = {plain_name(name): value for name, value in module.state_dict().items()}
     for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             if value.is_meta:
