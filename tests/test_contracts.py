@@ -63,35 +63,27 @@ There are none."""
 
 def keys_of_compare() -> dict[str, str]:
     """All cells of the plan of all embedded pipelines."""
-    found = {}
-    for model in embedded():
-        pipe = load_once(model)
-        with hashed_once():
-            for name, cell in plan_of(model).items():
-                found[name] = key(describe_cell(pipe, cell))
-    return found
+    return {name: key(describe_cell(pipe, cell)) for name, pipe, cell in planned()}
 
 
 def keys_of_gates() -> dict[str, str]:
     """Names of the files in which the learned gates of the plan are kept."""
     found = {}
+    for name, pipe, cell in planned():
+        if cell.method.startswith("learned"):
+            found[name] = gates_file(pipe, cell).stem
+    return found
+
+
+def planned():
+    """Each cell of the plan as ("model, study, row, seed", pipeline, cell); weights are hashed once."""
     for model in embedded():
         pipe = load_once(model)
         with hashed_once():
-            for name, cell in plan_of(model).items():
-                if cell.method.startswith("learned"):
-                    found[name] = gates_file(pipe, cell).stem
-    return found
-
-
-def plan_of(model: str) -> dict[str, Cell]:
-    """The cells that the plan has of a model, {"model, study, row, seed": cell}."""
-    found = {}
-    for study, seeds in seeds_of((), model).items():
-        for seed in range(seeds):
-            for row, cell in studies.cells(study, model, seed).items():
-                found[f"{model}, {study}, {row}, seed {seed}"] = cell
-    return found
+            for study, seeds in seeds_of((), model).items():
+                for seed in range(seeds):
+                    for row, cell in studies.cells(study, model, seed).items():
+                        yield f"{model}, {study}, {row}, seed {seed}", pipe, cell
 
 
 def keys_of_removed_units() -> dict[str, str]:
