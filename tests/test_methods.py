@@ -207,7 +207,7 @@ def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
         score(method, pipe)
     taylor = ["taylor.scores"] * 2  # Diff-Pruning, too
     slopes = ["fisher.scores", "gauss_newton.scores"]
-    assert asked == ["wanda.norms", *taylor, *slopes, "occlusion.scores", "wanda.norms", "obs.second_moments"]
+    assert asked == ["wanda.norms", *taylor, *slopes, "occlusion.scores", "wanda.norms", "compensation.second_moments"]
 
 
 def test_taylor_needs_no_gradients_switched_on_by_the_caller():

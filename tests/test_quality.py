@@ -7,7 +7,7 @@ from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.lab.openmoji import judges
-from ecodiff.lab.studies import metric_checks, protocol
+from ecodiff.lab.studies import metric_checks
 from ecodiff.lab.studies.cell import Cell
 from ecodiff.lab.studies.protocol import Protocol
 
@@ -26,7 +26,7 @@ class Probe:
 def without_networks(monkeypatch):
     monkeypatch.setenv("ECODIFF_RECORDS", "off")
     monkeypatch.setattr(metric_checks, "probe", Probe)
-    monkeypatch.setattr(protocol, "_known_features", {})
+    monkeypatch.setattr(judges, "_known_features", {})
     monkeypatch.setattr(metric_checks, "describe_cell", lambda pipe, cell: {"judge": None})
     thumbnails = lambda images, progress: torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)  # noqa: E731
     monkeypatch.setattr(metrics, "inception_features", thumbnails)

@@ -9,6 +9,7 @@ import torch
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage import records
+from ecodiff.storage.paths import root
 
 CONFIG = {"method": "random", "ratio": 0.2, "seed": 3}
 
@@ -80,7 +81,7 @@ def test_a_row_says_where_it_comes_from_but_not_from_whom():
     )
     assert row["seconds"] >= 0 and row["date"].endswith("Z")
     text = json.dumps(row)
-    assert platform.node() not in text and str(records.root()) not in text and f"/{getpass.getuser()}" not in text
+    assert platform.node() not in text and str(root()) not in text and f"/{getpass.getuser()}" not in text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "no json", "lacking"])

@@ -119,7 +119,7 @@ def test_no_steps_give_the_same_pipeline_bit_for_bit(method):
 
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_flux])
 def test_merged_adapters_draw_what_unmerged_ones_do(build, monkeypatch):
-    module, drawn = importlib.import_module("ecodiff.retrain"), {}
+    module, drawn = importlib.import_module("ecodiff.retraining.retrain"), {}
     merged = module._merged
     pipe = smaller(build())
 

@@ -14,7 +14,8 @@ from ecodiff.cost.counting import cost
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
 from ecodiff.lab.claims.on_embedded import HUB
-from ecodiff.lab.studies import measure, protocol, run
+from ecodiff.lab.studies import cell as cell_module
+from ecodiff.lab.studies import measure, plan, protocol, run
 from ecodiff.lab.studies.cell import Cell, describe_cell, sampling_of
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.config import LearnConfig
@@ -48,11 +49,11 @@ def toy(store, monkeypatch):
         "learned": Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
     }
     study = studies.Study("A toy", "no table", lambda model: rows, varies=("method", "ratio"), reference=("original",))
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    monkeypatch.setattr(plan, "STUDIES", {"toy": study})
     return tiny_sd()
 
 
-@pytest.mark.parametrize("study", list(studies.STUDIES))
+@pytest.mark.parametrize("study", list(plan.STUDIES))
 @pytest.mark.parametrize("model", ["openmoji-sdxl", "openmoji-flux-schnell", "somebody/model"])
 def test_a_study_has_rows_that_differ_and_share_what_they_do_not_vary(study, model):
     rows = studies.cells(study, model, seed=2)
@@ -92,9 +93,9 @@ def test_a_row_that_does_not_test_what_its_study_says_is_refused(rows, study, me
 
 
 @pytest.mark.parametrize("model", [*studies.MAIN, "somebody/model", "black-forest-labs/FLUX.1-schnell"])
-@pytest.mark.parametrize("name", list(studies.STUDIES))
+@pytest.mark.parametrize("name", list(plan.STUDIES))
 def test_each_row_varies_what_its_study_says_and_is_alive_where_learning_starts(name, model):
-    study = studies.STUDIES[name]
+    study = plan.STUDIES[name]
     rows = study.rows(model)
     studies.check(study, rows)
     assert any(reference in rows for reference in study.reference)
@@ -122,7 +123,7 @@ def test_a_gradient_that_is_said_to_be_zero_is_zero_and_others_are_not():
 def test_redrawn_gates_are_redrawn_in_every_step():
     """As in the published loop: a step whose activations are kept would have the exact gradient."""
     for model in (studies.SDXL, studies.DEV):
-        rows = studies.STUDIES["choices"].rows(model)
+        rows = plan.STUDIES["choices"].rows(model)
         for name in ("gates drawn anew when recomputing", "as the published code"):
             assert rows[name].config.recompute == "redraw" and rows[name].config.keep_last == 0
 
@@ -134,7 +135,7 @@ def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
         pytest.skip("ECODIFF_RECORDS=off")
     found = studies.recorded(load_once(model), "l1", model, seeds=1)
     means = {name: statistics.mean(cells[0]["ssim"]) for name, cells in found.items() if name.startswith("L1")}
-    assert len(means) == len(studies.L1_BETAS)
+    assert len(means) == len(plan.L1_BETAS)
     assert max(means, key=means.get) == f"L1, β = {studies.tuned_l1(model):g}"
     for name in ("main", "pairs", "choices"):
         assert all(cell.protocol.split != "train" for cell in studies.cells(name, model).values())
@@ -142,8 +143,8 @@ def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
 
 
 def test_further_seeds_can_have_fewer_rows_and_no_inception(toy, monkeypatch):
-    study = replace(studies.STUDIES["toy"], plan={"tiny": 3}, further={"tiny": ("learned",)})
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    study = replace(plan.STUDIES["toy"], plan={"tiny": 3}, further={"tiny": ("learned",)})
+    monkeypatch.setattr(plan, "STUDIES", {"toy": study})
     assert list(studies.cells("toy", "tiny")) == ["original", "random", "learned"]
     later = studies.cells("toy", "tiny", 1)
     assert list(later) == ["learned"] and later["learned"].seed == 1 and not later["learned"].protocol.features
@@ -351,7 +352,7 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
     def rows(model):
         return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
 
-    monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], rows=rows)})
+    monkeypatch.setattr(plan, "STUDIES", {"toy": replace(plan.STUDIES["toy"], rows=rows)})
     monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
     monkeypatch.setattr(run, "load_once", lambda model: toy)
     assert main(["study", "--model", "all", "--seeds", "2"]) == 0
@@ -371,15 +372,15 @@ def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
     # What is named is measured, in the plan or not; and a model of nobody's plan has all.
     assert run.seeds_of(["main", "best"], "openmoji-sdxl") == {"main": studies.SEEDS, "best": 1}
     assert run.seeds_of(["main"], "openmoji-sdxl", most=2) == {"main": 2}
-    assert run.seeds_of([], "stabilityai/stable-diffusion-xl-base-1.0") == dict.fromkeys(studies.STUDIES, studies.SEEDS)
-    for name in studies.STUDIES:
+    assert run.seeds_of([], "stabilityai/stable-diffusion-xl-base-1.0") == dict.fromkeys(plan.STUDIES, studies.SEEDS)
+    for name in plan.STUDIES:
         assert any(studies.planned(name, model) for model in (studies.SDXL, studies.DEV))
 
 
 def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     short = {"tiny": ("original", "random")}
-    study = replace(studies.STUDIES["toy"], plan={"tiny": 2}, short=short)
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    study = replace(plan.STUDIES["toy"], plan={"tiny": 2}, short=short)
+    monkeypatch.setattr(plan, "STUDIES", {"toy": study})
     assert [list(studies.cells("toy", model)) for model in ("tiny", "other")] == [
         ["original", "random"],
         ["original", "random", "learned"],
@@ -390,15 +391,15 @@ def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     assert studies.progress({"original": [{}]}, "toy", "tiny").startswith("1 of 4 cells of this table")
 
 
-@pytest.mark.parametrize("name", list(studies.STUDIES))
+@pytest.mark.parametrize("name", list(plan.STUDIES))
 def test_every_row_that_a_plan_names_is_a_row_of_the_study(name):
-    study = studies.STUDIES[name]
+    study = plan.STUDIES[name]
     for model, named in study.short.items():
         assert set(named) <= set(study.rows(model)) and model in study.plan
 
 
 def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
-    monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], plan={"tiny": 2, "other": 0})})
+    monkeypatch.setattr(plan, "STUDIES", {"toy": replace(plan.STUDIES["toy"], plan={"tiny": 2, "other": 0})})
     assert studies.progress({"random": [{}]}, "toy", "tiny").startswith("1 of 6 cells of this table")
     assert studies.progress({"random": [{}] * 3}, "toy", "tiny", seeds=1).startswith("1 of 3")
     assert studies.progress({}, "toy", "other").startswith("0 of 3")
@@ -477,14 +478,14 @@ def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     other = tiny_sd()
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.5)
-    monkeypatch.setattr(measure, "load_once", {"other": other}.__getitem__)
+    monkeypatch.setattr(cell_module, "load_once", {"other": other}.__getitem__)
     own = Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
     borrowed = replace(own, learned_on="other")
     mask = measure.learned_gates(other, own.captions(), CONFIG).mask(0.5)
     small = measure.smaller_model(toy, borrowed)
     assert torch.equal(latents(small), latents(prune(toy, mask)))
     assert describe_cell(toy, own) != describe_cell(toy, borrowed)
-    schnell = studies._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
+    schnell = plan._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
     assert schnell.learned_on == "openmoji-flux-dev" and schnell.config == studies.base("openmoji-flux-dev").config
 
 

@@ -237,8 +237,10 @@ def longer(name):
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-dev"])
 def test_a_stored_model_is_trained_on_by_a_stage_that_is_new(family, tmp_path, monkeypatch, name):
     folder, seen = family[1], []
-    real = fit.data.scenes
-    monkeypatch.setattr(fit.data, "scenes", lambda split, n, start=0: seen.append(start) or real(split, n, start=start))
+    real = fit.openmoji.scenes
+    monkeypatch.setattr(
+        fit.openmoji, "scenes", lambda split, n, start=0: seen.append(start) or real(split, n, start=start)
+    )
     model, log = train(longer(name), tmp_path, folder, go_on=True)
     assert list(log)[:-2] == longer(name)["stages"] and seen == [1000, 1002]
     assert not list(tmp_path.glob("denoiser.pt")) and list(tmp_path.glob("denoiser_9.pt"))
@@ -324,8 +326,8 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
         def correct(self, images, names, progress):
             return torch.ones(len(names), dtype=torch.bool)
 
-    monkeypatch.setattr(measure.protocol, "probe", Probe)
-    monkeypatch.setattr(measure.protocol, "judge", lambda: family[0]["openmoji-clip"])
+    monkeypatch.setattr(measure.judges, "probe", Probe)
+    monkeypatch.setattr(measure.judges, "judge", lambda: family[0]["openmoji-clip"])
     trained = json.loads((family[1] / name / "recipe.json").read_text())
     if name == "openmoji-clip":
         measured = measure.measure_judge(family[0][name], prompts=3)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
-from ecodiff import pipelines
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import DTYPES
-from ecodiff.pipelines.parts import Experts, experts
+from ecodiff.pipelines.loading import DTYPES, load
+from ecodiff.pipelines.parts import Experts, experts, sampling_loop
+from ecodiff.pipelines.parts import denoiser as denoiser_of
 
 from . import presets
 from .capture import capture
@@ -39,7 +39,7 @@ def subject_of(model) -> Subject:
             p = presets.preset(model)
         except EcoDiffError as unknown:
             try:
-                return _from_pipeline(pipelines.load(model))
+                return _from_pipeline(load(model))
             except EcoDiffError as error:
                 raise EcoDiffError(f"{unknown} It could not be loaded either: {error}") from error
         setting = {field.name: getattr(p, field.name) for field in fields(presets.Setting)}
@@ -50,8 +50,8 @@ def subject_of(model) -> Subject:
 
 
 def _from_pipeline(pipe) -> Subject:
-    denoiser, vae = pipelines.denoiser(pipe), getattr(pipe, "vae", None)
-    signature = inspect.signature(pipelines.sampling_loop(pipe)).parameters
+    denoiser, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+    signature = inspect.signature(sampling_loop(pipe)).parameters
 
     def default(name, otherwise):
         value = signature[name].default if name in signature else otherwise
@@ -154,7 +154,7 @@ def loop_of(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
 
 def _shown(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
     """The loop as the pipeline itself runs it."""
-    known = inspect.signature(pipelines.sampling_loop(s.pipe)).parameters
+    known = inspect.signature(sampling_loop(s.pipe)).parameters
     options = {"num_inference_steps": s.steps}
     if "guidance_scale" in known:
         options["guidance_scale"] = s.guidance

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ecodiff import pipelines
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.metrics.clip import Judge
+from ecodiff.pipelines.loading import load
 from ecodiff.storage.paths import data_dir
 from ecodiff.storage.saving import replaced_files
 
@@ -172,7 +172,7 @@ def evaluate(name: str, prompts: int = 500, seeds: int = 3) -> dict:
         (folder / "fixed.json").write_text(json.dumps(fixed_scores(judge).tolist()) + "\n")
         measured = measure_judge(judge, prompts)
     else:
-        pipe, sampling = pipelines.load(name), trained["recipe"]["sampling"]
+        pipe, sampling = load(name), trained["recipe"]["sampling"]
         Image.fromarray(fixed_picture(pipe, sampling)).save(folder / "fixed.png")
         measured = measure_pipeline(pipe, sampling, prompts, seeds)
     write_card(folder, trained, measured)

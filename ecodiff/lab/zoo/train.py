@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ecodiff import pipelines
 from ecodiff.errors import EcoDiffError
 from ecodiff.metrics.clip import Judge
 from ecodiff.pipelines.identity import weights_hash
+from ecodiff.pipelines.loading import load
 from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import data_dir
 from ecodiff.storage.provenance import commit, machine
@@ -89,4 +89,4 @@ def _stored(recipe: dict, models: Path | None):
             )
     if len(before) == len(recipe["stages"]):
         raise EcoDiffError(f"{folder} has all stages of its recipe: add one, such as denoiser_2, to go on.")
-    return (Judge.load(folder) if recipe["pipeline"] == "CLIPModel" else pipelines.load(folder)), before
+    return (Judge.load(folder) if recipe["pipeline"] == "CLIPModel" else load(folder)), before
