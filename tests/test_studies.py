@@ -24,7 +24,7 @@ from ecodiff.method.surgery import prune
 from ecodiff.metrics import intervals
 from ecodiff.pipelines.loading import load_once
 from ecodiff.retraining.config import RetrainConfig
-from ecodiff.storage import records
+from ecodiff.storage import cache, records
 
 CALL = {"height": 16, "width": 16}
 SMALL = Protocol(model="tiny", pictures=3, num_inference_steps=1, guidance_scale=1.0, call=CALL, features=False)
@@ -34,10 +34,16 @@ CONFIG = LearnConfig(updates=1, batch_size=1, num_inference_steps=1, guidance_sc
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Records, gates and pictures in an empty folder."""
-    for module in (records, measure, protocol):
+    for module in (records, measure, protocol, cache):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
     measure._learned_here.clear()
     return tmp_path
+
+
+def only(monkeypatch, study):
+    """There is no other study, and this one is called "toy"."""
+    for module in (studies, plan):
+        monkeypatch.setattr(module, "STUDIES", {"toy": study})
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def toy(store, monkeypatch):
         "learned": Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
     }
     study = studies.Study("A toy", "no table", lambda model: rows, varies=("method", "ratio"), reference=("original",))
-    monkeypatch.setattr(plan, "STUDIES", {"toy": study})
+    only(monkeypatch, study)
     return tiny_sd()
 
 
@@ -144,7 +150,7 @@ def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
 
 def test_further_seeds_can_have_fewer_rows_and_no_inception(toy, monkeypatch):
     study = replace(plan.STUDIES["toy"], plan={"tiny": 3}, further={"tiny": ("learned",)})
-    monkeypatch.setattr(plan, "STUDIES", {"toy": study})
+    only(monkeypatch, study)
     assert list(studies.cells("toy", "tiny")) == ["original", "random", "learned"]
     later = studies.cells("toy", "tiny", 1)
     assert list(later) == ["learned"] and later["learned"].seed == 1 and not later["learned"].protocol.features
@@ -352,7 +358,7 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
     def rows(model):
         return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
 
-    monkeypatch.setattr(plan, "STUDIES", {"toy": replace(plan.STUDIES["toy"], rows=rows)})
+    only(monkeypatch, replace(plan.STUDIES["toy"], rows=rows))
     monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
     monkeypatch.setattr(run, "load_once", lambda model: toy)
     assert main(["study", "--model", "all", "--seeds", "2"]) == 0
@@ -365,10 +371,10 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
 
 
 def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
-    plan = run.seeds_of([], "openmoji-sdxl")
-    assert plan["main"] == studies.SEEDS and plan["beta"] == 1 and "best" not in plan
+    seeds = run.seeds_of([], "openmoji-sdxl")
+    assert seeds["main"] == studies.SEEDS and seeds["beta"] == 1 and "best" not in seeds
     assert run.seeds_of([], "openmoji-sd2") == {"main": 1, "pairs": 1}
-    assert run.seeds_of([], "openmoji-sdxl", most=1) == dict.fromkeys(plan, 1)
+    assert run.seeds_of([], "openmoji-sdxl", most=1) == dict.fromkeys(seeds, 1)
     # What is named is measured, in the plan or not; and a model of nobody's plan has all.
     assert run.seeds_of(["main", "best"], "openmoji-sdxl") == {"main": studies.SEEDS, "best": 1}
     assert run.seeds_of(["main"], "openmoji-sdxl", most=2) == {"main": 2}
@@ -380,7 +386,7 @@ def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
 def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     short = {"tiny": ("original", "random")}
     study = replace(plan.STUDIES["toy"], plan={"tiny": 2}, short=short)
-    monkeypatch.setattr(plan, "STUDIES", {"toy": study})
+    only(monkeypatch, study)
     assert [list(studies.cells("toy", model)) for model in ("tiny", "other")] == [
         ["original", "random"],
         ["original", "random", "learned"],
@@ -399,7 +405,7 @@ def test_every_row_that_a_plan_names_is_a_row_of_the_study(name):
 
 
 def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
-    monkeypatch.setattr(plan, "STUDIES", {"toy": replace(plan.STUDIES["toy"], plan={"tiny": 2, "other": 0})})
+    only(monkeypatch, replace(plan.STUDIES["toy"], plan={"tiny": 2, "other": 0}))
     assert studies.progress({"random": [{}]}, "toy", "tiny").startswith("1 of 6 cells of this table")
     assert studies.progress({"random": [{}] * 3}, "toy", "tiny", seeds=1).startswith("1 of 3")
     assert studies.progress({}, "toy", "other").startswith("0 of 3")

@@ -127,7 +127,7 @@ def never_ran(caller: str, layers: Iterable[str], of: int, site: str) -> EcoDiff
 @contextmanager
 def replaced_forward(module: nn.Module, wrap: Callable[[Callable], Callable], must_run: bool = True) -> Iterator[None]:
     """Inside, ``module.forward`` is ``wrap(module.forward)``, run eagerly; one that was set on the instance before
-    comes back on leaving. For `ecodiff.pipelines.Experts` the forward of each.
+    comes back on leaving. For `ecodiff.pipelines.parts.Experts` the forward of each.
 
     Raises EcoDiffError where no wrapped forward was ever called, unless the block raised something itself or
     ``must_run`` is False.
