@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands().items():
-        what = module.__doc__.splitlines()[0]
+        what = (module.__doc__ or "").splitlines()[0]
         own = choices.add_parser(
             name, help=what, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

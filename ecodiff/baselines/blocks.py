@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,12 @@ def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[
     out at random. Costs drawing the prompts once more for each candidate. ``sampling``: fields of ``Sampling``.
     """
     model, settings, pipe = one_denoiser(pipe, "blocks.clip_scores"), Sampling(**sampling), encoding_once(pipe)
-    names, calls = list(_some(model)), []
-    steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    names = list(_some(model))
+    calls: list[Call] = []
+    steps: dict[str, Any] = {
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+    }
     seeds = [mix(settings.seed, i) for i in range(len(prompts))]
     captions = judge.text_features(list(prompts))
 
@@ -141,7 +146,7 @@ def choose_in_order(scores: Mapping[str, float], parameters: Mapping[str, int], 
     """
     _check_ratio(ratio)
     total, gone, removed = sum(parameters[name] for name in scores), 0, []
-    for name in sorted(scores, key=scores.get):
+    for name in sorted(scores, key=scores.__getitem__):
         if gone >= ratio * total:
             break
         removed.append(name)

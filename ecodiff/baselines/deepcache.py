@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,7 +108,7 @@ def _kept_forward(forward, name: str, reuse: Reuse, now: dict):
     return kept
 
 
-def _counting(cls: type, reuse: Reuse) -> type:
+def _counting(cls: Any, reuse: Reuse) -> type:
     """The scheduler's class, counting its steps. A class and not an attribute, so that copies of the scheduler (every
     run may work on one) count themselves and not the original."""
 

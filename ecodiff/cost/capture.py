@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def capture(pipe, *, batch: int = 1, **arguments) -> Captured:
         given["prompt"] = "a"
     if isinstance(given.get("prompt"), str):
         given["prompt"] = [given["prompt"]] * batch
-    denoiser, noted = find_denoiser(pipe), {"calls": 0}
+    denoiser = find_denoiser(pipe)
+    noted: dict[str, Any] = {"calls": 0}
     networks = experts(denoiser)
     first = networks[0]
     signature, empty = inspect.signature(first.forward), without_weights(first, first.dtype, "meta")

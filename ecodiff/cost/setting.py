@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -155,7 +156,7 @@ def loop_of(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
 def _shown(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
     """The loop as the pipeline itself runs it."""
     known = inspect.signature(sampling_loop(s.pipe)).parameters
-    options = {"num_inference_steps": s.steps}
+    options: dict[str, Any] = {"num_inference_steps": s.steps}
     if "guidance_scale" in known:
         options["guidance_scale"] = s.guidance
     if asked["size"] is not None:
@@ -163,7 +164,10 @@ def _shown(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
     options |= {"num_frames": asked["frames"], "max_sequence_length": asked["text_tokens"], **call}
     seen = capture(s.pipe, batch=batch, **options)
     factor = _vae_factor(s.vae) if s.vae is not None else 8
-    size = tuple(side * factor for side in seen.size) if seen.size and asked["size"] is None else None
+    size = None
+    if seen.size and asked["size"] is None:
+        height, width = seen.size
+        size = (height * factor, width * factor)
     return Loop(seen.inputs, seen.latents, seen.samples, seen.calls, size, seen.shares)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cache, wraps
 
@@ -82,7 +82,7 @@ class Watch(TorchDispatchMode):
     layouts alone, and a network of equal blocks asks the same question hundreds of times.
     """
 
-    def __init__(self, known: set[int], weights: set[int] = frozenset(), layouts: dict | None = None):
+    def __init__(self, known: set[int], weights: Set[int] = frozenset(), layouts: dict | None = None):
         super().__init__()
         self._weights = weights
         self._layouts = {} if layouts is None else layouts

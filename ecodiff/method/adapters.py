@@ -67,7 +67,7 @@ def guard_flux_loader(pruned: type) -> None:
             check_lora(transformer, _without_prefix(lora_state_dict or {}, cls.transformer_name))
         return original(cls, transformer, lora_state_dict, *args, **kwargs)
 
-    checked.of_ecodiff = True
+    vars(checked)["of_ecodiff"] = True
     setattr(loader, name, classmethod(checked))
 
 
@@ -200,9 +200,9 @@ def _widths(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     for layer, parts in kronecker.items():
         for side, dimension, half in (("out", 0, "a"), ("in", 1, "b")):
             factors = [parts.get(name, parts.get(f"{name}_{half}")) for name in ("w1", "w2")]
-            if all(factor is not None for factor in factors):
-                first, second = (factor.shape[dimension] for factor in factors)
-                widths.setdefault(layer, {})[side] = first * second
+            first, second = factors
+            if first is not None and second is not None:
+                widths.setdefault(layer, {})[side] = first.shape[dimension] * second.shape[dimension]
     return widths
 
 

@@ -358,7 +358,7 @@ class _Copier:
         made.__dict__.update(vars(function))
         made.__qualname__, made.__doc__ = function.__qualname__, function.__doc__
         if new_wrapped is not None:
-            made.__wrapped__ = new_wrapped
+            vars(made)["__wrapped__"] = new_wrapped
         for cell, part in zip(closure, before, strict=True):
             if part is function:
                 cell.cell_contents = made

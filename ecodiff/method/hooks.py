@@ -45,13 +45,13 @@ def apply_gates(
     """
     if callable(values):
         sites = find_sites(denoiser) if sites is None else sites
-        chosen, current, learned = dict(sites), {}, tuple(learned)
+        chosen, current, reached = dict(sites), {}, tuple(learned)
     else:
         sites = find_sites(denoiser, KINDS) if sites is None else sites
         check_units(values, sites, "apply_gates", samples=True)
-        chosen, current, learned = {name: sites[name] for name in values}, dict(values), None
+        chosen, current, reached = {name: sites[name] for name in values}, dict(values), None
 
-    opened = (current, learned)
+    opened = (current, reached)
     _OPEN.setdefault(denoiser, []).append(opened)
     try:
         with hooked(denoiser, "apply_gates", must_run) as hooks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -96,7 +96,7 @@ def learn(
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
         done = folder.load_state(gates, optimizer) if folder else 0
-        if done > config.updates:
+        if folder and done > config.updates:
             raise EcoDiffError(
                 f"resume_dir {folder.path} holds {done} updates: ask for at least as many, or start anew."
             )
@@ -172,7 +172,8 @@ class _Task:
         there. Raises EcoDiffError where the first of them does not reach a site, whose λ could not be learned."""
         cached = folder.load_teacher() if folder else None
         if cached is None:
-            started, parts = time.perf_counter(), []
+            started = time.perf_counter()
+            parts: list[Tensor] = []
 
             def draw(numbers: list[int]) -> None:
                 with hooked(self.denoiser, "learn") as hooks:
@@ -211,13 +212,19 @@ class _Task:
 
         def add(part: list[int]) -> None:
             nonlocal reconstruction
-            own = None if config.gate_draw == "trajectory" else len(part)
-            values = fresh_gates(gates, own) if config.gate_draw == "call" else gates.sample(generator, own)
+            values: Mapping[str, Tensor] | Callable[[str], Tensor]
+            if config.gate_draw == "call":  # as published: anew at each call of the denoiser
+                values = fresh_gates(gates, len(part))
+            elif config.gate_draw == "trajectory":  # one draw for all samples and steps
+                values = gates.sample(generator)
+            else:
+                values = gates.sample(generator, len(part))
             if config.objective == "step":
                 reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
                 return
             with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
                 student = self.latents(part, gradients=True)
+                assert self.teacher is not None
                 loss = self.reconstruction(student, self.teacher[part]) * len(part) / len(batch)
                 loss.backward()
             reconstruction += loss.item()
@@ -355,7 +362,7 @@ def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiff
         gates.save(folder.path / "last_good.safetensors")
         message += f" and in {folder.path / 'last_good.safetensors'}"
     error = EcoDiffError(message + ".")
-    error.gates = gates
+    vars(error)["gates"] = gates
     return error
 
 

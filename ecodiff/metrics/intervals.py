@@ -97,12 +97,12 @@ def nested_interval(
     belongs to the same caption. Percentiles of three groups are still no exact ones. With one group it is
     ``bootstrap_interval``, about that group alone. Raises EcoDiffError for groups of unequal length.
     """
-    values = [_numbers(group, level) for group in groups]
-    if len({len(group) for group in values}) != 1:
-        raise EcoDiffError(f"Groups of {[len(group) for group in values]} values: give at least one, all as long.")
-    if len(values) == 1:
-        return bootstrap_interval(values[0], level, seed, resamples)
-    values, rng = np.stack(values), np.random.default_rng(seed)
+    numbers = [_numbers(group, level) for group in groups]
+    if len({len(group) for group in numbers}) != 1:
+        raise EcoDiffError(f"Groups of {[len(group) for group in numbers]} values: give at least one, all as long.")
+    if len(numbers) == 1:
+        return bootstrap_interval(numbers[0], level, seed, resamples)
+    values, rng = np.stack(numbers), np.random.default_rng(seed)
     number, length = values.shape
     means = []
     for done in range(0, resamples, chunk := max(1, 4_000_000 // length)):

@@ -162,5 +162,5 @@ def _noted(forward: Callable, own: Callable | None, called: list[bool]) -> Calla
             called.append(True)
         return forward(*args, **kwargs)
 
-    noted.in_place_of = own  # copies of the model get this one (`ecodiff.method.carried`)
+    vars(noted)["in_place_of"] = own  # copies of the model get this one (`ecodiff.method.carried`)
     return noted

@@ -33,6 +33,7 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
             from_pretrained_kwargs[argument] = _dtype(from_pretrained_kwargs[argument])
     name = os.fspath(id_or_path)
     models = data_dir() / "models"
+    source: Path | str
     is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
     if is_plain_name and (models / name / "model_index.json").is_file():
         source = models / name

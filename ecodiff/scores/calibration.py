@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Sampling:
 class Clock:
     """Where a running trajectory is: in scheduler step ``step`` of ``steps``, 0 the noisiest."""
 
-    scheduler: object = None
+    scheduler: Any = None
     watch: dict = field(default_factory=lambda: {"steps": 0})
 
     @property
@@ -74,7 +75,7 @@ class Call:
     step: int
     args: tuple
     kwargs: dict
-    output: object
+    output: Any
     network: nn.Module
     """That was called: the denoiser, or one of `Experts`."""
 
@@ -126,6 +127,7 @@ def draw(
         bar.update(len(numbers))
 
     def see(args, kwargs, output, network: nn.Module) -> None:
+        assert each_call
         each_call(Call(clock.step, args, kwargs, output, network))
 
     with torch.no_grad(), frozen(*modules), bar:

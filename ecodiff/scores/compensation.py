@@ -42,13 +42,16 @@ def second_moments(
     """
     if time_weights not in ("log", "uniform"):
         raise EcoDiffError(f"obs: time_weights={time_weights!r} is not one of log, uniform.")
-    model, settings, result = denoiser(pipe), Sampling(**sampling), {}
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    result: dict[str, Tensor] = {}
     sites = sites_of(pipe, kinds, readers=True, exclude=settings.exclude)
     packages = _packages(model, sites, memory_gb * 1e9)
     if settings.progress and len(packages) > 1:
         tqdm.write(f"obs: {len(packages)} passes over {len(prompts)} prompts, {memory_gb:g} GB of second moments each")
     for package in packages:
-        clock, sums, totals = Clock(), {}, {}
+        clock = Clock()
+        sums: dict[str, Tensor] = {}
+        totals: dict[str, float] = {}
 
         def see(layer: str, x: Tensor, clock=clock, sums=sums, totals=totals) -> None:
             weight = time_weight(clock.step, clock.steps) if time_weights == "log" else 1.0
@@ -119,7 +122,8 @@ def damped(moments: Tensor, damping: float) -> Tensor:
 
 def _kept_columns(model: nn.Module, mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Which input channels of each reading layer stay, over all masked sites that share the layer."""
-    sites, kept = find_sites(model), {}
+    sites = find_sites(model)
+    kept: dict[str, Tensor] = {}
     for name, keep in mask.items():
         for span in sites[name].readers if name in sites else ():
             channels = kept.setdefault(

@@ -106,7 +106,9 @@ class NoisePrediction:
     @classmethod
     def prepare(cls, pipe, prompts, sampling: Sampling) -> NoisePrediction:
         """Draw the prompts' final latents and record the calls; the same objects at each step, so this is little."""
-        recorded, calls, used = [], [], []
+        recorded: list[tuple[int, Tensor, list[Call]]] = []
+        calls: list[Call] = []
+        used: list = []  # the scheduler of the last batch
 
         def each_call(call: Call) -> None:
             calls.append(replace(call, output=None))

@@ -172,7 +172,7 @@ def _write(path: Path, row: dict) -> None:
         failed = EcoDiffError(
             f"{path} could not be written ({error}): set ECODIFF_RECORDS=off to measure without recording."
         )
-        failed.row = row
+        vars(failed)["row"] = row
         raise failed from error
 
 

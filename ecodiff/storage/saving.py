@@ -39,7 +39,7 @@ from .files import sync
 try:
     import fcntl
 except ImportError:  # not on Windows, where nobody is kept from saving to one folder twice at once
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".ecodiff-save-"
 
@@ -121,7 +121,7 @@ def whole(method: Callable) -> Callable:
                 if (Path(save_directory) / "README.md").exists():
                     (Path(folder) / "README.md").unlink(missing_ok=True)
 
-    save_pretrained.of_library = method
+    vars(save_pretrained)["of_library"] = method
     return save_pretrained
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,7 +142,7 @@ def inputs(denoiser: nn.Module, geometry: Geometry) -> tuple[dict, str]:
 
 
 def _unet(c, g: Geometry):
-    shapes = {
+    shapes: dict[str, Any] = {
         "sample": (g.samples, c.in_channels, g.height, g.width),
         "timestep": ((), torch.float32),
         "encoder_hidden_states": (g.samples, g.text_tokens, c.cross_attention_dim),
