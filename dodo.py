@@ -25,11 +25,6 @@ DOIT_CONFIG = {
 }
 
 OUT.mkdir(parents=True, exist_ok=True)
-# The runner itself is no part of what a notebook computes.
-FOLDERS, KINDS = ("ecodiff", "data/openmoji"), {".py", ".js", ".json", ".yaml", ".csv"}
-PACKAGE = sorted(
-    p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in KINDS and p.name != "build.py"
-)
 
 
 def attempt(function, *arguments):
@@ -43,12 +38,12 @@ def attempt(function, *arguments):
 def task_notebook():
     """run a chapter with papermill and write its page"""
     for source in build.sources(ROOT):
-        reads = [source, build.profile_file(PROFILE, ROOT), ROOT / "environment.yml", *PACKAGE]
+        reads = [source, build.profile_file(PROFILE, ROOT), ROOT / "environment.yml"]
         makes = build.declared(source, PROFILE, "makes")
         yield {
             "name": source.stem,
             "actions": [(attempt, [build.run, source, PROFILE, OUT])],
-            "file_dep": [*reads, *build.declared(source, PROFILE, "data")],
+            "file_dep": [*reads, *build.code(source, ROOT), *build.declared(source, PROFILE, "data")],
             "targets": [OUT / "notebooks" / f"{source.stem}.ipynb", *makes],
             "uptodate": [config_changed(PROFILE)],
         }
@@ -60,6 +55,6 @@ def task_html():
     written = [p for p in (ROOT / "book").rglob("*") if p.is_file()]
     return {
         "actions": [(attempt, [build.build_html, OUT, ROOT])],
-        "file_dep": [*pages, *sorted(written), ROOT / "_config.yml", ROOT / "environment.yml", *PACKAGE],
+        "file_dep": [*pages, *sorted(written), ROOT / "_config.yml", ROOT / "environment.yml", *build.code(base=ROOT)],
         "targets": [OUT / "html" / "index.html"],
     }

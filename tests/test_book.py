@@ -15,6 +15,7 @@ from ecodiff.storage.paths import root
 HEADER = """---
 kernelspec: {{display_name: Python 3, language: python, name: python3}}
 ecodiff:
+  lab: {lab}
   data: {data}
   makes: {makes}
 ---
@@ -29,10 +30,10 @@ size: int = 3  # how many
 """
 
 
-def chapter(base, name, code, data=(), makes=(), cell_header=""):
+def chapter(base, name, code, data=(), makes=(), lab=(), cell_header=""):
     source = base / "notebooks" / f"{name}.md"
     source.parent.mkdir(parents=True, exist_ok=True)
-    head = HEADER.format(data=list(data), makes=list(makes))
+    head = HEADER.format(data=list(data), makes=list(makes), lab=list(lab))
     source.write_text(f"{head}\n```{{code-cell}} ipython3\n{cell_header}{code}\n```\n")
     return source
 
@@ -195,6 +196,26 @@ def test_a_chapter_runs_again_when_content_changes_and_only_then(project, stale)
     assert stale("smoke")[0] == both
     (project / "out" / "notebooks" / "02_b.ipynb").unlink()
     assert stale("smoke")[0] == ["02_b"]
+
+
+def test_a_chapter_does_not_run_again_for_a_part_of_the_lab_that_it_does_not_name(project, stale):
+    lab = project / "ecodiff" / "lab"
+    for name in ("claims/page.py", "book/plotting.py", "book/build.py"):
+        (lab / name).parent.mkdir(parents=True, exist_ok=True)
+        (lab / name).write_text("# one\n")
+    chapter(project, "01_a", "1", lab=["book/plotting.py"])
+    chapter(project, "02_b", "2", lab=["book/plotting.py", "claims"])
+    both = ["01_a", "02_b"]
+    assert stale()[0] == both
+    (lab / "claims" / "page.py").write_text("# a typo is mended\n")
+    assert stale()[0] == ["02_b"]
+    (lab / "book" / "build.py").write_text("# two\n")
+    assert stale()[0] == []
+    (lab / "book" / "plotting.py").write_text("# two\n")
+    assert stale()[0] == both
+    source = chapter(project, "02_b", "2", lab=["nothing"])
+    with pytest.raises(EcoDiffError, match="02_b.md names nothing of ecodiff/lab, which is not there"):
+        build.code(source, project)
 
 
 def test_after_a_failure_the_others_still_run_and_it_is_tried_again(project, stale):

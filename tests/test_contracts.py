@@ -87,7 +87,7 @@ def planned():
 
 
 def keys_of_removed_units() -> dict[str, str]:
-    """Masks whose units chapter 12 counts by groups of sites."""
+    """Masks whose units chapter 11 counts by groups of sites."""
     found = {}
     for method in ("learned", "gauss-newton", "fisher", "diff-pruning", "taylor"):
         for study in ("main", "parameters"):
@@ -99,7 +99,7 @@ def keys_of_removed_units() -> dict[str, str]:
 
 
 def keys_of_spared() -> dict[str, str]:
-    """The mask of chapter 12 that spares the large heads."""
+    """The mask of chapter 11 that spares the large heads."""
     pipe, cell = load_once(DEV), studies.cells("parameters", DEV)["learned, 20%"]
     large = []
     with asked():
@@ -112,7 +112,7 @@ def keys_of_spared() -> dict[str, str]:
 
 
 def keys_of_quality() -> dict[str, str]:
-    """The rows of chapter 10, with its default parameters."""
+    """The rows of chapter 9, with its default parameters."""
     asks = build.parameters(chapter(10))
     pipe = load_once(asks["model"])
     protocol = Protocol.of(
@@ -127,7 +127,7 @@ def keys_of_quality() -> dict[str, str]:
 
 
 def keys_of_redundancy() -> dict[str, str]:
-    """Single removals of each embedded pipeline, as chapter 11 asks for them."""
+    """Single removals of each embedded pipeline, as chapter 10 asks for them."""
     asks = build.parameters(chapter(11))
     found = {}
     for model in embedded():

@@ -1,8 +1,10 @@
 """The chapters as sources: paired, typed, described, and runnable from anywhere."""
 
+import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -37,6 +39,58 @@ def test_front_matter(source):
     metadata = build.read(source).metadata
     assert metadata["kernelspec"]["name"] == "python3"
     assert isinstance(metadata["ecodiff"]["data"], list)
+
+
+@chapters
+def test_a_chapter_names_the_parts_of_the_lab_that_it_uses(source):
+    """Otherwise it is not run again when they change. It names no other, or it is run again without need."""
+    cells = [cell.source for cell in build.read(source).cells if cell.cell_type == "code"]
+    code = re.sub(r"^(\s*)[%!].*", r"\1pass", "\n".join(cells), flags=re.M)  # what only IPython understands
+    used = files_of_lab(code)
+    named = [LAB / name for name in build.read(source).metadata["ecodiff"]["lab"]]
+    assert [file for file in sorted(used) if not any(file.is_relative_to(part) for part in named)] == []
+    assert [part for part in named if not any(file.is_relative_to(part) for file in used)] == []
+
+
+LAB = root() / "ecodiff" / "lab"
+
+
+def files_of_lab(code: str) -> set[Path]:
+    """The modules of the lab that some code imports, and those that they import. A package counts as all its files
+    where its names load when they are first used."""
+    found, todo = set(), imported(code)
+    while todo:
+        file = todo.pop()
+        if file in found or file.parent == LAB and file.name == "__init__.py":
+            continue
+        found.add(file)
+        text = file.read_text(encoding="utf-8")
+        todo |= imported(text, file)
+        if file.name == "__init__.py" and "names_of(" in text:
+            todo |= set(file.parent.glob("*.py"))
+    return {file for file in found if file.name != "__init__.py" or file.read_text().count("import")}
+
+
+def imported(code: str, file: Path | None = None) -> set[Path]:
+    """Files of the lab that code imports; ``file``: where the code stands, for imports with dots."""
+    modules = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            above = file.relative_to(root()).parent.parts[: -node.level + 1 or None] if node.level else ()
+            package = ".".join([*above, *([node.module] if node.module else [])])
+            modules |= {package, *(f"{package}.{name.name}" for name in node.names)}
+    paths = [root().joinpath(*module.split(".")) for module in modules if module.startswith("ecodiff.lab")]
+    files = [path / "__init__.py" for path in paths] + [path.with_suffix(".py") for path in paths]
+    return {file for file in files if file.is_file()}
+
+
+def test_the_number_of_a_file_is_that_of_its_chapter():
+    parts = yaml.safe_load((root() / "book" / "_toc.yml").read_text())["parts"]
+    numbered = [chapter["file"] for part in parts if "numbered" in part for chapter in part["chapters"]]
+    numbers = [int(re.match(r"notebooks/(\d\d)_", file)[1]) for file in numbered]
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 @chapters

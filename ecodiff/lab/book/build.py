@@ -31,6 +31,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.paths import data_dir, root
 from ecodiff.storage.files import write_whole
 
+CODE = {".py", ".js", ".json", ".yaml", ".csv"}
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
 # What libraries say while they load is not part of a page: a page's stderr fails the build.
 QUIET = {
@@ -155,6 +156,22 @@ def declared(source: Path, profile: str, kind: str = "data") -> list[Path]:
             raise EcoDiffError(f"{source.name} reads data/{name}, which is not there: make it, or get it with git.")
         found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return found
+
+
+def code(source: Path | None = None, base: Path | None = None) -> list[Path]:
+    """Files of the package that a chapter depends on: the library, and what its front matter names of the lab
+    (``ecodiff: {lab: [book/plotting.py, studies]}``, files or folders of ``ecodiff/lab``). Without a chapter, all files.
+    """
+    package = (base or root()) / "ecodiff"
+    lab = package / "lab"
+    files = sorted(path for path in package.rglob("*") if path.suffix in CODE)
+    if source is None:
+        return files
+    named = [lab / name for name in read(source).metadata.get("ecodiff", {}).get("lab", [])]
+    for path in named:
+        if not path.exists():
+            raise EcoDiffError(f"{source.name} names {path.relative_to(lab)} of ecodiff/lab, which is not there.")
+    return [path for path in files if lab not in path.parents or any(path.is_relative_to(part) for part in named)]
 
 
 def _made(source: Path, profile: str) -> set[Path]:

@@ -24,7 +24,7 @@ def middle_beta() -> Claim:
         "β has a best value in the middle, such as 0.5; a much larger one fails, and FLUX behaves alike.",
         "Tables: the lowest FID is at neither end. On small models, whose loss has another scale: β = 2 in every "
         "update is better than 0.5 and than 8.",
-        ("13_settings",),
+        ("12_settings",),
         (
             printed("Table 4, SDXL", *best_of("table4", "coco_fid")),
             printed("Table 9, FLUX", *best_of("table9", "flickr_fid")),
@@ -50,7 +50,7 @@ def a_hundred_prompts() -> Claim:
         "A hundred prompts suffice for learning; even a single one costs little, for SDXL and for FLUX.",
         "Tables: FID with 1 and with 100 prompts within a tenth of that with 512. On small models: SSIM and right "
         "images are kept, against more prompts.",
-        ("13_settings", "09_errata"),
+        ("12_settings", "15_errata"),
         (
             by_table("table5", "SDXL", "coco_fid"),
             by_table("table10", "FLUX", "coco_fid"),
@@ -66,7 +66,7 @@ def any_prompts() -> Claim:
         "Which units are not needed hardly depends on the data.",
         "Masks learned on captions of held-out pairs of objects, minus those learned on the usual ones: SSIM and right "
         "images are kept.",
-        ("13_settings",),
+        ("12_settings",),
         tuple(kept(model, ("transfer", "learned on held-out pairs"), LEARNED, BOTH) for model in FLUX),
     )
 
@@ -80,7 +80,7 @@ def one_threshold() -> Claim:
         "One threshold for all modules is better than one in each.",
         "Table 11: lower FID. On small models: one threshold a kind (the published code's global), and one for all, "
         "each better than one a module.",
-        ("13_settings",),
+        ("12_settings",),
         (
             printed("Table 11", all(a < b for a, b in fid), f"FID {shown}"),
             *(
@@ -102,7 +102,7 @@ def one_kind_alone() -> Claim:
         "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
         "Right images at a fifth of the heads, and at a fifth of the neurons, minus the original's: above minus the "
         "smallest effect.",
-        ("13_settings",),
+        ("12_settings",),
         (
             *(decision for model in (SDXL, DEV) for decision in either_way(model)),
             real(SDXL, "kinds", lambda model: together(either_way(model), on(model))),

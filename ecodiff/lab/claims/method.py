@@ -34,7 +34,7 @@ def steeper_by_delta() -> Claim:
         "§2.2, App. F, Fig. 5",
         "The larger δ, the more the gate is like a step.",
         "Slope of the mean gate and share of gates at 0 or 1, for small and large δ.",
-        ("01_hard_concrete", "09_errata"),
+        ("01_hard_concrete", "15_errata"),
         (contradicted(algebra.delta_as_steepness()),),
     )
 
@@ -51,7 +51,7 @@ def l1_for_l0() -> Claim:
         "The expected number of open gates is about a multiple of the sum of |λ|, which can take its place.",
         "Appendix D's factor g is constant; masks learned with |λ|, at the best of several β (chosen on captions of no "
         "table), keep SSIM and right images of those learned with the closed form.",
-        ("02_l0_to_l1", "13_settings"),
+        ("02_l0_to_l1", "12_settings"),
         (
             contradicted(algebra.constant_factor()),
             contradicted(algebra.log_of_lambda()),
@@ -70,7 +70,7 @@ def start_at_five() -> Claim:
         "Starting all λ at 5 makes training smooth.",
         "Some gate has a gradient at the start; with the paper's δ of 0.5 and 0.1, masks learned from 5 keep SSIM and "
         "right images of those learned from 3 (with L1 in every update, as published).",
-        ("13_settings", "01_hard_concrete"),
+        ("12_settings", "01_hard_concrete"),
         (contradicted(algebra.start_value()), from_five("0.5"), from_five("0.1")),
     )
 
@@ -84,7 +84,7 @@ def end_to_end() -> Claim:
         "A mask learned from the final latents is better than one learned from the error of each step, which adds up.",
         "The same gates learned from the final latents, minus those learned from the error of single steps: more SSIM "
         "or more right pictures, less of neither.",
-        ("13_settings", "04_learning_a_mask"),
+        ("12_settings", "04_learning_a_mask"),
         (*(ends(model) for model in (SDXL, DEV)), real(SDXL, "choices", ends)),
     )
 
@@ -94,7 +94,7 @@ def exact_gradient() -> Claim:
         "§2.3, Alg. 2",
         "Time-step checkpointing computes the gradient of the whole trajectory.",
         "Algorithm 2 on a problem with a known derivative; on the model, gradients equal bit for bit at every T.",
-        ("06_memory_and_time", "09_errata"),
+        ("06_memory_and_time", "15_errata"),
         (contradicted(algebra.checkpointing()), _bit_equal()),
     )
 
@@ -162,7 +162,7 @@ def deepcache_needs_a_unet() -> Claim:
         "§3.2, Table 1",
         "DeepCache fits only U-Nets, so it cannot be used on FLUX.",
         "The function that looks for the deep part finds one in SD2's denoiser and none in FLUX's.",
-        ("12_every_method",),
+        ("11_every_method",),
         (by_structure("SD2 and FLUX.1, built without weights", refused, "sd2", "flux-schnell"),),
     )
 
@@ -180,7 +180,7 @@ def occlusion_is_slow() -> Claim:
         "Scoring parts by leaving each out does not scale to many candidates.",
         "Trajectories that occluding each head and neuron of SDXL takes, against those of Table 3's 400 updates: over "
         "ten times.",
-        ("12_every_method",),
+        ("11_every_method",),
         (by_count("SDXL, counted", compare, ("sdxl", ONE)),),
     )
 
