@@ -20,7 +20,12 @@ def data_dir() -> Path:
 
 def data_file(name: str) -> Path:
     """Path of a data file by its name inside the data folder; raises EcoDiffError where it is absent."""
-    for path in (data_dir() / name, Path(__file__).resolve().parents[1] / "_data" / name):
-        if path.exists():
-            return path
+    path = data_dir() / name
+    if path.exists():
+        return path
     raise EcoDiffError(f"{name} is not in {data_dir()}: clone the repository, or set ECODIFF_DATA to its data folder.")
+
+
+def embedded() -> list[str]:
+    """Names of the embedded pipelines that are trained: folders of ``data/models``."""
+    return sorted(path.parent.name for path in (data_dir() / "models").glob("*/model_index.json"))

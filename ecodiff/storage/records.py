@@ -30,9 +30,6 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
-
 from ecodiff.errors import EcoDiffError
 
 from .files import write_whole
@@ -198,7 +195,7 @@ def _values(values, name: str) -> dict:
         raise EcoDiffError(f"{name}: a measurement returns a mapping of names to values, not {type(values).__name__}.")
 
     def plain(value):
-        if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        if hasattr(value, "tolist"):  # tensors, arrays, numpy's numbers
             return value.tolist()
         raise TypeError(f"{type(value).__name__} is no plain value")
 

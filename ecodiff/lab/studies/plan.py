@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.config import LearnConfig
-from ecodiff.pipelines.loading import embedded
 from ecodiff.retraining.config import RetrainConfig
+from ecodiff.storage.paths import embedded
 
 from .cell import Cell
 from .protocol import Protocol
