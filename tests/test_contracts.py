@@ -113,7 +113,7 @@ def keys_of_spared() -> dict[str, str]:
 
 def keys_of_quality() -> dict[str, str]:
     """The rows of chapter 9, with its default parameters."""
-    asks = build.parameters(chapter(10))
+    asks = build.parameters(chapter(9))
     pipe = load_once(asks["model"])
     protocol = Protocol.of(
         asks["model"], pictures=asks["set_size"], num_inference_steps=asks["draw_steps"], guidance_scale=2.0
@@ -128,7 +128,7 @@ def keys_of_quality() -> dict[str, str]:
 
 def keys_of_redundancy() -> dict[str, str]:
     """Single removals of each embedded pipeline, as chapter 10 asks for them."""
-    asks = build.parameters(chapter(11))
+    asks = build.parameters(chapter(10))
     found = {}
     for model in embedded():
         with asked() as keys:
