@@ -366,7 +366,7 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
 
     only(monkeypatch, replace(plan.STUDIES["toy"], rows=rows))
     monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
-        assert main(["study", "--model", "all", "--seeds", "2"]) == 0
+    assert main(["study", "--model", "all", "--seeds", "2"]) == 0
     told = capsys.readouterr().out
     assert "first: 2 cells to go" in told and "together 4 cells, about 0.1 hours" in told
     order = [line.split("] ")[1].split(":")[0] for line in told.splitlines() if line.startswith("[")]
@@ -418,7 +418,7 @@ def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
 
 
 def test_a_run_ends_when_its_time_is_up_and_goes_on_later(toy, monkeypatch, capsys):
-        assert main(["study", "--model", "tiny", "--seeds", "1"]) == 0
+    assert main(["study", "--model", "tiny", "--seeds", "1"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
     assert run.missing({"toy": 1}, "tiny") == []
     assert main(["study", "--model", "tiny", "--seeds", "2", "--minutes", "0"]) == 0

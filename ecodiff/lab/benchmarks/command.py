@@ -51,7 +51,7 @@ def _add_mask_update(parser: argparse.ArgumentParser) -> None:
 
 def _add_full_size(parser: argparse.ArgumentParser) -> None:
     parts = ["update", "inference", "round"]
-    parser.add_argument("models", nargs="+", help="tiny, or presets (python -m ecodiff cost --list names them)")
+    parser.add_argument("models", nargs="+", help="tiny, or presets (`python -m ecodiff cost --list` names them)")
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument(
         "--samples", type=int, default=1, help="samples in a denoiser call (guidance makes 2 of an image)"

@@ -255,7 +255,7 @@ def _in_turns(runs: dict, base: str, turns: int, device: torch.device, measure: 
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command ``python -m ecodiff benchmark full-size``."""
+    """The command ``benchmark full-size``."""
     device, end = (
         torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         time.monotonic() + 60 * options.minutes,
