@@ -34,7 +34,7 @@ CONFIG = LearnConfig(updates=1, batch_size=1, num_inference_steps=1, guidance_sc
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Records, gates and pictures in an empty folder."""
-    for module in (records, measure, protocol, cache):
+    for module in (records, results, protocol, cache):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
     measure._learned_here.clear()
     return tmp_path
