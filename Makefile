@@ -16,7 +16,7 @@ help:  ## show this list
 	@echo "make book [PROFILE=default|smoke] [OUT=folder]   run stale notebooks, build the HTML (warnings are errors)"
 	@echo "make test [JOBS=2] [ARGS='-k gates']             run the tests"
 	@echo "make measure                                     measure what no recorded row has yet, all models; hours, resumable"
-	@echo "make lint                                        ruff over the package, the tests and the build"
+	@echo "make lint                                        style, format, layers of the package, types"
 	@echo "make pair                                        rewrite notebooks/*.ipynb from notebooks/*.md"
 	@echo "make ci                                          what continuous integration runs"
 	@echo "make environment                                 only make .venv from environment.yml"
@@ -30,13 +30,16 @@ test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 measure: $(STAMP)
-	$(PY) -m ecodiff.studies --model all
+	$(PY) -m ecodiff study --model all
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
+	$(PY) -m mypy
 
 pair: $(STAMP)
-	$(PY) -m ecodiff.book pair
+	$(PY) -m ecodiff book pair
 
 ci:
 	.ci/run

@@ -10,22 +10,21 @@ from doit import get_var
 from doit.exceptions import TaskFailed
 from doit.tools import config_changed
 
-from ecodiff import book
 from ecodiff.errors import EcoDiffError
+from ecodiff.lab.book import build
 
 ROOT = Path(__file__).resolve().parent
 PROFILE = get_var("profile", "default")
 OUT = Path(get_var("out", "_build")).resolve()
 DOIT_CONFIG = {
-    "default_tasks": ["html"], "backend": "json", "dep_file": str(OUT / ".doit.json"), "continue": True, "verbosity": 2,
+    "default_tasks": ["html"],
+    "backend": "json",
+    "dep_file": str(OUT / ".doit.json"),
+    "continue": True,
+    "verbosity": 2,
 }
 
 OUT.mkdir(parents=True, exist_ok=True)
-# The runner itself is no part of what a notebook computes. Chapters import benchmarks, too, and all name objects.
-FOLDERS, KINDS = ("ecodiff", "benchmarks", "data/openmoji"), {".py", ".js", ".json", ".yaml", ".csv"}
-PACKAGE = sorted(
-    p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in KINDS and p.name != "book.py"
-)
 
 
 def attempt(function, *arguments):
@@ -38,13 +37,13 @@ def attempt(function, *arguments):
 
 def task_notebook():
     """run a chapter with papermill and write its page"""
-    for source in book.sources(ROOT):
-        reads = [source, book.profile_file(PROFILE, ROOT), ROOT / "environment.yml", *PACKAGE]
-        makes = book.declared(source, PROFILE, "makes")
+    for source in build.sources(ROOT):
+        reads = [source, build.profile_file(PROFILE, ROOT), ROOT / "environment.yml"]
+        makes = build.declared(source, PROFILE, "makes")
         yield {
             "name": source.stem,
-            "actions": [(attempt, [book.run, source, PROFILE, OUT])],
-            "file_dep": [*reads, *book.declared(source, PROFILE, "data")],
+            "actions": [(attempt, [build.run, source, PROFILE, OUT])],
+            "file_dep": [*reads, *build.code(source, ROOT), *build.declared(source, PROFILE, "data")],
             "targets": [OUT / "notebooks" / f"{source.stem}.ipynb", *makes],
             "uptodate": [config_changed(PROFILE)],
         }
@@ -52,10 +51,10 @@ def task_notebook():
 
 def task_html():
     """build the HTML, warnings being errors"""
-    pages = [OUT / "notebooks" / f"{source.stem}.ipynb" for source in book.sources(ROOT)]
+    pages = [OUT / "notebooks" / f"{source.stem}.ipynb" for source in build.sources(ROOT)]
     written = [p for p in (ROOT / "book").rglob("*") if p.is_file()]
     return {
-        "actions": [(attempt, [book.build_html, OUT, ROOT])],
-        "file_dep": [*pages, *sorted(written), ROOT / "_config.yml", ROOT / "environment.yml", *PACKAGE],
+        "actions": [(attempt, [build.build_html, OUT, ROOT])],
+        "file_dep": [*pages, *sorted(written), ROOT / "_config.yml", ROOT / "environment.yml", *build.code(base=ROOT)],
         "targets": [OUT / "html" / "index.html"],
     }

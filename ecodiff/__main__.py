@@ -1,86 +1,67 @@
-"""Command line of the package: ``python -m ecodiff COMMAND``; see ``--help``. Two functions a command."""
+"""One command for all: ``python -m ecodiff COMMAND``; see ``--help``.
+
+A command is a module with three names: its docstring's first line says what the command does, `add_arguments` tells
+argparse what it takes, and `run` does it and returns the exit code. Commands of the lab are there where the lab is: a
+wheel has none.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import importlib.util
+import os
 import sys
+from types import ModuleType
 
-from .errors import EcoDiffError, exit_status
+from .errors import EcoDiffError
+
+LIBRARY = {"cost": "ecodiff.cost.command"}
+LAB = "ecodiff.lab.commands"
+
+DONE, WRONG, INTERRUPTED = 0, 2, 130  # exit codes; argparse also ends with 2 where it understands no argument
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code. What a user can put right is one line on standard error."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except EcoDiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands that are installed."""
     parser = argparse.ArgumentParser(
         prog="python -m ecodiff", description="Learned structural pruning of diffusers pipelines."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add, _) in COMMANDS.items():
-        add(commands.add_parser(name, help=add.__doc__, description=add.__doc__))
-    options = parser.parse_args(arguments)
-    return exit_status(lambda: COMMANDS[options.command][1](options))
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in commands().items():
+        what = (module.__doc__ or "").splitlines()[0]
+        own = choices.add_parser(
+            name, help=what, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
+    return parser
 
 
-def _add_cost(parser: argparse.ArgumentParser) -> None:
-    """parameters, operations and memory of a model before and after pruning, counted without its weights"""
-    parser.add_argument("model", nargs="?", help="a preset (see --list), an id, or a folder with a pipeline")
-    parser.add_argument("--list", action="store_true", help="name the full-size presets")
-    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, or one number")
-    parser.add_argument("--frames", type=int, help="frames, for video")
-    parser.add_argument("--batch", type=int, default=1, help="pictures (for learning: samples) at a time")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale; above 1 the work may double")
-    parser.add_argument("--dtype", help="bf16, fp16 or fp32")
-    parser.add_argument("--text-tokens", type=int, help="tokens of text")
-    parser.add_argument("--ratio", type=float, help="share of the units of each kind to remove, such as 0.2")
-    parser.add_argument(
-        "--round-to", type=int, default=1, help="round the units kept in a site up to a multiple of this"
-    )
-    parser.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB or 8GiB")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+def commands() -> dict[str, ModuleType]:
+    """Name -> module of each command."""
+    names = dict(LIBRARY)
+    if importlib.util.find_spec("ecodiff.lab") is not None:
+        names |= importlib.import_module(LAB).COMMANDS
+    return {name: importlib.import_module(module) for name, module in names.items()}
 
-
-def _cost(options: argparse.Namespace) -> int:
-    from . import fullsize
-    from .cost import cost, parse_bytes
-    from .report import table, verdict
-
-    if options.list or not options.model:
-        for name in fullsize.names():
-            p = fullsize.preset(name)
-            print(f"{name:14} {p.parameters / 1e9:6.2f} B parameters  {p.title} ({p.id})")
-        return 0
-    budget = None if options.gpu is None else parse_bytes(options.gpu)
-    counted = cost(
-        options.model,
-        size=_size(options.size),
-        frames=options.frames,
-        batch=options.batch,
-        steps=options.steps,
-        guidance=options.guidance,
-        dtype=options.dtype,
-        text_tokens=options.text_tokens,
-        ratio=options.ratio,
-        round_to=options.round_to,
-    )
-    if options.json:
-        print(json.dumps(counted.to_dict() | ({"verdict": verdict(counted, budget)} if budget else {}), indent=1))
-    else:
-        print(table(counted, budget))
-        if budget:
-            print("\n" + "\n".join(verdict(counted, budget)))
-    return 0
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if not 1 <= len(parts) <= 2 or not all(part.isdigit() for part in parts):
-        raise EcoDiffError(f"--size {text!r}: write it as 1024, or as HEIGHTxWIDTH such as 768x1024.")
-    return (int(parts[0]), int(parts[-1]))
-
-
-COMMANDS = {"cost": (_add_cost, _cost)}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ecodiff import book
+from ecodiff.lab.book import build
 
 BLOCK = re.compile(r"^:::\{(?P<kind>exercise|solution)\}(?P<of>[^\n]*)\n(?P<body>.*?)^:::$", re.M | re.S)
 LABEL = re.compile(r"^:label: *(\S+)$", re.M)
@@ -45,7 +45,7 @@ class Exercise:
 def exercises() -> dict[str, Exercise]:
     """Every exercise of every chapter by its label. Fails for one without exactly one solution."""
     found = {}
-    for source in book.sources():
+    for source in build.sources():
         texts, solutions = {}, {}
         for block in BLOCK.finditer(source.read_text(encoding="utf-8")):
             body = OPTION.sub("", block["body"]).strip()
@@ -71,13 +71,13 @@ def checks() -> dict:
 @cache
 def own_parameters(source: Path) -> dict[str, object]:
     """Names and default values of a chapter's parameters, parsed once."""
-    return book.parameters(source)
+    return build.parameters(source)
 
 
 @cache
 def cells_of(source: Path) -> tuple:
     """A chapter's cells, parsed once."""
-    return tuple(book.read(source).cells)
+    return tuple(build.read(source).cells)
 
 
 def run_cells(source: Path, parameters: dict, cells: list[str]) -> dict:

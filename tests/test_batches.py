@@ -11,12 +11,14 @@ from PIL import Image
 from pipelines import PROMPTS, TINY, _unet, call_kwargs, tiny_sd
 
 import ecodiff
-from ecodiff import objective, records
-from ecodiff.batches import in_batches, together
 from ecodiff.errors import EcoDiffError
-from ecodiff.methods import METHODS
-from ecodiff.prompts import NotJoined, checked_prompts, encoding_once, read_prompts
-from ecodiff.trajectory import final_latents, private_copy
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines import conditioning
+from ecodiff.pipelines.batches import in_batches, together
+from ecodiff.pipelines.prompts import NotJoined, checked_prompts, encoding_once, read_prompts
+from ecodiff.pipelines.running import private_copy
+from ecodiff.scores import METHODS
+from ecodiff.storage import records
 
 SETTINGS = {"num_inference_steps": 2, "progress": False}
 
@@ -247,9 +249,9 @@ def test_retraining_tells_the_denoiser_what_a_batch_of_the_pipeline_does():
     tiny = tiny_sd()
     unet = Layers(**_unet(attention_head_dim=(1, 2), transformer_layers_per_block=1)).eval()
     pipe = ToLayers(unet, tiny.text_encoder, tiny.tokenizer, tiny.scheduler)
-    conditions = [objective.conditioning(pipe, prompt, (16, 16), {}) for prompt in PROMPTS[:3]]
-    rule = objective.rule_of_joining(pipe, PROMPTS[:3], conditions, (16, 16), {})
-    both = objective.join(conditions, rule)["encoder_hidden_states"]
+    conditions = [conditioning.conditioning(pipe, prompt, (16, 16), {}) for prompt in PROMPTS[:3]]
+    rule = conditioning.rule_of_joining(pipe, PROMPTS[:3], conditions, (16, 16), {})
+    both = conditioning.join(conditions, rule)["encoder_hidden_states"]
     assert torch.allclose(both, pipe.encode_prompt(PROMPTS[:3]), atol=1e-5)
 
 

@@ -8,11 +8,20 @@ from pipelines import PROMPTS, TINY, latents, tiny_sd, tiny_sdxl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecodiff.baselines.blocks import (
+    candidates,
+    choose,
+    choose_in_order,
+    clip_scores,
+    errors,
+    left_out,
+    remove,
+    scores,
+)
 from ecodiff.errors import EcoDiffError
-from ecodiff.generate import generate
-from ecodiff.methods.blocks import candidates, choose, choose_in_order, clip_scores, errors, left_out, remove, scores
-from ecodiff.pipelines import denoiser
-from ecodiff.prompts import mix
+from ecodiff.method.generate import generate
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.prompts import mix
 
 
 def settings(pipe, **more):
@@ -59,7 +68,7 @@ def test_error_of_a_set_is_the_change_of_the_prediction():
             changes.append((module.forward(*args, **kwargs)[0] - output[0]).square().mean().item())
 
     handle = pipe.unet.register_forward_hook(hook, with_kwargs=True)
-    from ecodiff.methods.sampling import Sampling, draw
+    from ecodiff.scores.calibration import Sampling, draw
 
     draw(pipe, PROMPTS[:1], Sampling(**settings(pipe)))
     handle.remove()

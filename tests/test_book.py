@@ -8,13 +8,14 @@ import nbformat
 import pytest
 from doit.doit_cmd import DoitMain
 
-from ecodiff import book, plotting
 from ecodiff.errors import EcoDiffError
-from ecodiff.paths import root
+from ecodiff.lab.book import build, plotting
+from ecodiff.storage.paths import root
 
 HEADER = """---
 kernelspec: {{display_name: Python 3, language: python, name: python3}}
 ecodiff:
+  lab: {lab}
   data: {data}
   makes: {makes}
 ---
@@ -29,10 +30,10 @@ size: int = 3  # how many
 """
 
 
-def chapter(base, name, code, data=(), makes=(), cell_header=""):
+def chapter(base, name, code, data=(), makes=(), lab=(), cell_header=""):
     source = base / "notebooks" / f"{name}.md"
     source.parent.mkdir(parents=True, exist_ok=True)
-    head = HEADER.format(data=list(data), makes=list(makes))
+    head = HEADER.format(data=list(data), makes=list(makes), lab=list(lab))
     source.write_text(f"{head}\n```{{code-cell}} ipython3\n{cell_header}{code}\n```\n")
     return source
 
@@ -51,7 +52,7 @@ def project(tmp_path, monkeypatch):
 
 def test_a_page_knows_its_provenance_and_hides_injected_parameters(project):
     source = chapter(project, "01_a", "print(size)")
-    page = book.run(source, "smoke", project / "out")
+    page = build.run(source, "smoke", project / "out")
     notebook = nbformat.read(page, as_version=4)
     facts = notebook.metadata.ecodiff
     assert facts.profile == "smoke" and facts.parameters == {"profile": "smoke", "size": 1}
@@ -62,18 +63,18 @@ def test_a_page_knows_its_provenance_and_hides_injected_parameters(project):
     assert notebook.cells[-1].outputs[0].text == "1\n"
     text = page.read_text()
     assert str(project) not in text and str(root()) not in text and sys.prefix not in text
-    assert "| [](notebooks/01_a.ipynb) | smoke |" in book.status([page])
+    assert "| [](notebooks/01_a.ipynb) | smoke |" in build.status([page])
 
 
 def test_nothing_is_injected_where_the_profile_says_the_same(project):
-    notebook = nbformat.read(book.run(chapter(project, "01_a", "size"), "default", project / "out"), as_version=4)
+    notebook = nbformat.read(build.run(chapter(project, "01_a", "size"), "default", project / "out"), as_version=4)
     assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
 
 
 def test_a_page_has_a_table_of_its_parameters_above_their_folded_cell(project):
     source = chapter(project, "01_a", "size")
     for profile, line in (("default", "| `size` | `3` | how many |"), ("smoke", "| `size` | `3` | `1` | how many |")):
-        cells = nbformat.read(book.run(source, profile, project / "out"), as_version=4).cells
+        cells = nbformat.read(build.run(source, profile, project / "out"), as_version=4).cells
         place = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
         assert cells[place - 1].cell_type == "markdown" and line in cells[place - 1].source
         assert "hide-input" in cells[place].metadata.tags
@@ -82,35 +83,38 @@ def test_a_page_has_a_table_of_its_parameters_above_their_folded_cell(project):
 def test_a_comment_is_shown_as_it_is_written(project):
     source = chapter(project, "01_a", "1")
     source.write_text(source.read_text().replace("how many", "a|b, *c* and `d_e` of [f]($g$); 0: none"))
-    assert r"| a\|b, \*c\* and \`d\_e\` of \[f\](\$g\$); 0: none |" in book.parameter_table(source, {})
+    assert r"| a\|b, \*c\* and \`d\_e\` of \[f\](\$g\$); 0: none |" in build.parameter_table(source, {})
 
 
-@pytest.mark.parametrize(("code", "message"), [
-    ("raise KeyError('the reason')", r"01_a.md failed in cell 2 \(profile default\): KeyError: 'the reason'"),
-    ("import matplotlib.pyplot as plt\nplt.plot([1, 2]);", "figure without mystnb.figure.name"),
-    ("import sys\nprint(sys.prefix)", "a folder of this machine"),
-])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise KeyError('the reason')", r"01_a.md failed in cell 2 \(profile default\): KeyError: 'the reason'"),
+        ("import matplotlib.pyplot as plt\nplt.plot([1, 2]);", "figure without mystnb.figure.name"),
+        ("import sys\nprint(sys.prefix)", "a folder of this machine"),
+    ],
+)
 def test_a_failed_chapter_leaves_no_page(project, code, message):
     source = chapter(project, "01_a", "1 + 1")
-    page = book.run(source, "default", project / "out")
+    page = build.run(source, "default", project / "out")
     chapter(project, "01_a", code)
     with pytest.raises(EcoDiffError, match=message):
-        book.run(source, "default", project / "out")
+        build.run(source, "default", project / "out")
     assert list(page.parent.iterdir()) == []
 
 
 def test_a_described_figure_is_accepted(project):
     header = "---\nmystnb:\n  figure: {name: fig-a, caption: A line.}\n  image: {alt: A rising line.}\n---\n"
     source = chapter(project, "01_a", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);", cell_header=header)
-    assert book.run(source, "default", project / "out").exists()
+    assert build.run(source, "default", project / "out").exists()
 
 
 def test_unknown_profile_and_missing_data_say_what_to_do(project):
     source = chapter(project, "01_a", "1", data=["models/none"])
     with pytest.raises(EcoDiffError, match="the profiles are default, smoke"):
-        book.run(source, "large", project / "out")
+        build.run(source, "large", project / "out")
     with pytest.raises(EcoDiffError, match="01_a.md reads data/models/none, which is not there"):
-        book.declared(source, "default")
+        build.declared(source, "default")
 
 
 def test_declared_folders_mean_every_file_and_names_may_hold_the_profile(project):
@@ -118,14 +122,14 @@ def test_declared_folders_mean_every_file_and_names_may_hold_the_profile(project
         (project / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (project / "data" / name).write_text(name)
     source = chapter(project, "01_a", "1", data=["rows", "{profile}.bin"])
-    names = [path.relative_to(project / "data").as_posix() for path in book.declared(source, "smoke")]
+    names = [path.relative_to(project / "data").as_posix() for path in build.declared(source, "smoke")]
     assert names == ["rows/a.json", "rows/deep/b.json", "smoke.bin"]
 
 
 def test_two_cells_of_parameters_are_refused(project):
     source = chapter(project, "01_a", "x: int = 1  # x", cell_header=":tags: [parameters]\n\n")
     with pytest.raises(EcoDiffError, match="exactly one"):
-        book.parameters(source)
+        build.parameters(source)
 
 
 @pytest.fixture
@@ -150,14 +154,14 @@ def stale(project, monkeypatch):
         if "fails" in source.read_text():
             raise EcoDiffError(f"{source.name} failed, as it should")
         page.write_text(source.read_text() + profile)
-        for made in book.declared(source, profile, "makes"):
+        for made in build.declared(source, profile, "makes"):
             made.parent.mkdir(parents=True, exist_ok=True)
-            made.write_text(book.read(source).cells[-1].source)
+            made.write_text(build.read(source).cells[-1].source)
 
-    monkeypatch.setattr(book, "run", pretend)
+    monkeypatch.setattr(build, "run", pretend)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def build(profile="default"):
+    def make(profile="default"):
         ran.clear()
         monkeypatch.chdir(project)
         monkeypatch.delitem(sys.modules, "dodo", raising=False)
@@ -165,7 +169,7 @@ def stale(project, monkeypatch):
         code = DoitMain().run(["run", *options, "notebook"])
         return list(ran), code
 
-    return build
+    return make
 
 
 def test_a_chapter_runs_again_when_content_changes_and_only_then(project, stale):
@@ -192,6 +196,26 @@ def test_a_chapter_runs_again_when_content_changes_and_only_then(project, stale)
     assert stale("smoke")[0] == both
     (project / "out" / "notebooks" / "02_b.ipynb").unlink()
     assert stale("smoke")[0] == ["02_b"]
+
+
+def test_a_chapter_does_not_run_again_for_a_part_of_the_lab_that_it_does_not_name(project, stale):
+    lab = project / "ecodiff" / "lab"
+    for name in ("claims/page.py", "book/plotting.py", "book/build.py"):
+        (lab / name).parent.mkdir(parents=True, exist_ok=True)
+        (lab / name).write_text("# one\n")
+    chapter(project, "01_a", "1", lab=["book/plotting.py"])
+    chapter(project, "02_b", "2", lab=["book/plotting.py", "claims"])
+    both = ["01_a", "02_b"]
+    assert stale()[0] == both
+    (lab / "claims" / "page.py").write_text("# a typo is mended\n")
+    assert stale()[0] == ["02_b"]
+    (lab / "book" / "build.py").write_text("# two\n")
+    assert stale()[0] == []
+    (lab / "book" / "plotting.py").write_text("# two\n")
+    assert stale()[0] == both
+    source = chapter(project, "02_b", "2", lab=["nothing"])
+    with pytest.raises(EcoDiffError, match="02_b.md names nothing of ecodiff/lab, which is not there"):
+        build.code(source, project)
 
 
 def test_after_a_failure_the_others_still_run_and_it_is_tried_again(project, stale):
@@ -228,12 +252,12 @@ def test_html_warnings_fail_and_leave_the_old_html(project):
     folder.mkdir()
     (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: notebooks/01_a\n")
     (folder / "index.md").write_text("# Book\n\n```{include} _status.md\n```\n")
-    book.run(page, "default", project / "out")
-    html = book.build_html(project / "out", project)
+    build.run(page, "default", project / "out")
+    html = build.build_html(project / "out", project)
     assert "01_a" in html.read_text()
     (folder / "index.md").write_text("# Book\n\n{ref}`nowhere`\n")
     with pytest.raises(EcoDiffError, match="(?s)The HTML was not built.*nowhere"):
-        book.build_html(project / "out", project)
+        build.build_html(project / "out", project)
     assert "nowhere" not in html.read_text()
     assert (project / "out" / "html" / "notebooks" / "01_a.html").exists()
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from ecodiff.paths import data_dir
-from ecodiff.zoo import card, measure, store
-from ecodiff.zoo.card import Measured
+from ecodiff.lab.zoo import card, measure, store
+from ecodiff.lab.zoo.card import Measured
+from ecodiff.storage.paths import data_dir
 
 WORDS = {
     "VAE PSNR (dB)": "27.90",
@@ -44,7 +44,7 @@ def test_evaluation_leaves_card_numbers_picture_and_checksums(tmp_path, monkeypa
     log = {"machine": {"cores": 2}, "commit": "abc"}
     (folder / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}))
     monkeypatch.setattr(store, "data_dir", lambda: tmp_path)
-    monkeypatch.setattr(store.pipelines, "load", lambda name: None)
+    monkeypatch.setattr(store, "load", lambda name: None)
     monkeypatch.setattr(store, "fixed_picture", lambda pipe, sampling: np.zeros((64, 64, 3), np.uint8))
     monkeypatch.setattr(measure, "measure_pipeline", lambda *arguments: dict(WORDS))
     assert store.evaluate("mine") == WORDS

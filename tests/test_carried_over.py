@@ -12,12 +12,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pipelines import latents, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import apply_gates
-from ecodiff.learn import LearnConfig, learn
-from ecodiff.methods import wanda
-from ecodiff.pipelines import denoiser
-from ecodiff.sites import KINDS, find_sites
-from ecodiff.surgery import prune, prune_denoiser
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.learn import LearnConfig, learn
+from ecodiff.method.sites import KINDS, find_sites
+from ecodiff.method.surgery import prune, prune_denoiser
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.scores import wanda
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
 LORA = "pytorch_lora_weights.safetensors"

@@ -10,7 +10,6 @@ must never be written again to make a test pass: where one fails, the code has t
 
 import hashlib
 import json
-import sys
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,22 +24,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ecodiff
-from ecodiff import book, data, experiments, fullsize, quality, records, redrawn, redundancy, studies
-from ecodiff.cache import hashed_once, key, weights_hash
-from ecodiff.claims import cost as cost_claims
-from ecodiff.claims import counts, memory
-from ecodiff.experiments import Cell, describe_cell, gates_file
-from ecodiff.gates import Gates, HardConcrete
-from ecodiff.paths import data_dir, root
-from ecodiff.pipelines import denoiser, embedded, load_once, with_denoiser
-from ecodiff.protocol import Protocol
-from ecodiff.studies import DEV, SDXL
-from ecodiff.studies.run import seeds_of
-from ecodiff.surgery import prune
-
-sys.path.insert(0, str(root() / "benchmarks"))
-import full_size  # noqa: E402
-import generation  # noqa: E402
+from ecodiff.cost import presets
+from ecodiff.lab import openmoji, studies
+from ecodiff.lab.benchmarks import command, full_size, generation
+from ecodiff.lab.book import build
+from ecodiff.lab.claims import cost as cost_claims
+from ecodiff.lab.claims import memory, on_full_size
+from ecodiff.lab.studies import measure, metric_checks, redrawn, redundancy
+from ecodiff.lab.studies.cell import Cell, describe_cell
+from ecodiff.lab.studies.measure import gates_file
+from ecodiff.lab.studies.plan import DEV, SDXL
+from ecodiff.lab.studies.protocol import Protocol
+from ecodiff.lab.studies.run import seeds_of
+from ecodiff.method.gates import Gates
+from ecodiff.method.hard_concrete import HardConcrete
+from ecodiff.method.surgery import prune
+from ecodiff.pipelines.identity import hashed_once, weights_hash
+from ecodiff.pipelines.loading import embedded, load_once
+from ecodiff.pipelines.parts import denoiser, with_denoiser
+from ecodiff.storage import records
+from ecodiff.storage.fingerprint import key
+from ecodiff.storage.paths import data_dir, root
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = json.loads((FIXTURES / "golden_keys.json").read_text(encoding="utf-8"))
@@ -83,48 +87,48 @@ def planned():
 
 
 def keys_of_removed_units() -> dict[str, str]:
-    """Masks whose units chapter 12 counts by groups of sites."""
+    """Masks whose units chapter 11 counts by groups of sites."""
     found = {}
     for method in ("learned", "gauss-newton", "fisher", "diff-pruning", "taylor"):
         for study in ("main", "parameters"):
             cell = studies.cells(study, DEV)[f"{method}, 20%"]
             with asked() as keys:
-                experiments.removed_units(load_once(DEV), cell)
+                measure.removed_units(load_once(DEV), cell)
             found[f"{DEV}, {study}, {method}, 20%"] = only(keys)
     return found
 
 
 def keys_of_spared() -> dict[str, str]:
-    """The mask of chapter 12 that spares the large heads."""
+    """The mask of chapter 11 that spares the large heads."""
     pipe, cell = load_once(DEV), studies.cells("parameters", DEV)["learned, 20%"]
     large = []
     with asked():
-        for name in experiments.removed_units(pipe, cell):
+        for name in measure.removed_units(pipe, cell):
             if name.startswith("transformer_blocks.") and name.endswith(".attn"):
                 large.append(name)
     with asked() as keys:
-        experiments.compare_sparing(pipe, cell, large)
+        measure.compare_sparing(pipe, cell, large)
     return {f"{DEV}, parameters, learned, 20%, large heads spared": only(keys)}
 
 
 def keys_of_quality() -> dict[str, str]:
-    """The rows of chapter 10, with its default parameters."""
-    asks = book.parameters(chapter(10))
+    """The rows of chapter 9, with its default parameters."""
+    asks = build.parameters(chapter(9))
     pipe = load_once(asks["model"])
     protocol = Protocol.of(
         asks["model"], pictures=asks["set_size"], num_inference_steps=asks["draw_steps"], guidance_scale=2.0
     )
     cell = Cell(asks["removal"], asks["ratio"], asks["seed"], protocol)
     with asked() as keys:
-        quality.halves(asks["real_scenes"], asks["half_sizes"], asks["half_draws"], asks["seed"])
-        quality.known_sets(pipe, cell)
-        quality.judged_sets(pipe, cell)
+        metric_checks.halves(asks["real_scenes"], asks["half_sizes"], asks["half_draws"], asks["seed"])
+        metric_checks.known_sets(pipe, cell)
+        metric_checks.judged_sets(pipe, cell)
     return dict(zip(("halves", "known sets", "judged sets"), keys, strict=True))
 
 
 def keys_of_redundancy() -> dict[str, str]:
-    """Single removals of each embedded pipeline, as chapter 11 asks for them."""
-    asks = book.parameters(chapter(11))
+    """Single removals of each embedded pipeline, as chapter 10 asks for them."""
+    asks = build.parameters(chapter(10))
     found = {}
     for model in embedded():
         with asked() as keys:
@@ -140,9 +144,9 @@ def keys_of_redundancy() -> dict[str, str]:
 
 def keys_of_redrawn() -> dict[str, str]:
     """The gradients of chapter 4 whose gates are drawn anew in recomputation."""
-    asks = book.parameters(chapter(4))
+    asks = build.parameters(chapter(4))
     pipe, protocol = load_once(asks["model"]), Protocol.of(asks["model"])
-    captions = data.prompts("train", asks["prompts"])
+    captions = openmoji.prompts("train", asks["prompts"])
     found = {}
     for steps in (1, 2, asks["num_inference_steps"]):
         for start, delta in ((0.0, 0.5), (3.0, 0.5), (3.0, 0.0)):
@@ -163,7 +167,7 @@ def keys_of_redrawn() -> dict[str, str]:
 
 def keys_of_mask_step() -> dict[str, str]:
     """Mask updates of chapter 6, whose own cell records them."""
-    asks = book.parameters(chapter(6))
+    asks = build.parameters(chapter(6))
     names = {**asks, "pipe": load_once(asks["model"]), "torch": torch, "records": records}
     names |= {"weights_hash": weights_hash}
     with asked() as keys, pytest.MonkeyPatch.context() as patch:
@@ -178,21 +182,21 @@ def keys_of_cost() -> dict[str, str]:
     A key names the versions of torch and diffusers that a row was counted with. They are set to those of the rows.
     """
     presets = ("sdxl", "flux-schnell")
-    settings = [(preset, counts.ONE) for preset in presets]
-    settings += [counts.SD2_UPDATE, *memory.UPDATES]
+    settings = [(preset, on_full_size.ONE) for preset in presets]
+    settings += [on_full_size.SD2_UPDATE, *memory.UPDATES]
     settings += [cost_claims.published_mask(percent) for percent in (10, 20)]
     settings += [cost_claims.drawing("sdxl", 0.2), cost_claims.drawing("flux-schnell", 0.15)]
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counts, "version", counted_with)
+        patch.setattr(on_full_size, "version", counted_with)
         for preset, options in settings:
             with asked() as keys:
-                counts.counted(preset, **options)
+                on_full_size.counted(preset, **options)
             shown = {name: value for name, value in options.items() if name != "mask"}
             kept = sum(options.get("mask", {}).values())
             found[f"{preset}, {shown}, {kept} units"] = only(keys)
         patch.setattr("importlib.metadata.version", counted_with)
-        names = book.parameters(chapter(7))
+        names = build.parameters(chapter(7))
         with asked() as keys, matplotlib.rc_context():
             exec(code_with(chapter(7), "def counted("), names)
     for preset, one in zip(names["cost_presets"], keys, strict=True):
@@ -237,7 +241,7 @@ def threads(number: int):
 
 @dataclass(frozen=True)
 class Run:
-    """A call of ``benchmarks/full_size.py`` and the machine on which it ran."""
+    """A call of ``ecodiff/lab/benchmarks/full_size.py`` and the machine on which it ran."""
 
     model: str
     samples: int
@@ -274,7 +278,7 @@ def keys_of_full_size() -> dict[str, str]:
     for run in RUNS:
         bench = object.__new__(full_size.Bench)
         bench.name, bench.samples, bench.dtype, bench.device = run.model, run.samples, run.dtype, run.device
-        bench.size, bench.sites = fullsize.preset(run.model).size, {}
+        bench.size, bench.sites = presets.preset(run.model).size, {}
         bench.network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))
         bench.counted, bench.room = SimpleNamespace(update=SimpleNamespace(peak=0, held=1)), run.fitting - 1
         with pytest.MonkeyPatch.context() as patch:
@@ -283,8 +287,8 @@ def keys_of_full_size() -> dict[str, str]:
             patch.setattr(full_size, "make_mask", no_mask)
             full_size.saved_row(bench, record)
             full_size.workspace_row(bench, record)
-            full_size.update_rows(bench, full_size.STEPS, run.turns, "both", record)
-            full_size.inference_rows(bench, full_size.RATIOS, (1,), run.turns, "both", record)
+            full_size.update_rows(bench, command.STEPS, run.turns, "both", record)
+            full_size.inference_rows(bench, command.RATIOS, (1,), run.turns, "both", record)
             full_size.inference_rows(bench, (0.3,), full_size.MULTIPLES[1:], run.turns, "both", record)
     return found
 
@@ -328,7 +332,7 @@ def chapter(number: int) -> Path:
 
 def code_with(source: Path, text: str) -> str:
     """The code of the one cell of a chapter that has this text."""
-    cells = [cell.source for cell in book.read(source).cells if cell.cell_type == "code"]
+    cells = [cell.source for cell in build.read(source).cells if cell.cell_type == "code"]
     (found,) = [code for code in cells if text in code]
     return found
 

@@ -10,15 +10,19 @@ import torch
 from pipelines import TINY, TOKENS, call_kwargs
 from torch import nn
 
-from ecodiff import EcoDiffError, LearnConfig, fullsize, learn, paper, prune
+from ecodiff import EcoDiffError, LearnConfig, learn, prune
 from ecodiff.__main__ import main
-from ecodiff.cost import cost, keep_last_for, parse_bytes, usable
-from ecodiff.gates import Gates, apply_gates
-from ecodiff.mask import make_mask
-from ecodiff.pipelines import denoiser
-from ecodiff.sites import find_sites
-from ecodiff.trace import trace
-from ecodiff.trajectory import final_latents
+from ecodiff.cost import presets
+from ecodiff.cost.counting import cost, fit
+from ecodiff.cost.trace import trace
+from ecodiff.cost.units import parse_bytes, usable
+from ecodiff.lab import paper
+from ecodiff.method.gates import Gates
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.mask import make_mask
+from ecodiff.method.sites import find_sites
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.parts import denoiser
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -48,28 +52,28 @@ def counted(name="sd2", **options):
 @cache
 def forward(name):
     """One forward of one sample at the preset's size, without gradients."""
-    p, network = fullsize.preset(name), fullsize.preset(name).build()
-    shapes, _ = fullsize.inputs(network, fullsize.Geometry(1, p.size[0] // 8, p.size[1] // 8, 1, p.text_tokens))
+    p, network = presets.preset(name), presets.preset(name).build()
+    shapes, _ = presets.inputs(network, presets.Geometry(1, p.size[0] // 8, p.size[1] // 8, 1, p.text_tokens))
     return trace(network, shapes, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_have_the_published_number_of_parameters(name):
-    p = fullsize.preset(name)
+    p = presets.preset(name)
     assert sum(parameter.numel() for parameter in p.build().parameters()) == PARAMETERS[name] == p.parameters
-    assert fullsize.preset(p.id) is not None
+    assert presets.preset(p.id) is not None
 
 
 SOURCED = {
     path.stem: entry["source"]
-    for path in fullsize.FOLDER.glob("*.json")
+    for path in presets.FOLDER.glob("*.json")
     if "source" in (entry := json.loads(path.read_text()))
 }
 
 
 @pytest.mark.parametrize("name", SOURCED)
 def test_presets_fill_the_published_weights_file(name):
-    source, network = SOURCED[name], fullsize.preset(name).build()
+    source, network = SOURCED[name], presets.preset(name).build()
     width = getattr(torch, source["weights_dtype"]).itemsize
     size = width * sum(tensor.numel() for tensor in network.state_dict().values())
     if "weights_bytes" in source:  # what the file has beside its tensors is a header of names and shapes
@@ -79,7 +83,7 @@ def test_presets_fill_the_published_weights_file(name):
 
 
 def test_presets_are_all_tested():
-    assert set(fullsize.names()) == set(PARAMETERS)
+    assert set(presets.names()) == set(PARAMETERS)
 
 
 def test_flops_of_one_linear_layer():
@@ -142,9 +146,9 @@ def test_table_1_prints_nominal_gflop_for_pruned_models():
 
 
 def test_published_masks_leave_the_parameters_of_table_1():
-    from ecodiff.surgery import prune_denoiser
+    from ecodiff.method.surgery import prune_denoiser
 
-    network = fullsize.preset("sdxl").build()
+    network = presets.preset("sdxl").build()
     for column, billion in (("kept_10", 2.343), ("kept_20", 2.114)):
         mask = {row["site"]: torch.arange(row["units"]) < row[column] for row in paper.table("sdxl_lambda")}
         left = sum(parameter.numel() for parameter in prune_denoiser(network, mask).parameters())
@@ -198,34 +202,33 @@ def test_budget_decides_keep_last():
     assert two.max_keep_last("1GB") is None
 
 
-def test_keep_last_for_a_learning_run():
-    config = LearnConfig(batch_size=2, num_inference_steps=6, call={"height": 16, "width": 16})
-    keep_last, peak = keep_last_for(tiny("sdxl"), config, "8GB")
-    assert keep_last == 6 and 0 < peak < usable("8GB")
-    with pytest.raises(EcoDiffError, match="micro_batch_size"):
-        keep_last_for(tiny("sdxl"), config, "510MB")
-
-
-def test_learning_within_a_memory_budget(tmp_path, capsys):
+def test_a_configuration_is_made_to_fit_a_memory_budget():
     pipe, prompts = tiny("sd"), ["a cat", "a dog"]
     pipe.set_progress_bar_config(disable=True)
     size = {"height": 16, "width": 16}
     config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call=size, keep_last=0, target_open=None)
-    _, least = keep_last_for(pipe, config, "8GB")
     need = [cost(pipe, size=16, batch=2, steps=4, inner=False).update_peak(keep_last=k) for k in range(5)]
-    assert least == need[4] and need[1] < need[2] < need[4]
-    budget = round((need[2] + 500_000_000) / 0.97) + 2  # the third step does not fit any more
-    free = learn(pipe, prompts, config, progress=False)
-    first = learn(pipe, prompts, replace(config, updates=1), resume_dir=tmp_path, memory_budget=budget)
-    assert "keep_last=2 of 4 steps" in capsys.readouterr().out
-    assert len(first.history) == 1
-    bound = learn(pipe, prompts, config, resume_dir=tmp_path, memory_budget="8GB")  # another keep_last, the same run
-    assert "keep_last=4 of 4 steps" in capsys.readouterr().out
-    assert all(torch.equal(bound.log_alpha[name], value) for name, value in free.log_alpha.items())
-    with pytest.raises(EcoDiffError, match="even with one step at a time"):
-        learn(pipe, prompts, config, progress=False, memory_budget="510MB")
+    assert need[1] < need[2] < need[4]
+    room_for_two = round((need[2] + 500_000_000) / 0.97) + 2  # the third step does not fit any more
+    assert fit(pipe, config, prompts[0], room_for_two) == replace(config, checkpoint=True, keep_last=2)
+    assert fit(pipe, config, prompts[0], "8GB") == replace(config, checkpoint=True, keep_last=4)
+    with pytest.raises(EcoDiffError, match="even with one step at a time.*micro_batch_size"):
+        fit(pipe, config, prompts[0], "510MB")
     with pytest.raises(EcoDiffError, match="amount of memory"):
-        learn(pipe, prompts, config, progress=False, memory_budget="much")
+        fit(pipe, config, prompts[0], "much")
+
+
+def test_a_run_goes_on_with_more_memory_to_the_same_mask(tmp_path):
+    pipe, prompts = tiny("sd"), ["a cat", "a dog"]
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16}
+    config = LearnConfig(updates=2, batch_size=2, num_inference_steps=4, call=size, keep_last=0, target_open=None)
+    free = learn(pipe, prompts, config, progress=False)
+    first = learn(pipe, prompts, replace(config, updates=1, keep_last=2), resume_dir=tmp_path, progress=False)
+    assert len(first.history) == 1
+    roomy = fit(pipe, config, prompts[0], "8GB")
+    again = learn(pipe, prompts, roomy, resume_dir=tmp_path, progress=False)
+    assert all(torch.equal(again.log_alpha[name], value) for name, value in free.log_alpha.items())
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -394,7 +397,7 @@ def test_the_pipeline_shows_the_arguments_of_a_class_that_is_not_known(name, gui
     tokens = None if name in ("sd", "sdxl") else TOKENS
     known = cost(pipe, **options, text_tokens=2 * TOKENS if name == "sd3" else tokens, ratio=0.3)
     before = {key: repr(value) for key, value in vars(pipe.scheduler).items()}
-    monkeypatch.setattr(fullsize, "INPUTS", {})
+    monkeypatch.setattr(presets, "INPUTS", {})
     shown = cost(pipe, **options, text_tokens=tokens, ratio=0.3)
     assert shown.flops == known.flops and shown.forwards == known.forwards and shown.calls == known.calls
     assert shown.parameters == known.parameters and shown.pruned.parameters == known.pruned.parameters

@@ -10,9 +10,9 @@ from test_learn import QUICK, quiet, sized
 from test_surgery import assert_removed_is_masked, random_mask
 from test_trajectory import run
 
-from ecodiff.gates import apply_gates
-from ecodiff.pipelines import denoiser
-from ecodiff.running import on_device
+from ecodiff.method.hooks import apply_gates
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.running import on_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
 

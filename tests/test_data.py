@@ -6,56 +6,56 @@ import itertools
 import numpy as np
 import pytest
 
-from ecodiff import data
 from ecodiff.errors import EcoDiffError
+from ecodiff.lab import openmoji
 
 
 def test_a_scene_is_the_same_however_it_is_reached():
-    direct = data.scene(7)
-    listed = next(itertools.islice(data.scenes("train"), 7, None))
+    direct = openmoji.scene(7)
+    listed = next(itertools.islice(openmoji.scenes("train"), 7, None))
     assert np.array_equal(direct.image, listed.image)
     assert direct.caption == listed.caption and direct.boxes == listed.boxes
 
 
 def test_scenes_do_not_change_between_versions():
     # Recorded results and trained weights rest on these pictures; whoever changes them changes all of those.
-    captions = "\n".join(data.prompts("train", 50) + data.prompts("seen", 50) + data.prompts("heldout", 50))
+    captions = "\n".join(openmoji.prompts("train", 50) + openmoji.prompts("seen", 50) + openmoji.prompts("heldout", 50))
     assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "f46f3d894268c7fb"
 
 
 def test_splits_are_disjoint_in_pairs():
     def pairs(split, n):
         found = set()
-        for item in data.scenes(split, n):
+        for item in openmoji.scenes(split, n):
             found |= {tuple(sorted(pair)) for pair in itertools.combinations(item.objects, 2)}
         return found
 
     train, heldout = pairs("train", 600), pairs("heldout", 200)
     assert train and heldout and not train & heldout
-    assert all(data.is_heldout(*pair) for pair in heldout) and not any(data.is_heldout(*pair) for pair in train)
+    assert all(openmoji.is_heldout(*pair) for pair in heldout) and not any(openmoji.is_heldout(*pair) for pair in train)
 
 
 def test_a_tenth_of_all_pairs_is_held_out():
-    names = data.object_names()
-    share = np.mean([data.is_heldout(a, b) for a, b in itertools.combinations(names, 2)])
+    names = openmoji.object_names()
+    share = np.mean([openmoji.is_heldout(a, b) for a, b in itertools.combinations(names, 2)])
     assert 0.08 < share < 0.12 and len(names) == 120
-    assert data.is_heldout("cat", "pizza") == data.is_heldout("pizza", "cat")
+    assert openmoji.is_heldout("cat", "pizza") == openmoji.is_heldout("pizza", "cat")
 
 
 def test_caption_names_every_object_and_the_background():
-    for item in data.scenes("train", 200):
+    for item in openmoji.scenes("train", 200):
         assert all(name in item.caption for name in item.objects) and item.colour in item.caption
 
 
 def test_background_has_the_named_colour():
-    for item in data.scenes("seen", 40):
+    for item in openmoji.scenes("seen", 40):
         corner = np.median(np.concatenate([item.image[0], item.image[-1]]), axis=0)
-        assert np.abs(corner - np.array(data.COLOURS[item.colour])).max() <= 1, item.caption
+        assert np.abs(corner - np.array(openmoji.COLOURS[item.colour])).max() <= 1, item.caption
 
 
-@pytest.mark.parametrize("relation", data.RELATIONS)
+@pytest.mark.parametrize("relation", openmoji.RELATIONS)
 def test_relations_place_the_objects_as_they_say(relation):
-    found = [item for item in data.scenes("train", 300) if item.relation == relation]
+    found = [item for item in openmoji.scenes("train", 300) if item.relation == relation]
     assert found
     for item in found:
         (x0, y0, s0), (x1, y1, s1) = item.boxes
@@ -64,7 +64,7 @@ def test_relations_place_the_objects_as_they_say(relation):
 
 
 def test_two_objects_do_not_overlap_much():
-    for item in data.scenes("train", 100, count=2):
+    for item in openmoji.scenes("train", 100, count=2):
         (x0, y0, s0), (x1, y1, s1) = item.boxes
         width = max(0, min(x0 + s0, x1 + s1) - max(x0, x1))
         height = max(0, min(y0 + s0, y1 + s1) - max(y0, y1))
@@ -72,23 +72,23 @@ def test_two_objects_do_not_overlap_much():
 
 
 def test_count_is_obeyed():
-    assert {len(item.objects) for item in data.scenes("seen", 20, count=1)} == {1}
-    assert {len(item.objects) for item in data.scenes("train", 20, count=3)} == {3}
+    assert {len(item.objects) for item in openmoji.scenes("seen", 20, count=1)} == {1}
+    assert {len(item.objects) for item in openmoji.scenes("train", 20, count=3)} == {3}
 
 
 def test_served_as_a_data_set_with_its_licence():
-    table = data.dataset("heldout", 3)
+    table = openmoji.dataset("heldout", 3)
     assert table.column_names == ["image", "caption", "objects", "colour", "relation", "boxes"]
-    assert table.info.license == data.LICENSE
-    assert np.array_equal(np.asarray(table[1]["image"]), data.scene(1, "heldout").image)
-    endless = data.dataset("train")
-    assert [row["caption"] for row in endless.take(3)] == data.prompts("train", 3)
+    assert table.info.license == openmoji.LICENSE
+    assert np.array_equal(np.asarray(table[1]["image"]), openmoji.scene(1, "heldout").image)
+    endless = openmoji.dataset("train")
+    assert [row["caption"] for row in endless.take(3)] == openmoji.prompts("train", 3)
 
 
 @pytest.mark.parametrize("arguments", [(0, "test"), (-1, "train"), (0, "heldout", 1), (0, "train", 4)])
 def test_nonsense_is_one_clear_sentence(arguments):
     with pytest.raises(EcoDiffError, match="OpenMoji|negative|cannot show"):
-        data.scene(*arguments)
+        openmoji.scene(*arguments)
 
 
 def test_objects_are_named_as_unicode_names_them():
@@ -97,5 +97,5 @@ def test_objects_are_named_as_unicode_names_them():
     codes = {}
     for character, entry in emoji.EMOJI_DATA.items():
         codes[entry["en"].strip(":")] = "-".join(f"{ord(c):04X}" for c in character if ord(c) != 0xFE0F)
-    for name, row in data.object_table().items():
+    for name, row in openmoji.object_table().items():
         assert codes[row["emoji"]] == row["code"].replace("-FE0F", ""), name

@@ -5,13 +5,13 @@ import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from pipelines import PROMPTS, call_kwargs, latents, tiny_flux, tiny_sd, tiny_sdxl
 
+from ecodiff.baselines.deepcache import deepcache
 from ecodiff.errors import EcoDiffError
-from ecodiff.methods.deepcache import deepcache
-from ecodiff.methods.sampling import Sampling, draw
-from ecodiff.pipelines import denoiser
-from ecodiff.sites import find_sites
-from ecodiff.surgery import prune
-from ecodiff.trajectory import final_latents
+from ecodiff.method.sites import find_sites
+from ecodiff.method.surgery import prune
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.scores.calibration import Sampling, draw
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])

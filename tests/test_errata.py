@@ -2,8 +2,8 @@
 
 import pytest
 
-from ecodiff import errata, paper
-from ecodiff.errata import algebra, arithmetic
+from ecodiff.lab import errata, paper
+from ecodiff.lab.errata import algebra, arithmetic
 
 
 @pytest.mark.parametrize("erratum", errata.ERRATA, ids=lambda function: function.__name__)
@@ -43,7 +43,7 @@ def test_an_error_that_is_corrected_is_no_longer_confirmed(monkeypatch):
 
 def test_the_formulas_are_those_of_the_package():
     torch = pytest.importorskip("torch")
-    from ecodiff.gates import HardConcrete
+    from ecodiff.method.hard_concrete import HardConcrete
 
     free, sdxl = HardConcrete(delta=0.0), HardConcrete(delta=0.5)
     for value in (-1.0, 0.0, 2.0):

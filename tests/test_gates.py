@@ -8,7 +8,7 @@ from pipelines import latents, tiny_flux, tiny_sd3, tiny_sdxl
 from safetensors.torch import save_file
 
 from ecodiff import EcoDiffError, Gates, HardConcrete, apply_gates, denoiser, find_sites
-from ecodiff.sites import KINDS
+from ecodiff.method.sites import KINDS
 
 LAMBDA = torch.linspace(-6, 6, 41)
 STRATA = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # uniform noise without luck

@@ -8,9 +8,11 @@ import torch
 from pipelines import PROMPTS, TINY, TOKENS, tiny_sd, tiny_sdxl
 
 import ecodiff
-from ecodiff.cache import cached, canonical, weights_hash
 from ecodiff.errors import EcoDiffError
-from ecodiff.generate import generate
+from ecodiff.method.generate import generate
+from ecodiff.pipelines.identity import weights_hash
+from ecodiff.storage.cache import cached
+from ecodiff.storage.fingerprint import canonical
 
 SEEDS = [3, 1, 4, 1]
 
@@ -164,7 +166,7 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error_and_leaves_nothing(tmp_
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ecodiff.cache.os.replace", full)
+    monkeypatch.setattr("ecodiff.storage.cache.os.replace", full)
     with pytest.raises(EcoDiffError, match="could not be written"):
         cached(tmp_path, "x", {}, lambda: torch.zeros(1))
     assert not list(tmp_path.iterdir())

@@ -8,18 +8,19 @@ import torch
 from diffusers import FluxTransformer2DModel
 from pipelines import latents, tiny_flux, tiny_sd
 
+from ecodiff.baselines.blocks import errors, left_out
+from ecodiff.baselines.deepcache import deepcache
+from ecodiff.cost.watch import flops_while
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import Gates, apply_gates, fresh_gates
-from ecodiff.generate import generate
-from ecodiff.hooks import eagerly, hooked, replaced_forward
-from ecodiff.learn import LearnConfig, learn
-from ecodiff.methods import METHODS, Sampling, obs, wanda
-from ecodiff.methods.blocks import errors, left_out
-from ecodiff.methods.deepcache import deepcache
-from ecodiff.pipelines import denoiser
-from ecodiff.retrain_config import RetrainConfig
-from ecodiff.sites import find_sites, with_flops
-from ecodiff.trace import flops_while
+from ecodiff.method.gates import Gates, fresh_gates
+from ecodiff.method.generate import generate
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.learn import LearnConfig, learn
+from ecodiff.method.sites import find_sites, with_flops
+from ecodiff.pipelines.forward_hooks import eagerly, hooked, replaced_forward
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.retraining.config import RetrainConfig
+from ecodiff.scores import METHODS, Sampling, obs, wanda
 
 CALL = {"height": 16, "width": 16, "max_sequence_length": 12}
 QUICK = LearnConfig(updates=1, batch_size=1, num_inference_steps=2, call=CALL, target_open=None, weight=0.1)

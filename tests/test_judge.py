@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ecodiff import data
 from ecodiff.errors import EcoDiffError
-from ecodiff.judge import (
-    PLACES,
-    Facts,
-    Judge,
-    caption_ranks,
-    clip_score,
-    clip_score_metric,
-    questions,
-    verdicts,
-    views,
-)
-from ecodiff.zoo import build, contrast
+from ecodiff.lab import openmoji
+from ecodiff.lab.openmoji.facts import PLACES, Facts, caption_ranks, questions, verdicts, views
+from ecodiff.lab.zoo import build, contrast
+from ecodiff.metrics.clip import Judge, clip_score, clip_score_metric
 
 
 class Oracle:
@@ -39,13 +30,13 @@ class Oracle:
     def vector(self, facts):
         """Objects by place, number, axis and colour in coordinates of their own, so that each fact counts."""
         if facts is None:  # nothing that can be named: like the object that is last in the alphabet, a little
-            return self.vector(Facts(data.object_names()[-1:], "red")) * 1e-3
+            return self.vector(Facts(openmoji.object_names()[-1:], "red")) * 1e-3
         objects, axis, colour = facts.key
-        names, found = data.object_names(), torch.zeros(3 * 120 + 4 + 3 + 10)
+        names, found = openmoji.object_names(), torch.zeros(3 * 120 + 4 + 3 + 10)
         for place, name in enumerate(objects):
             found[120 * place + names.index(name)] = 1
         found[360 + len(objects)] = found[364 + ("", "across", "down").index(axis)] = 1
-        found[367 + tuple(data.COLOURS).index(colour)] = 1
+        found[367 + tuple(openmoji.COLOURS).index(colour)] = 1
         return found / found.norm()
 
     def text_features(self, captions):
@@ -59,17 +50,17 @@ def read(caption):
     """The facts of a caption of the data's grammar."""
     for ending in (" on a ", " on an ", " in front of a ", " in front of an ", " on "):
         subject, found, rest = caption.rpartition(ending)
-        if found and (colour := rest.removesuffix(" background")) in data.COLOURS:
+        if found and (colour := rest.removesuffix(" background")) in openmoji.COLOURS:
             break
-    relation = next((r for r in data.RELATIONS if f" {r} " in subject), "")
+    relation = next((r for r in openmoji.RELATIONS if f" {r} " in subject), "")
     parts = (subject.replace(f" {relation} ", ", ") if relation else subject).replace(" and ", ", ").split(", ")
     return Facts(tuple(part.split(" ", 1)[1] for part in parts), colour, relation)
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    chosen = list(data.scenes("seen", 6, count=1)) + list(data.scenes("seen", 8, count=2))
-    return chosen + list(data.scenes("seen", 2, count=3))
+    chosen = list(openmoji.scenes("seen", 6, count=1)) + list(openmoji.scenes("seen", 8, count=2))
+    return chosen + list(openmoji.scenes("seen", 2, count=3))
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +84,14 @@ def test_captions_of_the_same_picture_have_one_key():
 
 
 def test_an_oracle_finds_every_fact_of_right_pictures(scenes):
-    pictures = data.images(scenes)
+    pictures = openmoji.images(scenes)
     found = verdicts(Oracle(pictures, [Facts.of(s) for s in scenes]), pictures, scenes)
     assert all(hits.all() for hits in found.values()), found
     assert set(found) == {"objects", "number", "relation", "colour", "all"}
 
 
 def test_larger_pictures_are_judged_as_the_scenes_they_show(scenes):
-    pictures = data.images(scenes)
+    pictures = openmoji.images(scenes)
     judge = Oracle(pictures, [Facts.of(s) for s in scenes])
     larger = pictures.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     assert verdicts(judge, larger, scenes)["all"].all()
@@ -108,7 +99,7 @@ def test_larger_pictures_are_judged_as_the_scenes_they_show(scenes):
 
 @pytest.mark.parametrize("kind, fact", [(0, "colour"), (1, "objects")])
 def test_an_oracle_misses_exactly_the_fact_that_is_wrong(scenes, kind, fact):
-    pictures, rng = data.images(scenes), np.random.default_rng(0)
+    pictures, rng = openmoji.images(scenes), np.random.default_rng(0)
     found = verdicts(Oracle(pictures, [contrast.wrong(Facts.of(s), kind, rng) for s in scenes]), pictures, scenes)
     assert not found[fact].any() and not found["all"].any()
     assert all(found[other].all() for other in {"objects", "number", "relation", "colour"} - {fact})
@@ -116,7 +107,7 @@ def test_an_oracle_misses_exactly_the_fact_that_is_wrong(scenes, kind, fact):
 
 def test_an_oracle_sees_a_wrong_relation_and_a_wrong_number(scenes):
     two = [s for s in scenes if len(s.objects) == 2]
-    pictures = data.images(two)
+    pictures = openmoji.images(two)
     across = ("", "left of", "right of")
     turned = [Facts(s.objects, s.colour, "above" if s.relation in across else "left of") for s in two]
     assert not verdicts(Oracle(pictures, turned), pictures, two)["relation"].any()
@@ -134,7 +125,7 @@ def test_questions_name_the_right_caption_first_and_once(scenes):
 
 
 def test_ranks_of_an_oracle_are_one_and_of_strangers_are_not(scenes):
-    pictures = data.images(scenes)
+    pictures = openmoji.images(scenes)
     facts = [Facts.of(s) for s in scenes]
     assert (caption_ranks(Oracle(pictures, facts), pictures, scenes, candidates=10) == 1).all()
     strangers = caption_ranks(Oracle(pictures, facts[1:] + facts[:1]), pictures, scenes, candidates=len(scenes))
@@ -146,7 +137,7 @@ def test_ranks_of_an_oracle_are_one_and_of_strangers_are_not(scenes):
 def test_clip_score_is_torchmetrics_own(tiny, scenes):
     from torchmetrics.multimodal import CLIPScore
 
-    pictures, captions = data.images(scenes), [s.caption for s in scenes]
+    pictures, captions = openmoji.images(scenes), [s.caption for s in scenes]
     cosines = (tiny.image_features(pictures) * tiny.text_features(captions)).sum(-1)
     assert clip_score(pictures, captions, tiny) == pytest.approx(100 * max(cosines.mean().item(), 0), abs=1e-3)
     assert isinstance(clip_score_metric(tiny), CLIPScore)
@@ -157,12 +148,12 @@ def test_a_judge_is_saved_and_loaded_in_plain_format(tiny, scenes, tmp_path):
 
     tiny.save_pretrained(tmp_path)
     assert CLIPModel.from_pretrained(tmp_path).dtype == torch.float32 and CLIPProcessor.from_pretrained(tmp_path)
-    loaded, pictures = Judge.load(tmp_path), data.images(scenes[:3])
+    loaded, pictures = Judge.load(tmp_path), openmoji.images(scenes[:3])
     assert torch.allclose(loaded.image_features(pictures), tiny.image_features(pictures), atol=1e-5)
 
 
 def test_bad_input_is_one_sentence(tiny, scenes):
-    pictures = data.images(scenes[:2])
+    pictures = openmoji.images(scenes[:2])
     with pytest.raises(EcoDiffError, match="2 pictures but 3 scenes"):
         verdicts(tiny, pictures, scenes[:3])
     with pytest.raises(EcoDiffError, match="2 pictures but 1 captions"):
@@ -170,7 +161,7 @@ def test_bad_input_is_one_sentence(tiny, scenes):
     with pytest.raises(EcoDiffError, match="is no judge here"):
         Judge.load("openmoji-clop")
     with pytest.raises(EcoDiffError, match="no word of the OpenMoji scenes"):
-        data.caption(("gnu",), "red")
+        openmoji.caption(("gnu",), "red")
 
 
 def test_wrong_captions_are_wrong(scenes):
@@ -200,7 +191,7 @@ def test_the_loss_leaves_out_captions_that_are_true_as_well():
 
 
 def test_a_judge_that_keeps_captions_reads_each_once_and_says_the_same(tiny, monkeypatch):
-    captions = [scene.caption for scene in data.scenes("train", 6)]
+    captions = [scene.caption for scene in openmoji.scenes("train", 6)]
     keeping, read_now = replace(tiny, texts={}), []
     whole = keeping.model.get_text_features
     monkeypatch.setattr(keeping.model, "get_text_features", lambda **words: read_now.append(1) or whole(**words))

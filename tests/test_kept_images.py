@@ -13,13 +13,13 @@ from PIL import Image
 from pipelines import PROMPTS, TOKENS, tiny_flux, tiny_sd, tiny_sdxl
 
 import ecodiff
-from ecodiff.cache import key
+from ecodiff.baselines import blocks
 from ecodiff.errors import EcoDiffError
-from ecodiff.fingerprint import Undescribed, describe, of_pipeline
-from ecodiff.learn_config import LearnConfig
-from ecodiff.methods import blocks
-from ecodiff.pipelines import denoiser
-from ecodiff.trajectory import private_copy
+from ecodiff.method.config import LearnConfig
+from ecodiff.pipelines.identity import Undescribed, describe, of_pipeline
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.running import private_copy
+from ecodiff.storage.fingerprint import key
 
 SMALL = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 16, "width": 16, "progress": False}
 

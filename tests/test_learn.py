@@ -11,12 +11,12 @@ import torch
 from pipelines import PROMPTS, TINY, call_kwargs, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import Gates, apply_gates, fresh_gates
-from ecodiff.learn import LearnConfig, _regulariser, _Task, learn
-from ecodiff.pipelines import denoiser
-from ecodiff.prompts import encoding_once
-from ecodiff.running import epoch_batch
-from ecodiff.sites import find_sites
+from ecodiff.method.gates import Gates, fresh_gates
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.learn import LearnConfig, _regulariser, _Task, learn
+from ecodiff.method.sites import find_sites
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.prompts import encoding_once, epoch_batch
 
 SIZE = {"height": 16, "width": 16}
 QUICK = LearnConfig(
@@ -255,7 +255,7 @@ def test_a_denoiser_that_cannot_be_learned_on_is_named(capsys):
 
 def test_modules_without_units_are_named_before_the_start(capsys, monkeypatch):
     skipped = {"mid_block.attn": "its norm spans all heads"}
-    monkeypatch.setattr(sys.modules["ecodiff.learn"], "skipped_modules", lambda network: skipped)
+    monkeypatch.setattr(sys.modules["ecodiff.method.learn"], "skipped_modules", lambda network: skipped)
     learn(tiny_sd(), PROMPTS, replace(QUICK, updates=1))
     assert "no units in 1 modules, such as mid_block.attn (its norm spans all heads)" in capsys.readouterr().out
 
@@ -264,7 +264,7 @@ def test_a_model_that_could_not_be_pruned_is_refused_before_anything_is_learned(
     pipe = tiny_sd()
     name = next(name for name in find_sites(denoiser(pipe)) if name.endswith("attn1"))
     pipe.unet.get_submodule(name).fuse_projections()
-    monkeypatch.setattr(sys.modules["ecodiff.learn"], "_Task", None)  # never reached
+    monkeypatch.setattr(sys.modules["ecodiff.method.learn"], "_Task", None)  # never reached
     with pytest.raises(EcoDiffError, match="learn: .* such as fused projections .*: undo that first"):
         learn(pipe, PROMPTS, replace(QUICK, updates=1))
 

@@ -7,7 +7,7 @@ import torch
 from test_sites import SDXL, full_size
 
 from ecodiff import EcoDiffError, Gates, find_sites, make_mask
-from ecodiff.sites import Site, Span
+from ecodiff.method.sites import Site, Span
 
 
 def site(name, kind, units, params=1, flops=None):

@@ -9,18 +9,20 @@ import torch
 from pipelines import PROMPTS, TINY, latents, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 import ecodiff
-from ecodiff import experiments, running
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import apply_gates
-from ecodiff.learn_config import LearnConfig
-from ecodiff.methods import METHODS, Sampling, prune_compensated, second_moments
-from ecodiff.methods.gauss_newton import _signs
-from ecodiff.methods.obs import DAMPING, compensated, damped, from_moments, time_weight
-from ecodiff.methods.sampling import columns, draw, mix
-from ecodiff.methods.taylor import NoisePrediction, noised_input
-from ecodiff.pipelines import denoiser
-from ecodiff.sites import find_sites
-from ecodiff.surgery import prune
+from ecodiff.lab.studies import cell, measure
+from ecodiff.method.config import LearnConfig
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.sites import find_sites
+from ecodiff.method.surgery import prune
+from ecodiff.pipelines import running
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.scores import METHODS, Sampling, prune_compensated, second_moments
+from ecodiff.scores.calibration import columns, draw, mix
+from ecodiff.scores.compensation import DAMPING, compensated, damped, time_weight
+from ecodiff.scores.gauss_newton import _signs
+from ecodiff.scores.obs import from_moments
+from ecodiff.scores.taylor import NoisePrediction, noised_input
 
 SEEING = [name for name in METHODS if name not in ("random", "magnitude")]
 
@@ -205,7 +207,7 @@ def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
         score(method, pipe)
     taylor = ["taylor.scores"] * 2  # Diff-Pruning, too
     slopes = ["fisher.scores", "gauss_newton.scores"]
-    assert asked == ["wanda.norms", *taylor, *slopes, "occlusion.scores", "wanda.norms", "obs.second_moments"]
+    assert asked == ["wanda.norms", *taylor, *slopes, "occlusion.scores", "wanda.norms", "compensation.second_moments"]
 
 
 def test_taylor_needs_no_gradients_switched_on_by_the_caller():
@@ -474,17 +476,15 @@ def test_a_comparison_calls_every_method_by_name(monkeypatch):
     pipe = tiny_sd()
     config = LearnConfig(updates=1, batch_size=1, num_inference_steps=1, call={"height": 16, "width": 16})
     sites = find_sites(denoiser(pipe))
-    seen = {name: experiments.scores_of(pipe, name, PROMPTS[:1], config, 0) for name in ("learned", "random", "obs")}
+    seen = {name: measure.scores_of(pipe, name, PROMPTS[:1], config, 0) for name in ("learned", "random", "obs")}
     assert all(scores.keys() == sites.keys() for scores in seen.values())
-    close(experiments.scores_of(pipe, "obs+compensation", PROMPTS[:1], config, 0), seen["obs"], rtol=0, atol=0)
+    close(measure.scores_of(pipe, "obs+compensation", PROMPTS[:1], config, 0), seen["obs"], rtol=0, atol=0)
     mask = {name: torch.arange(site.units) > 0 for name, site in sites.items()}
-    small, other = (
-        experiments.pruned_by(pipe, name, mask, PROMPTS[:1], config, 0) for name in ("obs", "obs+compensation")
-    )
+    small, other = (measure.pruned_by(pipe, name, mask, PROMPTS[:1], config, 0) for name in ("obs", "obs+compensation"))
     layer = first(pipe, "feed_forward").readers[0].layer
     assert not torch.equal(*(denoiser(p).get_submodule(layer).weight for p in (small, other)))
     with pytest.raises(EcoDiffError, match="Unknown method 'best': take learned, random, magnitude"):
-        experiments.scores_of(pipe, "best", PROMPTS[:1], config, 0)
-    assert len(experiments.calibration("occlusion", ["a"] * 99)) == 8
-    assert len(experiments.calibration("wanda", ["a"] * 99)) == 32
-    assert len(experiments.calibration("gauss-newton", ["a"] * 99)) == 99
+        measure.scores_of(pipe, "best", PROMPTS[:1], config, 0)
+    assert len(cell.calibration("occlusion", ["a"] * 99)) == 8
+    assert len(cell.calibration("wanda", ["a"] * 99)) == 32
+    assert len(cell.calibration("gauss-newton", ["a"] * 99)) == 99

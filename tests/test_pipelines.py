@@ -9,8 +9,8 @@ from pipelines import TINY, call_kwargs, tiny_sd, tiny_sdxl
 
 import ecodiff
 from ecodiff import EcoDiffError
-from ecodiff.methods import METHODS
-from ecodiff.pipelines import denoiser, denoiser_name
+from ecodiff.pipelines.parts import denoiser, denoiser_name
+from ecodiff.scores import METHODS
 
 
 @pytest.mark.parametrize(

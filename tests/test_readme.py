@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 
 import ecodiff
-from ecodiff import studies
+from ecodiff.lab import studies
 
 README = Path(__file__).parents[1] / "README.md"
 MODELS = ("openmoji-sdxl", "openmoji-flux-schnell")

@@ -7,8 +7,9 @@ import platform
 import pytest
 import torch
 
-from ecodiff import records
 from ecodiff.errors import EcoDiffError
+from ecodiff.storage import records
+from ecodiff.storage.paths import root
 
 CONFIG = {"method": "random", "ratio": 0.2, "seed": 3}
 
@@ -80,7 +81,7 @@ def test_a_row_says_where_it_comes_from_but_not_from_whom():
     )
     assert row["seconds"] >= 0 and row["date"].endswith("Z")
     text = json.dumps(row)
-    assert platform.node() not in text and str(records.root()) not in text and f"/{getpass.getuser()}" not in text
+    assert platform.node() not in text and str(root()) not in text and f"/{getpass.getuser()}" not in text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "no json", "lacking"])
@@ -109,7 +110,7 @@ def test_a_full_disk_keeps_the_file_and_hands_over_the_row(tmp_path, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ecodiff.records.os.replace", full)
+    monkeypatch.setattr("ecodiff.storage.records.os.replace", full)
     with pytest.raises(EcoDiffError, match="ECODIFF_RECORDS=off") as caught:
         records.measure(CONFIG, Counter(), name="quality", recompute=True)
     assert caught.value.row["values"]["ssim"] == 0.1

@@ -4,7 +4,8 @@ import pytest
 import torch
 from pipelines import tiny_sd
 
-from ecodiff import records, redrawn
+from ecodiff.lab.studies import redrawn
+from ecodiff.storage import records
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16}
 WORDS = ["a cat", "a pizza", "a dog", "a tree"]

@@ -5,12 +5,13 @@ import torch
 from pipelines import tiny_flux, tiny_sd
 
 import ecodiff
-from ecodiff import records, redundancy
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import apply_gates
-from ecodiff.pipelines import denoiser
-from ecodiff.protocol import Protocol
-from ecodiff.redundancy import ONE_LEVEL
+from ecodiff.lab.studies import redundancy
+from ecodiff.lab.studies.protocol import Protocol
+from ecodiff.lab.studies.redundancy import ONE_LEVEL
+from ecodiff.method.hooks import apply_gates
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.storage import records
 
 SAMPLING = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
 PROTOCOL = Protocol(

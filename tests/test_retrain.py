@@ -10,13 +10,13 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
 from pipelines import PROMPTS, TINY, TOKENS, latents, tiny_flux, tiny_sd, tiny_sdxl
 
-from ecodiff import objective
 from ecodiff.errors import EcoDiffError
-from ecodiff.methods import sparse24
-from ecodiff.pipelines import denoiser
-from ecodiff.retrain import RetrainConfig, _add_adapters, _Task, retrain
-from ecodiff.sites import find_sites
-from ecodiff.surgery import prune
+from ecodiff.method.sites import find_sites
+from ecodiff.method.surgery import prune
+from ecodiff.pipelines import conditioning
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.retraining import losses, two_four
+from ecodiff.retraining.retrain import RetrainConfig, _add_adapters, _Task, retrain
 
 PICTURES = torch.randint(256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
 QUICK = {"steps": 2, "batch_size": 2, "lr": 1e-2, "rank": 2}
@@ -71,10 +71,10 @@ def test_the_loss_falls_on_every_pipeline_also_where_a_site_has_no_unit_left(mod
 @pytest.mark.parametrize("model", TINY)
 def test_straight_through_ends_in_2_4_weights_that_are_better_than_cut_ones(model):
     pipe = smaller(TINY[model]())
-    cut = set_loss(sparse24.sparsify(pipe))
+    cut = set_loss(two_four.sparsify(pipe))
     better = quiet(pipe, method="2:4", steps=8, batch_size=4, lr=3e-3)
     assert weights(better).keys() == weights(pipe).keys()
-    layers = sparse24.layers_2_4(denoiser(better))
+    layers = two_four.layers_2_4(denoiser(better))
     assert layers
     for layer in layers.values():
         groups = layer.weight.movedim(1, -1).reshape(-1, 4)
@@ -119,7 +119,7 @@ def test_no_steps_give_the_same_pipeline_bit_for_bit(method):
 
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_flux])
 def test_merged_adapters_draw_what_unmerged_ones_do(build, monkeypatch):
-    module, drawn = importlib.import_module("ecodiff.retrain"), {}
+    module, drawn = importlib.import_module("ecodiff.retraining.retrain"), {}
     merged = module._merged
     pipe = smaller(build())
 
@@ -226,7 +226,7 @@ def test_a_denoiser_that_predicts_the_target_has_no_loss():
             torch.testing.assert_close(noisy, a * x + s * noise)
             return SimpleNamespace(sample={"epsilon": noise, "v_prediction": a * noise - s * x, "sample": x}[kind])
 
-        loss = objective.training_loss(scheduler)(exact, x, {}, generator().manual_seed(7))
+        loss = losses.training_loss(scheduler)(exact, x, {}, generator().manual_seed(7))
         assert loss < 1e-12, kind
 
     def flow(noisy, timestep, guidance):
@@ -236,11 +236,11 @@ def test_a_denoiser_that_predicts_the_target_has_no_loss():
         return SimpleNamespace(sample=noise - x)
 
     flow.config = {"guidance_embeds": True}
-    assert objective.flow_loss(flow, x, {}, generator().manual_seed(7), time=1000.0) == 0
+    assert losses.flow_loss(flow, x, {}, generator().manual_seed(7), time=1000.0) == 0
 
 
 def test_the_denoiser_is_told_what_the_pipelines_own_call_tells_it():
-    told = {name: objective.conditioning(pipe := make(), PROMPTS[0], (16, 16), config_for(pipe).call)
+    told = {name: conditioning.conditioning(pipe := make(), PROMPTS[0], (16, 16), config_for(pipe).call)
             for name, make in TINY.items()}  # fmt: skip
     assert told["sd"].arguments["encoder_hidden_states"].shape == (1, TOKENS, 32)
     added = told["sdxl"].arguments["added_cond_kwargs"]
@@ -248,13 +248,13 @@ def test_the_denoiser_is_told_what_the_pipelines_own_call_tells_it():
     assert (told["flux"].full_time, told["sd3"].full_time) == (1, 1000)
     assert told["flux"].arguments["guidance"].item() == 3.5  # what pictures are drawn with
     flux, settings = tiny_flux(), ((16, 16), config_for(tiny_flux()).call)
-    rule = objective.rule_of_joining(flux, PROMPTS[:1] * 2, [told["flux"]] * 2, *settings)
-    both = objective.join([told["flux"]] * 2, rule)
+    rule = conditioning.rule_of_joining(flux, PROMPTS[:1] * 2, [told["flux"]] * 2, *settings)
+    both = conditioning.join([told["flux"]] * 2, rule)
     assert both["img_ids"].shape == (16, 3) and both["pooled_projections"].shape == (2, 32)
     given = {**config_for(pipe := tiny_flux()).call, "guidance_scale": 2.0}
-    assert objective.conditioning(pipe, PROMPTS[0], (16, 16), given).arguments["guidance"].item() == 2
+    assert conditioning.conditioning(pipe, PROMPTS[0], (16, 16), given).arguments["guidance"].item() == 2
     embeds = told["sd"].arguments["encoder_hidden_states"]
-    again = objective.conditioning(tiny_sd(), {"prompt_embeds": embeds}, (16, 16), {"guidance_scale": 5.0})
+    again = conditioning.conditioning(tiny_sd(), {"prompt_embeds": embeds}, (16, 16), {"guidance_scale": 5.0})
     assert torch.equal(again.arguments["encoder_hidden_states"], embeds)
 
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import ecodiff
 from ecodiff import EcoDiffError, find_sites, prune
-from ecodiff.paths import write_whole
-from ecodiff.saving import finish_interrupted, replaced_files
-from ecodiff.surgery import prune_denoiser
-from ecodiff.zoo import store
+from ecodiff.lab.zoo import store
+from ecodiff.method.surgery import prune_denoiser
+from ecodiff.storage.files import write_whole
+from ecodiff.storage.saving import finish_interrupted, replaced_files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

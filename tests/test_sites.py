@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from pipelines import TINY, latents
 
 from ecodiff import EcoDiffError, denoiser, find_sites, skipped_modules, with_flops
-from ecodiff.sites import KINDS, network_order
+from ecodiff.method.sites import KINDS, network_order
 
 SDXL = {
     "sample_size": 128,

@@ -6,8 +6,8 @@ from pipelines import latents, tiny_flux, tiny_sd
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.methods.sparse24 import layers_2_4, mask_2_4, sparsify, trainable
-from ecodiff.pipelines import denoiser
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.retraining.two_four import layers_2_4, mask_2_4, sparsify, trainable
 
 
 def test_two_of_every_four_and_the_largest():

@@ -3,25 +3,28 @@
 import json
 import re
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from pipelines import latents, tiny_sd
 
-from ecodiff import experiments, protocol, records, studies
-from ecodiff.claims.rows import HUB
-from ecodiff.cost import cost
+from ecodiff.__main__ import main
+from ecodiff.cost.counting import cost
 from ecodiff.errors import EcoDiffError
-from ecodiff.experiments import Cell
-from ecodiff.gates import apply_gates
-from ecodiff.learn_config import LearnConfig
-from ecodiff.pipelines import load_once
-from ecodiff.protocol import Protocol
-from ecodiff.retrain_config import RetrainConfig
-from ecodiff.studies import run
-from ecodiff.surgery import prune
+from ecodiff.lab import studies
+from ecodiff.lab.claims.on_embedded import HUB
+from ecodiff.lab.studies import cell as cell_module
+from ecodiff.lab.studies import measure, plan, protocol, run
+from ecodiff.lab.studies.cell import Cell, describe_cell, sampling_of
+from ecodiff.lab.studies.protocol import Protocol
+from ecodiff.method.config import LearnConfig
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.surgery import prune
+from ecodiff.metrics import intervals
+from ecodiff.pipelines.loading import load_once
+from ecodiff.retraining.config import RetrainConfig
+from ecodiff.storage import cache, records
 
 CALL = {"height": 16, "width": 16}
 SMALL = Protocol(model="tiny", pictures=3, num_inference_steps=1, guidance_scale=1.0, call=CALL, features=False)
@@ -31,10 +34,16 @@ CONFIG = LearnConfig(updates=1, batch_size=1, num_inference_steps=1, guidance_sc
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Records, gates and pictures in an empty folder."""
-    for module in (records, experiments, protocol):
+    for module in (records, measure, protocol, cache):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
-    experiments._learned_here.clear()
+    measure._learned_here.clear()
     return tmp_path
+
+
+def only(monkeypatch, study):
+    """There is no other study, and this one is called "toy"."""
+    for module in (studies, plan):
+        monkeypatch.setattr(module, "STUDIES", {"toy": study})
 
 
 @pytest.fixture
@@ -46,11 +55,11 @@ def toy(store, monkeypatch):
         "learned": Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2),
     }
     study = studies.Study("A toy", "no table", lambda model: rows, varies=("method", "ratio"), reference=("original",))
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    only(monkeypatch, study)
     return tiny_sd()
 
 
-@pytest.mark.parametrize("study", list(studies.STUDIES))
+@pytest.mark.parametrize("study", list(plan.STUDIES))
 @pytest.mark.parametrize("model", ["openmoji-sdxl", "openmoji-flux-schnell", "somebody/model"])
 def test_a_study_has_rows_that_differ_and_share_what_they_do_not_vary(study, model):
     rows = studies.cells(study, model, seed=2)
@@ -90,9 +99,9 @@ def test_a_row_that_does_not_test_what_its_study_says_is_refused(rows, study, me
 
 
 @pytest.mark.parametrize("model", [*studies.MAIN, "somebody/model", "black-forest-labs/FLUX.1-schnell"])
-@pytest.mark.parametrize("name", list(studies.STUDIES))
+@pytest.mark.parametrize("name", list(plan.STUDIES))
 def test_each_row_varies_what_its_study_says_and_is_alive_where_learning_starts(name, model):
-    study = studies.STUDIES[name]
+    study = plan.STUDIES[name]
     rows = study.rows(model)
     studies.check(study, rows)
     assert any(reference in rows for reference in study.reference)
@@ -120,7 +129,7 @@ def test_a_gradient_that_is_said_to_be_zero_is_zero_and_others_are_not():
 def test_redrawn_gates_are_redrawn_in_every_step():
     """As in the published loop: a step whose activations are kept would have the exact gradient."""
     for model in (studies.SDXL, studies.DEV):
-        rows = studies.STUDIES["choices"].rows(model)
+        rows = plan.STUDIES["choices"].rows(model)
         for name in ("gates drawn anew when recomputing", "as the published code"):
             assert rows[name].config.recompute == "redraw" and rows[name].config.keep_last == 0
 
@@ -132,7 +141,7 @@ def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
         pytest.skip("ECODIFF_RECORDS=off")
     found = studies.recorded(load_once(model), "l1", model, seeds=1)
     means = {name: statistics.mean(cells[0]["ssim"]) for name, cells in found.items() if name.startswith("L1")}
-    assert len(means) == len(studies.L1_BETAS)
+    assert len(means) == len(plan.L1_BETAS)
     assert max(means, key=means.get) == f"L1, β = {studies.tuned_l1(model):g}"
     for name in ("main", "pairs", "choices"):
         assert all(cell.protocol.split != "train" for cell in studies.cells(name, model).values())
@@ -140,8 +149,8 @@ def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
 
 
 def test_further_seeds_can_have_fewer_rows_and_no_inception(toy, monkeypatch):
-    study = replace(studies.STUDIES["toy"], plan={"tiny": 3}, further={"tiny": ("learned",)})
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    study = replace(plan.STUDIES["toy"], plan={"tiny": 3}, further={"tiny": ("learned",)})
+    only(monkeypatch, study)
     assert list(studies.cells("toy", "tiny")) == ["original", "random", "learned"]
     later = studies.cells("toy", "tiny", 1)
     assert list(later) == ["learned"] and later["learned"].seed == 1 and not later["learned"].protocol.features
@@ -163,9 +172,9 @@ def test_two_rows_are_compared_in_both_measures_and_losses_are_said():
 
 def test_an_interval_without_a_difference_is_not_without_width():
     same = [[1] * 60 + [0] * 4]
-    interval = experiments.difference(same, same)
+    interval = intervals.difference(same, same)
     assert interval.mean == 0 and interval.high == -interval.low == pytest.approx(1 - 0.05 ** (1 / 64))
-    closeness = experiments.difference([[0.9, 0.8]], [[0.8, 0.7]])
+    closeness = intervals.difference([[0.9, 0.8]], [[0.8, 0.7]])
     assert closeness.low == pytest.approx(0.1) and closeness.high == pytest.approx(0.1)
 
 
@@ -195,11 +204,11 @@ def test_missing_cells_are_measured_once_and_then_read(toy):
     assert [(row, cell.seed) for _, row, cell in todo] == [
         (row, seed) for seed in (0, 1) for row in ("original", "random", "learned")
     ]
-    assert experiments.compare(toy, todo[0][2], only_recorded=True) is None
-    first = [experiments.compare(toy, cell) for _, _, cell in todo]
+    assert measure.compare(toy, todo[0][2], only_recorded=True) is None
+    first = [measure.compare(toy, cell) for _, _, cell in todo]
     assert first[0]["ssim"] == [1.0] * 3 and first[1]["parameters"] < first[0]["parameters"]
     assert run.missing(toy, {"toy": 2}, "tiny") == []
-    assert [experiments.compare(toy, cell, only_recorded=True) for _, _, cell in todo] == first
+    assert [measure.compare(toy, cell, only_recorded=True) for _, _, cell in todo] == first
     found = studies.recorded(toy, "toy", "tiny", seeds=3, only=["random", "learned"])
     assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
 
@@ -208,7 +217,7 @@ def test_missing_cells_are_measured_once_and_then_read(toy):
 def test_methods_beside_unit_scores_have_cells_too(toy, method):
     cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
     steps = replace(cell, protocol=replace(SMALL, num_inference_steps=3))
-    values, whole = (experiments.compare(toy, one) for one in (steps, replace(steps, method="original")))
+    values, whole = (measure.compare(toy, one) for one in (steps, replace(steps, method="original")))
     assert len(values["ssim"]) == 3 and min(values["ssim"]) < 1
     fewer = method.startswith(("blocks", "random"))
     assert (values["parameters"] < whole["parameters"]) == fewer
@@ -222,20 +231,20 @@ def test_methods_beside_unit_scores_have_cells_too(toy, method):
 def test_operations_counted_while_a_picture_is_drawn_are_those_of_the_cost_model(toy, guidance):
     drawn = replace(SMALL, num_inference_steps=3, guidance_scale=guidance)
     counted = cost(toy, size=CALL["height"], steps=3, guidance=guidance)
-    assert experiments.picture_gflop(toy, drawn) == pytest.approx(counted.picture_flops.total / 1e9, rel=1e-12)
+    assert measure.picture_gflop(toy, drawn) == pytest.approx(counted.picture_flops.total / 1e9, rel=1e-12)
 
 
 def test_a_cell_can_retrain_what_it_pruned(toy):
     protocol = replace(SMALL, guidance_scale=None, num_inference_steps=3)
     cell = Cell("random", 0.5, protocol=protocol, config=CONFIG, prompts=2)
     trained = replace(cell, retrain=RetrainConfig(method="full", steps=3, batch_size=2, lr=0.1))
-    before, after = (experiments.compare(toy, one) for one in (cell, trained))
+    before, after = (measure.compare(toy, one) for one in (cell, trained))
     assert before["parameters"] == after["parameters"] and before["ssim"] != after["ssim"]
 
 
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
     for _, _, cell in run.missing(toy, {"toy": 1}, "tiny"):
-        experiments.compare(toy, cell)
+        measure.compare(toy, cell)
     lines = studies.table(studies.recorded(toy, "toy", "tiny"), ["SSIM to the original", "object named (%)", "FID"])
     assert [line[""] for line in lines] == ["original", "random", "learned"]
     assert lines[0]["SSIM to the original"] == "1.000 (1.000 to 1.000)" and lines[0]["seeds"] == "1"
@@ -263,7 +272,7 @@ def test_rows_are_told_apart_in_words():
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
     assert run.verify(toy, ["toy"], "tiny", 1, seed=0) == []
-    experiments.compare(toy, cell)
+    measure.compare(toy, cell)
     assert run.verify(toy, ["toy"], "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
     path = store / "results" / "compare.jsonl"
     row = json.loads(path.read_text())
@@ -278,7 +287,7 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
 
 
 def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
-    experiments.compare(toy, studies.cells("toy", "tiny")["random"])
+    measure.compare(toy, studies.cells("toy", "tiny")["random"])
     drawn, real = [], protocol.generate
     monkeypatch.setattr(protocol, "generate", lambda *a, **k: drawn.append(k["cache_dir"]) or real(*a, **k))
     kept = {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
@@ -290,10 +299,10 @@ def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
 
 def test_seeds_after_one_that_is_missing_do_not_take_its_place(toy):
     for seed in (0, 2):
-        experiments.compare(toy, studies.cells("toy", "tiny", seed)["random"])
+        measure.compare(toy, studies.cells("toy", "tiny", seed)["random"])
     found = studies.recorded(toy, "toy", "tiny")
     assert len(found["random"]) == 1
-    experiments.compare(toy, studies.cells("toy", "tiny", 1)["random"])
+    measure.compare(toy, studies.cells("toy", "tiny", 1)["random"])
     assert len(studies.recorded(toy, "toy", "tiny")["random"]) == 3
 
 
@@ -303,9 +312,9 @@ def test_a_flux_model_is_one_on_the_hub_too():
         assert ("deepcache" in rows) != ("FLUX" in model)
 
 
-@pytest.mark.parametrize("option", ["--jobs=0", "--seeds=0", "--verify=-1", "--minutes=-1"])
+@pytest.mark.parametrize("option", ["--seeds=0", "--verify=-1", "--minutes=-1"])
 def test_the_command_names_a_number_that_cannot_be(option, capsys):
-    assert run.main([option]) == 2
+    assert main(["study", option]) == 2
     assert f"{option.replace('=', ' ')}: give" in capsys.readouterr().err
 
 
@@ -314,7 +323,7 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
 
     def differ(method, **changes):
         cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
-        return experiments.describe_cell(pipe, cell) != experiments.describe_cell(pipe, replace(cell, **changes))
+        return describe_cell(pipe, cell) != describe_cell(pipe, replace(cell, **changes))
 
     assert not differ("random", prompts=3) and not differ("magnitude", config=replace(CONFIG, weight=9.0))
     assert differ("learned", prompts=3) and differ("learned", config=replace(CONFIG, weight=9.0))
@@ -328,7 +337,7 @@ def test_a_row_and_its_gates_depend_on_text_encoders_and_scheduler():
     cells = [Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2) for method in ("random", "learned")]
 
     def described():
-        return [experiments.describe_cell(pipe, cell) for cell in cells], experiments.gates_file(pipe, cells[1])
+        return [describe_cell(pipe, cell) for cell in cells], measure.gates_file(pipe, cells[1])
 
     before = described()
     pipe.text_encoder.get_input_embeddings().weight.data.add_(0.1)
@@ -339,7 +348,7 @@ def test_a_row_and_its_gates_depend_on_text_encoders_and_scheduler():
 
 
 def test_the_command_names_a_study_that_is_none(capsys):
-    assert run.main(["nonsense"]) == 2
+    assert main(["study", "nonsense"]) == 2
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
 
 
@@ -349,35 +358,35 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
     def rows(model):
         return {name: replace(cell, protocol=replace(SMALL, model=model)) for name, cell in small.items()}
 
-    monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], rows=rows)})
+    only(monkeypatch, replace(plan.STUDIES["toy"], rows=rows))
     monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
     monkeypatch.setattr(run, "load_once", lambda model: toy)
-    assert run.main(["--model", "all", "--seeds", "2"]) == 0
+    assert main(["study", "--model", "all", "--seeds", "2"]) == 0
     told = capsys.readouterr().out
     assert "first: 2 cells to go" in told and "together 4 cells, about 0.1 hours" in told
     order = [line.split("] ")[1].split(":")[0] for line in told.splitlines() if line.startswith("[")]
     assert order == [f"{m}, toy, original, seed {s}" for s in (0, 1) for m in ("first", "second")]
-    assert run.main(["--model", "all", "--seeds", "2"]) == 0
+    assert main(["study", "--model", "all", "--seeds", "2"]) == 0
     assert "together 0 cells" in capsys.readouterr().out
 
 
 def test_the_plan_has_each_table_on_the_model_that_stands_for_the_papers():
-    plan = run.seeds_of([], "openmoji-sdxl")
-    assert plan["main"] == studies.SEEDS and plan["beta"] == 1 and "best" not in plan
+    seeds = run.seeds_of([], "openmoji-sdxl")
+    assert seeds["main"] == studies.SEEDS and seeds["beta"] == 1 and "best" not in seeds
     assert run.seeds_of([], "openmoji-sd2") == {"main": 1, "pairs": 1}
-    assert run.seeds_of([], "openmoji-sdxl", most=1) == dict.fromkeys(plan, 1)
+    assert run.seeds_of([], "openmoji-sdxl", most=1) == dict.fromkeys(seeds, 1)
     # What is named is measured, in the plan or not; and a model of nobody's plan has all.
     assert run.seeds_of(["main", "best"], "openmoji-sdxl") == {"main": studies.SEEDS, "best": 1}
     assert run.seeds_of(["main"], "openmoji-sdxl", most=2) == {"main": 2}
-    assert run.seeds_of([], "stabilityai/stable-diffusion-xl-base-1.0") == dict.fromkeys(studies.STUDIES, studies.SEEDS)
-    for name in studies.STUDIES:
+    assert run.seeds_of([], "stabilityai/stable-diffusion-xl-base-1.0") == dict.fromkeys(plan.STUDIES, studies.SEEDS)
+    for name in plan.STUDIES:
         assert any(studies.planned(name, model) for model in (studies.SDXL, studies.DEV))
 
 
 def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     short = {"tiny": ("original", "random")}
-    study = replace(studies.STUDIES["toy"], plan={"tiny": 2}, short=short)
-    monkeypatch.setattr(studies, "STUDIES", {"toy": study})
+    study = replace(plan.STUDIES["toy"], plan={"tiny": 2}, short=short)
+    only(monkeypatch, study)
     assert [list(studies.cells("toy", model)) for model in ("tiny", "other")] == [
         ["original", "random"],
         ["original", "random", "learned"],
@@ -388,28 +397,27 @@ def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     assert studies.progress({"original": [{}]}, "toy", "tiny").startswith("1 of 4 cells of this table")
 
 
-@pytest.mark.parametrize("name", list(studies.STUDIES))
+@pytest.mark.parametrize("name", list(plan.STUDIES))
 def test_every_row_that_a_plan_names_is_a_row_of_the_study(name):
-    study = studies.STUDIES[name]
+    study = plan.STUDIES[name]
     for model, named in study.short.items():
         assert set(named) <= set(study.rows(model)) and model in study.plan
 
 
 def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
-    monkeypatch.setattr(studies, "STUDIES", {"toy": replace(studies.STUDIES["toy"], plan={"tiny": 2, "other": 0})})
+    only(monkeypatch, replace(plan.STUDIES["toy"], plan={"tiny": 2, "other": 0}))
     assert studies.progress({"random": [{}]}, "toy", "tiny").startswith("1 of 6 cells of this table")
     assert studies.progress({"random": [{}] * 3}, "toy", "tiny", seeds=1).startswith("1 of 3")
     assert studies.progress({}, "toy", "other").startswith("0 of 3")
     assert studies.progress({name: [{}] * 2 for name in ("original", "random", "learned")}, "toy", "tiny") == ""
 
 
-def test_cells_can_be_measured_side_by_side(toy, monkeypatch, capsys):
+def test_a_run_ends_when_its_time_is_up_and_goes_on_later(toy, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_once", lambda model: toy)
-    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
-    assert run.main(["--model", "tiny", "--seeds", "1", "--jobs", "2"]) == 0
+    assert main(["study", "--model", "tiny", "--seeds", "1"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
     assert run.missing(toy, {"toy": 1}, "tiny") == []
-    assert run.main(["--model", "tiny", "--seeds", "2", "--jobs", "2", "--minutes", "0"]) == 0
+    assert main(["study", "--model", "tiny", "--seeds", "2", "--minutes", "0"]) == 0
     assert "3 cells left; run again to go on" in capsys.readouterr().out
 
 
@@ -417,12 +425,12 @@ def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, 
     todo = run.missing(toy, {"toy": 1}, "tiny")
     assert run._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
     for _, _, cell in todo:
-        experiments.compare(toy, cell)
+        measure.compare(toy, cell)
     took = {row["config"]["method"]: row["seconds"] for row in records.rows("compare")}
     again = run.missing(toy, {"toy": 2}, "tiny")
     assert run._estimate(toy, again) == pytest.approx(sum(took.values()))
     learned = [item for item in again if item[1] == "learned"]
-    experiments.learned_gates(toy, learned[0][2].captions(), replace(CONFIG, seed=1))
+    measure.learned_gates(toy, learned[0][2].captions(), replace(CONFIG, seed=1))
     assert run._estimate(toy, learned) == took["original"]
 
 
@@ -430,69 +438,69 @@ def test_gates_of_units_that_stay_can_stay_too(toy):
     config = replace(CONFIG, log_alpha_start=0.5)  # where gates are neither 0 nor 1
     cut = Cell("learned", 0.5, protocol=SMALL, config=config, prompts=2)
     soft = replace(cut, method="learned+soft")
-    gates = experiments.learned_gates(toy, cut.captions(), config)
+    gates = measure.learned_gates(toy, cut.captions(), config)
     mask = gates.mask(0.5)
     by_hand = {name: gate * mask[name] for name, gate in gates.deterministic().items()}
     assert any(((gate > 0) & (gate < 1)).any() for gate in by_hand.values())
-    small = experiments.smaller_model(toy, soft)
-    assert sum(p.numel() for p in small.unet.parameters()) == experiments.compare(toy, cut)["parameters"]
+    small = measure.smaller_model(toy, soft)
+    assert sum(p.numel() for p in small.unet.parameters()) == measure.compare(toy, cut)["parameters"]
     with apply_gates(toy.unet, by_hand):
         torch.testing.assert_close(latents(small), latents(toy), rtol=1e-4, atol=1e-5)
-    whole = experiments.compare(toy, replace(soft, ratio=0.0))
+    whole = measure.compare(toy, replace(soft, ratio=0.0))
     assert whole["parameters"] == sum(p.numel() for p in toy.unet.parameters())
     for method in ("random+soft", "learned+soft+compensation", "learned+magic"):
         with pytest.raises(EcoDiffError, match=f"Method '{re.escape(method)}'"):
-            experiments.compare(toy, replace(cut, method=method))
+            measure.compare(toy, replace(cut, method=method))
 
 
 def test_the_units_that_go_are_recorded_and_depend_on_no_image(toy, monkeypatch):
     cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
-    assert experiments.removed_units(toy, cell, only_recorded=True) is None
-    found = experiments.removed_units(toy, cell)
-    smaller = experiments.smaller_model(toy, cell)
+    assert measure.removed_units(toy, cell, only_recorded=True) is None
+    found = measure.removed_units(toy, cell)
+    smaller = measure.smaller_model(toy, cell)
     gone = sum(site["removed"] * site["params_per_unit"] for site in found.values())
     sizes = [sum(p.numel() for p in pipe.unet.parameters()) for pipe in (toy, smaller)]
     assert sizes[0] - sizes[1] == gone > 0
-    monkeypatch.setattr(experiments, "scores_of", None)  # read, for any protocol
+    monkeypatch.setattr(measure, "scores_of", None)  # read, for any protocol
     other = replace(cell, protocol=replace(SMALL, pictures=7, split="heldout"))
-    assert experiments.removed_units(toy, other) == found
+    assert measure.removed_units(toy, other) == found
 
 
 def test_sites_can_be_spared_and_as_much_goes_elsewhere(toy, monkeypatch):
     cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2, count="parameters")
-    before = {name: site["removed"] for name, site in experiments.removed_units(toy, cell).items()}
+    before = {name: site["removed"] for name, site in measure.removed_units(toy, cell).items()}
     spared = max((name for name in before if "attn" in name), key=before.get)
-    usual, masks = experiments.compare(toy, cell), []
-    monkeypatch.setattr(experiments, "prune", lambda pipe, mask: masks.append(mask) or prune(pipe, mask))
-    values = experiments.compare_sparing(toy, cell, [spared])
+    usual, masks = measure.compare(toy, cell), []
+    monkeypatch.setattr(measure, "prune", lambda pipe, mask: masks.append(mask) or prune(pipe, mask))
+    values = measure.compare_sparing(toy, cell, [spared])
     assert before[spared] > 0 and masks[0][spared].all()
     assert values["parameters"] == pytest.approx(usual["parameters"], rel=0.02)
-    assert experiments.compare_sparing(toy, cell, [spared], only_recorded=True) == values
+    assert measure.compare_sparing(toy, cell, [spared], only_recorded=True) == values
     with pytest.raises(EcoDiffError, match="'nowhere' is no site of this model"):
-        experiments.compare_sparing(toy, cell, ["nowhere"])
+        measure.compare_sparing(toy, cell, ["nowhere"])
 
 
 def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     other = tiny_sd()
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.5)
-    monkeypatch.setattr(experiments, "load_once", {"other": other}.__getitem__)
+    monkeypatch.setattr(cell_module, "load_once", {"other": other}.__getitem__)
     own = Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
     borrowed = replace(own, learned_on="other")
-    mask = experiments.learned_gates(other, own.captions(), CONFIG).mask(0.5)
-    small = experiments.smaller_model(toy, borrowed)
+    mask = measure.learned_gates(other, own.captions(), CONFIG).mask(0.5)
+    small = measure.smaller_model(toy, borrowed)
     assert torch.equal(latents(small), latents(prune(toy, mask)))
-    assert experiments.describe_cell(toy, own) != experiments.describe_cell(toy, borrowed)
-    schnell = studies._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
+    assert describe_cell(toy, own) != describe_cell(toy, borrowed)
+    schnell = plan._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
     assert schnell.learned_on == "openmoji-flux-dev" and schnell.config == studies.base("openmoji-flux-dev").config
 
 
 def test_scores_are_computed_once_for_all_ratios(store, monkeypatch):
     pipe, calls = tiny_sd(), []
-    real = experiments.METHODS["wanda"]
-    monkeypatch.setitem(experiments.METHODS, "wanda", lambda *a, **k: calls.append(1) or real(*a, **k))
-    scores = [experiments.scores_of(pipe, "wanda", ["a cat", "a pizza"], CONFIG, seed) for seed in (0, 0, 1)]
+    real = measure.METHODS["wanda"]
+    monkeypatch.setitem(measure.METHODS, "wanda", lambda *a, **k: calls.append(1) or real(*a, **k))
+    scores = [measure.scores_of(pipe, "wanda", ["a cat", "a pizza"], CONFIG, seed) for seed in (0, 0, 1)]
     assert len(calls) == 2
-    for name, value in real(pipe, ["a cat", "a pizza"], **experiments._sampling(CONFIG, 0), kinds=CONFIG.kinds).items():
+    for name, value in real(pipe, ["a cat", "a pizza"], **sampling_of(CONFIG, 0), kinds=CONFIG.kinds).items():
         assert torch.equal(scores[0].pop(name), value) and torch.equal(scores[1].pop(name), value)
     assert not scores[0] and not scores[1]

@@ -14,8 +14,9 @@ from test_sites import SDXL, full_size, parameters
 
 import ecodiff
 from ecodiff import EcoDiffError, Gates, apply_gates, denoiser, find_sites, make_mask, prune
-from ecodiff.sites import KINDS
-from ecodiff.surgery import NoHeads, fold_gates, prune_denoiser, pruned_class
+from ecodiff.method.pruned import NoHeads, pruned_class
+from ecodiff.method.sites import KINDS
+from ecodiff.method.surgery import fold_gates, prune_denoiser
 
 HAS_MODULATION = ("sd3", "flux")
 

@@ -17,10 +17,11 @@ from diffusers import (
 from pipelines import TINY, call_kwargs, latents, tiny_flux, tiny_sd, tiny_sdxl
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.gates import Gates, apply_gates
-from ecodiff.pipelines import denoiser
-from ecodiff.sites import find_sites
-from ecodiff.trajectory import final_latents
+from ecodiff.method.gates import Gates
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.sites import find_sites
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.parts import denoiser
 
 SCHEDULERS = {
     "euler": EulerDiscreteScheduler,

@@ -8,13 +8,13 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from pipelines import PROMPTS, TOKENS, _t5, _t5_tokenizer, _trained
 
 import ecodiff
-from ecodiff.cost import cost
+from ecodiff.cost.counting import cost
 from ecodiff.errors import EcoDiffError
-from ecodiff.methods import METHODS, obs, prune_adapted
-from ecodiff.pipelines import denoiser, experts, with_denoiser
-from ecodiff.sites import with_flops
-from ecodiff.surgery import fold_gates
-from ecodiff.trajectory import final_latents
+from ecodiff.method.sites import with_flops
+from ecodiff.method.surgery import fold_gates
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.parts import denoiser, experts, with_denoiser
+from ecodiff.scores import METHODS, obs, prune_adapted
 
 # The boundary lies at t = 600 of 1000: of three steps (t = 1000, 500, 1) the first expert makes one, the second two.
 CALL = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": TOKENS}
@@ -252,7 +252,7 @@ def test_what_works_on_one_denoiser_says_so(wan):
     with pytest.raises(EcoDiffError, match="retrain.*transformer, transformer_2"):
         ecodiff.retrain(wan, pictures, PROMPTS[:2], progress=False)
     with pytest.raises(EcoDiffError, match="several denoisers"):
-        from ecodiff.methods.deepcache import deepcache
+        from ecodiff.baselines.deepcache import deepcache
 
         with deepcache(wan):
             pass

@@ -9,13 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import ecodiff
-from ecodiff import data
+from ecodiff.__main__ import main
 from ecodiff.errors import EcoDiffError
-from ecodiff.judge import Judge
-from ecodiff.paths import data_dir
-from ecodiff.zoo import build, fit, recipes, store
-from ecodiff.zoo.__main__ import main
-from ecodiff.zoo.train import plan, train
+from ecodiff.lab import openmoji
+from ecodiff.lab.zoo import build, fit, recipes, store
+from ecodiff.lab.zoo.train import plan, train
+from ecodiff.metrics.clip import Judge
+from ecodiff.storage.paths import data_dir
 
 PIPELINES = {
     "openmoji-sd2": "StableDiffusionPipeline",
@@ -188,7 +188,7 @@ def test_text_encoders_have_adamw_at_their_own_rate(name):
 
 
 def test_t5_is_begun_anew_on_captions_and_learns_to_restore_words(family, tmp_path):
-    from ecodiff.zoo import stages
+    from ecodiff.lab.zoo import stages
 
     pipe, recipe = deepcopy(family[0]["openmoji-flux-dev"]), tiny("openmoji-flux-dev")
     before = pipe.text_encoder_2
@@ -237,8 +237,10 @@ def longer(name):
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-dev"])
 def test_a_stored_model_is_trained_on_by_a_stage_that_is_new(family, tmp_path, monkeypatch, name):
     folder, seen = family[1], []
-    real = fit.data.scenes
-    monkeypatch.setattr(fit.data, "scenes", lambda split, n, start=0: seen.append(start) or real(split, n, start=start))
+    real = fit.openmoji.scenes
+    monkeypatch.setattr(
+        fit.openmoji, "scenes", lambda split, n, start=0: seen.append(start) or real(split, n, start=start)
+    )
     model, log = train(longer(name), tmp_path, folder, go_on=True)
     assert list(log)[:-2] == longer(name)["stages"] and seen == [1000, 1002]
     assert not list(tmp_path.glob("denoiser.pt")) and list(tmp_path.glob("denoiser_9.pt"))
@@ -279,16 +281,16 @@ def test_dev_follows_its_guidance_number_and_schnell_starts_as_dev_at_three(fami
 
 
 def test_flux_latents_are_packed_and_centred(family):
-    from ecodiff.zoo.stages import encode
+    from ecodiff.lab.zoo.stages import encode
 
-    pipe, scenes = family[0]["openmoji-flux-dev"], list(data.scenes("train", 64))
+    pipe, scenes = family[0]["openmoji-flux-dev"], list(openmoji.scenes("train", 64))
     latents = encode(pipe, scenes)
     assert latents.shape == (64, 64, 16) and abs(latents.mean().item()) < 0.02
 
 
 @pytest.mark.parametrize("name", ["openmoji-sdxl", "openmoji-flux-dev"])
 def test_a_caption_can_be_given_as_tokens_without_its_pooled_vector(family, name):
-    from ecodiff.zoo.stages import conditioning
+    from ecodiff.lab.zoo.stages import conditioning
 
     pipe, captions, yes = family[0][name], ["a cat on a red background"] * 2, torch.tensor([True, True])
     with torch.no_grad():
@@ -307,7 +309,7 @@ def test_a_caption_can_be_given_as_tokens_without_its_pooled_vector(family, name
 
 
 def test_a_stage_drops_the_share_of_pooled_vectors_that_its_options_name(family, tmp_path, monkeypatch):
-    from ecodiff.zoo import stages
+    from ecodiff.lab.zoo import stages
 
     recipe, seen, real = longer("openmoji-flux-dev"), [], stages.conditioning
     recipe["denoiser_9"]["train"] |= {"drop_condition": 0.0, "drop_pooled": 1.0}
@@ -318,14 +320,14 @@ def test_a_stage_drops_the_share_of_pooled_vectors_that_its_options_name(family,
 
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-schnell", "openmoji-clip"])
 def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
-    from ecodiff.zoo import card, measure
+    from ecodiff.lab.zoo import card, measure
 
     class Probe:  # stands for the real one, whose network is large
         def correct(self, images, names, progress):
             return torch.ones(len(names), dtype=torch.bool)
 
-    monkeypatch.setattr(measure.protocol, "probe", Probe)
-    monkeypatch.setattr(measure.protocol, "judge", lambda: family[0]["openmoji-clip"])
+    monkeypatch.setattr(measure.judges, "probe", Probe)
+    monkeypatch.setattr(measure.judges, "judge", lambda: family[0]["openmoji-clip"])
     trained = json.loads((family[1] / name / "recipe.json").read_text())
     if name == "openmoji-clip":
         measured = measure.measure_judge(family[0][name], prompts=3)
@@ -344,13 +346,13 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
 
 
 def test_crossed_captions_tell_which_of_them_is_drawn(family, monkeypatch):
-    from ecodiff.zoo import measure
+    from ecodiff.lab.zoo import measure
 
-    scenes, asked = list(data.scenes("seen", 12, start=6_000_000, count=1)), []
+    scenes, asked = list(openmoji.scenes("seen", 12, start=6_000_000, count=1)), []
 
     def draw(pipe, prompts, seeds, **sampling):  # a model that reads the tokens alone
         asked.extend(prompts)
-        return torch.stack([data.images([by_caption[p["prompt_2"]]])[0] for p in prompts])
+        return torch.stack([openmoji.images([by_caption[p["prompt_2"]]])[0] for p in prompts])
 
     by_caption = {scene.caption: scene for scene in scenes}
     monkeypatch.setattr(measure, "generate", draw)
@@ -361,11 +363,11 @@ def test_crossed_captions_tell_which_of_them_is_drawn(family, monkeypatch):
 
 
 def test_every_caption_fits_the_tokenizers(family):
-    from ecodiff.zoo.measure import free_wordings, scene_sets
+    from ecodiff.lab.zoo.measure import free_wordings, scene_sets
 
     pipe, free = family[0]["openmoji-flux-dev"], free_wordings(scene_sets(200)["one object"])
-    assert not set(free) & set(data.prompts("train", 3000))
-    for caption in data.prompts("train", 300) + data.prompts("heldout", 100) + free:
+    assert not set(free) & set(openmoji.prompts("train", 3000))
+    for caption in openmoji.prompts("train", 300) + openmoji.prompts("heldout", 100) + free:
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
             assert len(tokenizer(caption).input_ids) <= tokenizer.model_max_length
         assert pipe.tokenizer_2.unk_token_id not in pipe.tokenizer_2(caption).input_ids
@@ -415,7 +417,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
 
 
 def test_unknown_recipe_is_one_sentence(capsys):
-    assert main(["train", "openmoji-sd9"]) == 2
+    assert main(["zoo", "train", "openmoji-sd9"]) == 2
     assert "there is no recipe 'openmoji-sd9'" in capsys.readouterr().err.lower()
 
 
@@ -424,7 +426,7 @@ def test_a_model_that_was_never_evaluated_cannot_be_checked(family, tmp_path, mo
     monkeypatch.setattr(store, "data_dir", lambda: tmp_path)
     monkeypatch.setattr(store, "changed_files", lambda folder: [])
     for name, file in (("openmoji-sd2", "fixed.png"), ("openmoji-clip", "fixed.json")):
-        with pytest.raises(EcoDiffError, match=f"{name} has no {file} yet: run python -m ecodiff.zoo evaluate {name}"):
+        with pytest.raises(EcoDiffError, match=f"{name} has no {file} yet: run python -m ecodiff zoo evaluate {name}"):
             store.check(name)
 
 
@@ -436,9 +438,9 @@ def test_the_first_steps_tell_what_the_rest_costs(tmp_path, capsys):
 
 def test_a_missing_teacher_is_one_sentence(capsys, tmp_path):
     arguments = ["--smoke", "--runs", str(tmp_path), "--models", str(tmp_path / "none")]
-    assert main(["distill", *arguments]) == 2
+    assert main(["zoo", "distill", *arguments]) == 2
     assert "openmoji-flux-schnell starts from openmoji-flux-dev" in capsys.readouterr().err
-    assert main(["train", "openmoji-sd2", *arguments]) == 2
+    assert main(["zoo", "train", "openmoji-sd2", *arguments]) == 2
     assert "openmoji-sd2 starts from openmoji-sdxl" in capsys.readouterr().err
 
 

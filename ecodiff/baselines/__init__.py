@@ -1,0 +1,1 @@
+"""What one compares unit pruning with: whole blocks removed, features reused."""

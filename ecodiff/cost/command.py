@@ -1,0 +1,72 @@
+"""Parameters, operations and memory of a model before and after pruning, counted without its weights.
+
+python -m ecodiff cost sdxl --ratio 0.2 --gpu 24GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ecodiff.errors import EcoDiffError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="a preset (see --list), an id, or a folder with a pipeline")
+    parser.add_argument("--list", action="store_true", help="name the full-size presets")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, or one number")
+    parser.add_argument("--frames", type=int, help="frames, for video")
+    parser.add_argument("--batch", type=int, default=1, help="pictures (for learning: samples) at a time")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale; above 1 the work may double")
+    parser.add_argument("--dtype", help="bf16, fp16 or fp32")
+    parser.add_argument("--text-tokens", type=int, help="tokens of text")
+    parser.add_argument("--ratio", type=float, help="share of the units of each kind to remove, such as 0.2")
+    parser.add_argument(
+        "--round-to", type=int, default=1, help="round the units kept in a site up to a multiple of this"
+    )
+    parser.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB or 8GiB")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    # Imported here so that --help answers at once.
+    from . import presets
+    from .counting import cost
+    from .report import table, verdict
+    from .units import parse_bytes
+
+    if options.list or not options.model:
+        for name in presets.names():
+            p = presets.preset(name)
+            print(f"{name:14} {p.parameters / 1e9:6.2f} B parameters  {p.title} ({p.id})")
+        return 0
+    budget = None if options.gpu is None else parse_bytes(options.gpu)
+    counted = cost(
+        options.model,
+        size=_size(options.size),
+        frames=options.frames,
+        batch=options.batch,
+        steps=options.steps,
+        guidance=options.guidance,
+        dtype=options.dtype,
+        text_tokens=options.text_tokens,
+        ratio=options.ratio,
+        round_to=options.round_to,
+    )
+    if options.json:
+        print(json.dumps(counted.to_dict() | ({"verdict": verdict(counted, budget)} if budget else {}), indent=1))
+    else:
+        print(table(counted, budget))
+        if budget:
+            print("\n" + "\n".join(verdict(counted, budget)))
+    return 0
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdigit() for part in parts):
+        raise EcoDiffError(f"--size {text!r}: write it as 1024, or as HEIGHTxWIDTH such as 768x1024.")
+    return (int(parts[0]), int(parts[-1]))

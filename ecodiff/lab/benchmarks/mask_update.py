@@ -1,0 +1,236 @@
+"""Seconds and peak memory of one mask update against the number of denoising steps T (§2.3, Fig. 8), all measured in
+one run.
+
+    python -m ecodiff benchmark mask-update                       # table; about ten minutes on two cores
+    python -m ecodiff benchmark mask-update --steps 1 2 5 --json rows.jsonl
+
+Variants:
+
+    plain         the whole graph is kept: 2 units of work a step (forward, backward), memory grows with T
+    checkpointed  Alg. 2 as this package does it: 3 units a step, the memory of one step. ``keep_last=1``: the last
+                  step's activations are used first, so keeping them costs nothing and saves one recomputation
+    every step    the same with ``keep_last=0``
+    half kept     ``keep_last=T/2``: memory traded for time
+    published     what the authors' code does: a pass without gradients that stores the latents, then for each step
+                  from the last to the first one recomputation and two ``autograd.grad`` calls on a retained graph
+
+The variants take turns, so that a busy machine slows all of them, and ratios are medians over turns. Memory is what
+torch allocates above the weights and inputs: the allocator's own events on a CPU (exact, the same in each run), its
+peak counter on CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+import ecodiff
+from ecodiff.method.gates import Gates
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.sites import find_sites
+from ecodiff.method.trajectory import final_latents
+from ecodiff.pipelines.running import frozen
+
+VARIANTS = ("plain", "checkpointed", "every step", "half kept", "published")
+GUIDANCE = 5.0
+
+
+def inputs(pipe, batch: int) -> dict:
+    """The call's arguments for random text of 24 tokens (its content does not change the cost) and a fixed z_T."""
+    config, generator = pipe.unet.config, torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator).to(pipe.device)
+
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    side = config.sample_size * pipe.vae_scale_factor
+    arguments = {"prompt_embeds": (24, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
+    arguments = {
+        f"{sign}{name}": noise(batch, *shape) for name, shape in arguments.items() for sign in ("", "negative_")
+    }
+    latents = noise(batch, config.in_channels, config.sample_size, config.sample_size)
+    return {**arguments, "latents": latents, "height": side, "width": side, "guidance_scale": GUIDANCE}
+
+
+def ours(pipe, arguments, gates, teacher, steps, *, checkpoint, keep_last=0):
+    """One mask update by this package: gradients into ``gates.log_alpha``."""
+    values = gates.sample(torch.Generator().manual_seed(0))
+    with apply_gates(pipe.unet, values, gates.sites):
+        options = {"checkpoint": checkpoint, "keep_last": keep_last, "num_inference_steps": steps}
+        latents = final_latents(pipe, **options, **arguments)
+        (latents - teacher).square().mean().backward()
+
+
+def published(pipe, arguments, gates, teacher, steps, *, conditions):
+    """One mask update by the published loop, for a first-order scheduler; here with one gate sample, so that it is
+    exact."""
+    unet, scheduler = pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    values = gates.sample(torch.Generator().manual_seed(0))
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+
+    def step(latents, i):
+        t = scheduler.timesteps[i]
+        scheduler._step_index = i
+        model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+        uncond, text = unet(model_input, t, **conditions)[0].chunk(2)
+        return scheduler.step(uncond + GUIDANCE * (text - uncond), t, latents)[0]
+
+    with frozen(unet), apply_gates(unet, leaves, gates.sites):
+        stored = [arguments["latents"] * scheduler.init_noise_sigma]
+        with torch.no_grad():
+            for i in range(steps):
+                stored.append(step(stored[-1], i))
+        final = stored[-1].requires_grad_()
+        (upstream,) = torch.autograd.grad((final - teacher).square().mean(), final)
+        total = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        for i in reversed(range(steps)):
+            before = stored[i].detach().requires_grad_()
+            after = step(before, i)
+            parts = torch.autograd.grad(after, list(leaves.values()), upstream, retain_graph=True)
+            (upstream,) = torch.autograd.grad(after, before, upstream, retain_graph=True)
+            total = [a + b for a, b in zip(total, parts, strict=True)]
+            del after
+    torch.autograd.backward(list(values.values()), total)
+
+
+def peak_bytes(update, device) -> int:
+    """The most bytes alive at once during ``update()``, above what was alive before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        update()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
+        update()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def seconds(update, device) -> float:
+    started = time.perf_counter()
+    update()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(pipe, steps: int, batch: int, turns: int) -> list[dict]:
+    """One row a variant at this T; raises AssertionError where a variant's gradient is not the plain one."""
+    arguments, device = inputs(pipe, batch), pipe.device
+    gates = Gates.start(find_sites(pipe.unet), 1.0, device=device)
+    seen: list[dict] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    teacher = final_latents(pipe, gradients=False, num_inference_steps=steps, **arguments)
+    handle.remove()
+
+    half = -(-steps // 2)
+    common = (pipe, arguments, gates, teacher, steps)
+    updates = {
+        "plain": lambda: ours(*common, checkpoint=False),
+        "checkpointed": lambda: ours(*common, checkpoint=True, keep_last=1),
+        "every step": lambda: ours(*common, checkpoint=True, keep_last=0),
+        "half kept": lambda: ours(*common, checkpoint=True, keep_last=half),
+        "published": lambda: published(*common, conditions=seen[0]),
+    }
+
+    def clean(variant):
+        for value in gates.log_alpha.values():
+            value.grad = None
+        return updates[variant]
+
+    peaks, gradients = {}, {}
+    for variant in VARIANTS:  # also warms up
+        peaks[variant] = peak_bytes(clean(variant), device)
+        gradients[variant] = torch.cat([value.grad for value in gates.log_alpha.values()])
+        error = (gradients[variant] - gradients["plain"]).norm() / gradients["plain"].norm()
+        assert error < 1e-3, f"{variant}: its gradient is off by {error:.1e}"
+    times = {variant: [] for variant in VARIANTS}
+    for _ in range(turns):
+        for variant in VARIANTS:
+            times[variant].append(seconds(clean(variant), device))
+
+    def ratio(variant, other):
+        return statistics.median(a / b for a, b in zip(times[variant], times[other], strict=True))
+
+    return [
+        {
+            "variant": variant,
+            "T": steps,
+            "seconds": statistics.median(times[variant]),
+            "times_plain": ratio(variant, "plain"),
+            "times_published": ratio(variant, "published"),
+            "peak_bytes": peaks[variant],
+            "bit_equal": torch.equal(gradients[variant], gradients["plain"]),
+            "turns": turns,
+            "batch": batch,
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+            "torch": torch.__version__,
+            "denoiser_parameters": sum(p.numel() for p in pipe.unet.parameters()),
+        }
+        for variant in VARIANTS
+    ]
+
+
+def verdicts(rows: list[dict]) -> list[dict[str, str]]:
+    """What counting lets one expect of the checkpointed update, and the worst that was measured: rows of a table."""
+    by = {(row["variant"], row["T"]): row for row in rows}
+    steps = sorted({row["T"] for row in rows})
+    slowest = max(by["checkpointed", t]["times_plain"] for t in steps)
+    against = max(by["checkpointed", t]["times_published"] for t in steps)
+    memory = max(by["checkpointed", t]["peak_bytes"] / by["published", t]["peak_bytes"] for t in steps)
+    found = [
+        ("time, relative to plain", "at most 1.6", f"{slowest:.2f}", slowest <= 1.6),
+        ("time, relative to the published loop", "at most 0.75", f"{against:.2f}", against <= 0.75),
+        ("peak memory, relative to the published loop", "at most 1.02", f"{memory:.2f}", memory <= 1.02),
+    ]
+    if {5, 20} <= set(steps):
+        growth = by["checkpointed", 20]["peak_bytes"] / by["checkpointed", 5]["peak_bytes"] - 1
+        what = "growth of peak memory from T = 5 to T = 20"
+        found.append((what, "under 5 %", f"{100 * growth:.1f} %", growth < 0.05))
+    heads = ("of the checkpointed update", "expected", "worst measured", "as expected")
+    return [
+        dict(zip(heads, (what, expected, measured, "yes" if holds else "no"), strict=True))
+        for what, expected, measured, holds in found
+    ]
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command ``python -m ecodiff benchmark mask-update``."""
+
+    pipe = ecodiff.load(options.model)
+    pipe.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # First order, as the published loop needs.
+    from diffusers import EulerDiscreteScheduler
+
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    count = sum(p.numel() for p in pipe.unet.parameters())
+    print(f"{options.model}, {count / 1e6:.1f} M parameters, batch {options.batch}, {torch.get_num_threads()} threads")
+    print(f"{'T':>3}  {'variant':13} {'seconds':>8} {'x plain':>8} {'x publ.':>8} {'peak MiB':>9}  gradient")
+    rows = []
+    for steps in options.steps:
+        for row in measure(pipe, steps, options.batch, options.turns):
+            rows.append(row | {"model": options.model})
+            same = "= plain, bit for bit" if row["bit_equal"] else "= plain, to rounding"
+            print(
+                f"{steps:3d}  {row['variant']:13} {row['seconds']:8.3f} {row['times_plain']:8.2f} "
+                f"{row['times_published']:8.2f} {row['peak_bytes'] / 2**20:9.1f}  {same}",
+                flush=True,
+            )
+    for line in verdicts(rows):
+        print(*line.values(), sep="; ")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return 0

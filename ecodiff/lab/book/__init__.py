@@ -1,0 +1,1 @@
+"""Notebooks run, pages put together, figures drawn."""

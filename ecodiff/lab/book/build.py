@@ -1,0 +1,328 @@
+"""Build the book: run notebooks with papermill, put the pages together, call Jupyter Book.
+
+A chapter is ``notebooks/NN_name.md`` (MyST). `run` executes it with the parameters of a profile and writes one page,
+``OUT/notebooks/NN_name.ipynb``, whole or not at all. `build_html` copies ``book/`` and the pages into ``OUT/src`` and
+writes ``OUT/html``, with every warning an error. What has to run again is decided in ``dodo.py``, by content.
+
+``python -m ecodiff book pair`` rewrites the output-free ``notebooks/*.ipynb`` beside the MyST sources.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from unittest.mock import patch
+
+import jupytext
+import nbformat
+import papermill
+import yaml
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.storage.paths import data_dir, root
+from ecodiff.storage.files import write_whole
+
+CODE = {".py", ".js", ".json", ".yaml", ".csv"}
+VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
+# What libraries say while they load is not part of a page: a page's stderr fails the build.
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "KINETO_LOG_LEVEL": "99",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+}
+# What means something to MyST, in a comment that is to be shown as it was written.
+MARKUP = re.compile(r"([\\`*_{}\[\]<>$|#~])")
+
+
+def sources(base: Path | None = None) -> list[Path]:
+    """The chapters, in the order of their numbers: ``notebooks/NN_name.md``."""
+    return sorted(((base or root()) / "notebooks").glob("[0-9][0-9]_*.md"))
+
+
+def read(source: Path) -> nbformat.NotebookNode:
+    """A MyST source as a notebook without outputs and with cell ids that are the same each time."""
+    notebook = jupytext.read(source)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return _name_cells(notebook, source.stem)
+
+
+def _name_cells(notebook: nbformat.NotebookNode, stem: str) -> nbformat.NotebookNode:
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"{stem[:2]}-{i:03d}"
+    return notebook
+
+
+def paired_text(source: Path) -> str:
+    """The text of the committed ``.ipynb`` that belongs to a MyST source."""
+    return nbformat.writes(read(source), indent=1) + "\n"
+
+
+def pair(base: Path | None = None) -> list[Path]:
+    """Rewrite the paired ``.ipynb`` files that differ from their source; returns them."""
+    changed = []
+    for source in sources(base):
+        target, text = source.with_suffix(".ipynb"), paired_text(source)
+        if not target.exists() or target.read_text() != text:
+            write_whole(target, text.encode())
+            changed.append(target)
+    return changed
+
+
+def parameters(source: Path) -> dict[str, object]:
+    """Names and default values of a chapter's ``parameters`` cell."""
+    return {name: ast.literal_eval(found["default"]) for name, found in inspected(source).items()}
+
+
+def inspected(source: Path) -> dict[str, dict[str, str]]:
+    """What papermill reads in a chapter's ``parameters`` cell: {name: {"default": ..., "help": ..., ...}}, as texts.
+
+    Raises EcoDiffError unless there is exactly one such cell and each of its lines has name, type, value and comment.
+    """
+    notebook = read(source)
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise EcoDiffError(f"{source.name} has {len(cells)} cells tagged 'parameters': it needs exactly one.")
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch, "plain.ipynb")
+        nbformat.write(notebook, plain)
+        found = papermill.inspect_notebook(plain)
+    for line in filter(str.strip, cells[0].source.splitlines()):
+        if line.startswith("#"):
+            continue
+        parameter = found.get(re.split(r"\W", line, maxsplit=1)[0])
+        if parameter is None or parameter["inferred_type_name"] == "None" or not _has_help(line, parameter):
+            raise EcoDiffError(
+                f"{source.name}: parameter line {line!r} must read 'name: type = value  # help', with one '=' in it."
+            )
+    return found
+
+
+def _has_help(line: str, parameter: dict[str, str]) -> bool:
+    """Whether the line is its value and, after two spaces and a hash, its comment: papermill takes less for one."""
+    try:
+        ast.literal_eval(parameter["default"])
+    except (ValueError, SyntaxError):
+        return False
+    return bool(parameter["help"]) and line.endswith(f"{parameter['default']}  # {parameter['help']}")
+
+
+def parameter_table(source: Path, injected: dict[str, object]) -> str:
+    """The parameters of a chapter as a table (MyST): name, default, what its comment says.
+
+    A page that was made with other values (``injected``) has them in a column of their own.
+    """
+    heads = ["Parameter", "Default", *(["On this page"] if injected else []), "Meaning"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, parameter in inspected(source).items():
+        values = [f"`{parameter['default']}`".replace("|", "\\|")]
+        if injected:
+            values.append(f"`{injected[name]!r}`".replace("|", "\\|") if name in injected else "")
+        lines.append([f"`{name}`", *values, MARKUP.sub(r"\\\1", parameter["help"])])
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f":::{{table}}\n:class: parameters\n\n{body}\n:::"
+
+
+def profile_file(profile: str, base: Path | None = None) -> Path:
+    """``notebooks/profiles/PROFILE.yaml``: papermill parameters, one flat list for all chapters."""
+    folder = (base or root()) / "notebooks" / "profiles"
+    path = folder / f"{profile}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise EcoDiffError(f"There is no profile {profile!r}: the profiles are {known}.")
+    return path
+
+
+def declared(source: Path, profile: str, kind: str = "data") -> list[Path]:
+    """Files a chapter reads (``ecodiff: {data: [...]}`` in its front matter) or makes (``makes: [...]``).
+
+    Names are relative to the data folder, may be folders (every file in them counts) and may hold ``{profile}``.
+    """
+    found: list[Path] = []
+    for name in read(source).metadata.get("ecodiff", {}).get(kind, []):
+        path = data_dir() / name.format(profile=profile)
+        if kind == "data" and not path.exists() and path not in _made(source, profile):
+            raise EcoDiffError(f"{source.name} reads data/{name}, which is not there: make it, or get it with git.")
+        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return found
+
+
+def code(source: Path | None = None, base: Path | None = None) -> list[Path]:
+    """Files of the package that a chapter depends on: the library, and what its front matter names of the lab
+    (``ecodiff: {lab: [book/plotting.py, studies]}``, files or folders of ``ecodiff/lab``). Without a chapter, all files.
+    """
+    package = (base or root()) / "ecodiff"
+    lab = package / "lab"
+    files = sorted(path for path in package.rglob("*") if path.suffix in CODE)
+    if source is None:
+        return files
+    named = [lab / name for name in read(source).metadata.get("ecodiff", {}).get("lab", [])]
+    for path in named:
+        if not path.exists():
+            raise EcoDiffError(f"{source.name} names {path.relative_to(lab)} of ecodiff/lab, which is not there.")
+    return [path for path in files if lab not in path.parents or any(path.is_relative_to(part) for part in named)]
+
+
+def _made(source: Path, profile: str) -> set[Path]:
+    """What the chapters before this one make: it may be absent until they have run."""
+    earlier = [other for other in source.parent.glob("[0-9][0-9]_*.md") if other.name < source.name]
+    return {path for other in earlier for path in declared(other, profile, "makes")}
+
+
+def run(source: Path, profile: str, out: Path) -> Path:
+    """Execute one chapter and write its page, ``out/notebooks/NN_name.ipynb``.
+
+    Only parameters whose value in the profile differs from the chapter's own are injected. A table of all of them, from
+    their comments, stands above their folded cell. A chapter that fails, or
+    shows a figure without number, caption and alternative text, raises EcoDiffError and leaves no page at all.
+    """
+    page = out / "notebooks" / f"{source.stem}.ipynb"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.unlink(missing_ok=True)
+    own = parameters(source)
+    wanted = yaml.safe_load(profile_file(profile, source.parent.parent).read_text()) or {}
+    injected = {name: value for name, value in wanted.items() if name in own and own[name] != value}
+
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        plain, executed = Path(scratch, "plain.ipynb"), Path(scratch, "executed.ipynb")
+        nbformat.write(read(source), plain)
+        workplace = Path(scratch, "cwd")  # a chapter must not depend on, or write into, the folder it is run from
+        workplace.mkdir()
+        try:
+            with patch.dict(os.environ, QUIET | wanted.get("environment", {})):  # the kernel inherits it
+                papermill.execute_notebook(
+                    plain, executed, parameters=injected, kernel_name="python3", cwd=workplace, progress_bar=False,
+                    # ipykernel warns about TCP at every start, and calls the signal that ends it an error.
+                    extra_arguments=["--log-level=50"],
+                )
+        except papermill.PapermillExecutionError as error:
+            raise EcoDiffError(_failure(source, profile, error)) from None
+        notebook = nbformat.read(executed, as_version=4)
+    seconds = round(time.perf_counter() - start, 1)
+
+    _show_parameters(notebook, parameter_table(source, injected))
+    _name_cells(notebook, source.stem)
+    _require_figure_text(notebook, source)
+    notebook.metadata["papermill"].update(input_path=source.name, output_path=page.name)
+    notebook.metadata["ecodiff"] = dict(
+        notebook.metadata.get("ecodiff", {}),
+        profile=profile, parameters={**own, **injected}, seconds=seconds, commit=_commit(), versions=_versions(),
+    )
+    text = nbformat.writes(notebook)
+    for private in (str(root()), sys.prefix, str(Path(scratch))):
+        if json.dumps(private)[1:-1] in text:
+            raise EcoDiffError(f"{source.name} shows a folder of this machine ({private}): print names instead.")
+    write_whole(page, text.encode())
+    return page
+
+
+def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
+    """Put the table of parameters where their cell is, and fold the cell, and that of a profile's values, below it."""
+    for i, cell in reversed(list(enumerate(notebook.cells))):
+        tags = cell.metadata.get("tags", [])
+        if {"parameters", "injected-parameters"} & set(tags):
+            if "hide-input" not in tags:
+                tags.append("hide-input")
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters as code", "code_prompt_hide": "Hide"}
+        if "parameters" in tags:
+            shown = nbformat.v4.new_markdown_cell(table, metadata={"tags": ["table-of-parameters"]})
+            notebook.cells.insert(i, shown)
+
+
+def _failure(source: Path, profile: str, error: papermill.PapermillExecutionError) -> str:
+    lines = error.source.strip().splitlines()
+    excerpt = "\n".join(f"    {line}" for line in lines[:12]) + ("\n    ..." if len(lines) > 12 else "")
+    where = next((line.strip() for line in reversed(error.traceback) if "Cell In[" in line), "")
+    return "\n".join(filter(None, [
+        f"{source.name} failed in cell {error.exec_count} (profile {profile}): {error.ename}: {error.evalue}",
+        excerpt, _strip_colours(where)[:600],
+    ]))
+
+
+def _strip_colours(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _require_figure_text(notebook: nbformat.NotebookNode, source: Path) -> None:
+    for cell in notebook.cells:
+        kinds = {mime for output in cell.get("outputs", []) for mime in output.get("data", {})}
+        if not kinds & {"image/png", "image/svg+xml", "image/jpeg"} or "remove-output" in cell.metadata.get("tags", []):
+            continue
+        myst = cell.metadata.get("mystnb", {})
+        lacking = [f"mystnb.{a}.{b}" for a, b in (("figure", "name"), ("figure", "caption"), ("image", "alt"))
+                   if not myst.get(a, {}).get(b)]
+        if lacking:
+            raise EcoDiffError(f"{source.name}, cell {cell.id}: a figure without {', '.join(lacking)} in its metadata.")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(root()), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # an archive without its history
+        return "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def status(pages: list[Path]) -> str:
+    """The status page's tables (MyST): profile, seconds and commit of each chapter; versions."""
+    rows, versions = [], {}
+    for page in pages:
+        notebook = nbformat.read(page, as_version=4)
+        facts = notebook.metadata["ecodiff"]
+        versions.update(facts["versions"])
+        rows.append(f"| [](notebooks/{page.name}) | {facts['profile']} | {facts['seconds']:.1f} | {facts['commit']} |")
+    chapters = ["| Chapter | Profile | Seconds | Commit |", "|---|---|---:|---|", *rows]
+    programs = ["| Program | Version |", "|---|---|", *(f"| {name} | {number} |" for name, number in versions.items())]
+    return "\n".join(["## Chapters", "", *chapters, "", "## Versions", "", *programs, ""])
+
+
+def build_html(out: Path, base: Path | None = None) -> Path:
+    """Put sources and pages together in ``out/src`` and build ``out/html`` from them, warnings being errors.
+
+    A failed build leaves the HTML of the one before it untouched. Always builds every page: Sphinx would not notice
+    that a number glued from another page has changed.
+    """
+    base = base or root()
+    pages = [out / "notebooks" / f"{source.stem}.ipynb" for source in sources(base)]
+    source, work, html = out / "src", out / "work", out / "html"
+    for folder in (source, work):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base / "book", source)
+    (source / "notebooks").mkdir()
+    for page in pages:
+        shutil.copy(page, source / "notebooks")
+    (source / "_status.md").write_text(status(pages))
+
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")  # it has no `python -m`
+    command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work,
+               "--all", "-W", "-n", "--keep-going", "-q"]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
+    result = subprocess.run([str(part) for part in command], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode or not (work / "_build" / "html" / "index.html").exists():
+        raise EcoDiffError(f"The HTML was not built. Jupyter Book says:\n{_strip_colours(result.stdout).strip()}")
+    shutil.rmtree(html, ignore_errors=True)
+    (work / "_build" / "html").rename(html)
+    return html / "index.html"

@@ -1,0 +1,27 @@
+"""Pair notebooks with their sources, or draw the picture at the top of README.
+
+    python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
+    python -m ecodiff book before-after     draw book/_static/before-after.png
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["pair", "before-after"])
+
+
+def run(options: argparse.Namespace) -> int:
+    # Imported here so that --help answers at once.
+    if options.action == "pair":
+        from .build import pair
+
+        for written in pair():
+            print(f"wrote notebooks/{written.name}")
+    else:
+        from .before_after import draw_before_after
+
+        draw_before_after()
+    return 0

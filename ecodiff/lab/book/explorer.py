@@ -1,0 +1,117 @@
+"""The interactive figure of the hard concrete chapter: drawn by Python, moved by a script without dependencies.
+
+What Python draws is what a reader sees in print, without JavaScript, or before touching a slider.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+import torch
+
+from ecodiff.method.hard_concrete import HardConcrete
+from .interactive import interactive
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 48, 58, 14
+RANGE = 8.0  # λ runs over [-RANGE, RANGE]
+LEVELS = [round(0.01 + 0.98 * i / 96, 4) for i in range(97)]  # u for the band: 1 % to 99 % of the draws
+
+STYLE = """
+.hc-explorer svg { display: block; width: 100%; height: auto; overflow: visible; }
+.hc-explorer text { font-size: 15px; }
+.hc-explorer .hc-grid { stroke: currentColor; stroke-opacity: .18; }
+.hc-explorer .hc-median, .hc-explorer .hc-open { fill: none; stroke-width: 2.5; }
+.hc-explorer .hc-median { stroke: #1f8fd0; }
+.hc-explorer .hc-open { stroke: #e69f00; stroke-dasharray: 8 5; }
+.hc-explorer .hc-band { fill: #1f8fd0; fill-opacity: .22; }
+.hc-explorer .hc-here { stroke: currentColor; stroke-width: 1.5; }
+.hc-explorer .hc-draws circle { fill: currentColor; fill-opacity: .45; }
+.hc-controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .4rem 1.2rem; }
+.hc-controls label { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .9em; }
+.hc-controls input { width: 100%; min-height: 1.6rem; accent-color: #1f8fd0; }
+.hc-key { font-size: .9em; margin: .3rem 0; }
+.hc-key b { font-weight: 600; }
+.hc-says { font-size: .9em; min-height: 4.5em; margin: .3rem 0 0; }
+@media (max-width: 600px) { .hc-explorer text { font-size: 22px; } }
+@media print { .hc-controls { display: none; } .hc-explorer { break-inside: avoid; } }
+"""
+
+
+def curves(distribution: HardConcrete, points: int = 121) -> dict[str, list[tuple[float, float]]]:
+    """Median gate, its 1 % and 99 % quantiles, and P(open), each as (λ, value) pairs."""
+    grid = torch.linspace(-RANGE, RANGE, points)
+    low, high = (distribution.sample(grid, torch.full_like(grid, u)).tolist() for u in (LEVELS[0], LEVELS[-1]))
+    values = {"median": distribution.deterministic(grid).tolist(), "low": low, "high": high,
+              "open": distribution.prob_open(grid).tolist()}
+    return {name: list(zip(grid.tolist(), line, strict=True)) for name, line in values.items()}
+
+
+def _xy(x: float, y: float) -> str:
+    return (f"{LEFT + (x + RANGE) / (2 * RANGE) * (WIDTH - LEFT - 10):.1f},"
+            f"{HEIGHT - BOTTOM - y * (HEIGHT - BOTTOM - TOP):.1f}")
+
+
+def _path(pairs) -> str:
+    return "M" + "L".join(_xy(x, y) for x, y in pairs)
+
+
+def _axes() -> str:
+    parts = []
+    for x in range(-8, 9, 2):
+        px = _xy(x, 0).split(",")[0]
+        parts.append(f'<line class="hc-grid" x1="{px}" x2="{px}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+                     f'<text x="{px}" y="{HEIGHT - BOTTOM + 24}" text-anchor="middle">{x}</text>'.replace(">-", ">−"))
+    for y in (0, 0.5, 1):
+        py = _xy(0, y).split(",")[1]
+        parts.append(f'<line class="hc-grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{py}" y2="{py}"/>'
+                     f'<text x="{LEFT - 8}" y="{float(py) + 5:.1f}" text-anchor="end">{y:g}</text>')
+    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">λ (log α)</text>')
+    return "".join(parts)
+
+
+def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | None = None):
+    """The figure as an object that Jupyter, Colab and the book display; starts at `log_alpha` and `distribution`."""
+    start = distribution or HardConcrete()
+    lines = curves(start)
+    band = _path(lines["low"]) + "L" + _path(lines["high"][::-1])[1:] + "Z"
+    constants = {"gamma": start.gamma, "zeta": start.zeta, "range": RANGE, "width": WIDTH, "height": HEIGHT,
+                 "left": LEFT, "bottom": BOTTOM, "top": TOP, "levels": LEVELS}
+    sliders = [("lambda", "λ, what is learned", -RANGE, RANGE, 0.1, log_alpha),
+               ("delta", "δ, limits the noise", 0, 2, 0.01, start.delta),
+               ("alpha", "α, temperature", 0.1, 2, 0.01, start.temperature)]
+    controls = "".join(
+        f'<label><span>{escape(text)}</span> <output>{value:g}</output> '
+        f'<input type="range" name="{name}" min="{low}" max="{high}" step="{step}" value="{value}"></label>'
+        for name, text, low, high, step, value in sliders)
+    description = ("Gate value against lambda. A curve rises from 0 to 1 through a half at lambda 0 and is "
+                   "clipped at both ends; a band around it holds 98 percent of the random draws; a dashed curve is the "
+                   "probability that the gate is open. Sliders change lambda, delta and the temperature alpha.")
+    here = _xy(log_alpha, 0).split(",")[0]
+    body = f"""
+<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">
+{_axes()}
+<path class="hc-band" d="{band}"/>
+<path class="hc-open" d="{_path(lines["open"])}"/>
+<path class="hc-median" d="{_path(lines["median"])}"/>
+<line class="hc-here" x1="{here}" x2="{here}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>
+<g class="hc-draws"></g>
+</svg>
+<p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws. <b>Dashed:</b> P(open).
+<b>Dots:</b> draws at the chosen λ.</p>
+<div class="hc-controls">{controls}</div>
+<p class="hc-says" role="status" aria-live="polite">{escape(says(start, log_alpha))}</p>"""
+    script = Path(__file__).with_suffix(".js")
+    return interactive("hc-explorer", "Interactive hard concrete gate", body, STYLE, script, constants)
+
+
+def says(distribution: HardConcrete, log_alpha: float) -> str:
+    """The sentence under the figure, which the script keeps up to date."""
+    at = torch.tensor([float(log_alpha)])
+    low = 1 - distribution.prob_open(at).item()
+    # z is 1 for λ exactly when z is 0 for -λ: noise and clipping are symmetric
+    high = 1 - distribution.prob_open(-at).item()
+    stuck = (f"From λ = {distribution.saturation:.2f} on it is zero in every draw." if distribution.delta
+             else "Without a limit on the noise, no λ makes it zero in every draw.")
+    return (f"P(gate = 0) = {low:.3f}, P(gate = 1) = {high:.3f}. "
+            f"The gradient is zero in {100 * (low + high):.1f} % of the draws. {stuck}")

@@ -1,0 +1,258 @@
+"""Claims about size, operations, time and carbon (Fig. 1, Tables 1, 12). What follows from shapes is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ecodiff.cost.units import gb, usable
+from ecodiff.lab.errata import arithmetic
+from ecodiff.lab.paper import claim, row, setting, table
+
+from . import on_embedded, on_full_size
+from .on_embedded import SDXL
+from .on_full_size import ONE, by_count, decided
+from .rules import CHECKPOINT, MISSING, UNDECIDED, Claim, Decision, contradicted, printed
+
+FLUX = "flux-schnell"
+
+
+def published_mask(percent: int) -> tuple[str, dict]:
+    """Setting that counts SDXL under the authors' mask at 10 or 20 %."""
+    mask = {module["site"]: module[f"kept_{percent}"] for module in table("sdxl_lambda")}
+    return "sdxl", {"steps": 40, "guidance": 5.0, "mask": mask, "inner": False}
+
+
+def parameters() -> Claim:
+    def sdxl(tenth: dict, fifth: dict) -> tuple[bool, str]:
+        left = {0.1: tenth["pruned"]["parameters"]["total"], 0.2: fifth["pruned"]["parameters"]["total"]}
+        return _as_printed("SDXL", left)
+
+    def flux(c: dict) -> tuple[bool, str]:
+        maskable = sum(c["parameters"][kind] for kind in ("attention", "feed_forward", "modulation"))
+        return _as_printed("FLUX", {ratio: c["parameters"]["total"] - ratio * maskable for ratio in (0.1, 0.15)})
+
+    def a_fifth(c: dict) -> tuple[bool, str]:
+        share = 1 - c["pruned"]["parameters"]["total"] / c["parameters"]["total"]
+        shown = f"the authors' mask at 20 % removes {share:.1%} of SDXL's U-Net"
+        return share >= claim("ratio_without_retraining") / 100, shown
+
+    return Claim(
+        "Abstract, Table 1",
+        "The ratio is a share of the parameters: at 20 % SDXL keeps 2.1 billion, at 15 % FLUX keeps 10.1 billion.",
+        "Parameters counted, to the printed digit: SDXL under the authors' published λ, FLUX with every kind of unit "
+        "at the ratio. Is what goes 20 % of the parameters?",
+        ("07_what_it_costs",),
+        (
+            by_count("SDXL, counted", sdxl, published_mask(10), published_mask(20)),
+            by_count("FLUX.1, counted", flux, (FLUX, ONE)),
+            by_count("SDXL, counted: 20 % of the parameters", a_fifth, published_mask(20)),
+        ),
+    )
+
+
+def _as_printed(model: str, left: dict[float, float]) -> tuple[bool, str]:
+    given = {ratio: row("table1", model=model, method="EcoDiff", ratio=ratio)["params_billion"] for ratio in left}
+    shown = ", ".join(f"{value / 1e9:.3f} B ({given[ratio]} B printed)" for ratio, value in left.items())
+    return all(round(value / 1e9, 1) == given[ratio] for ratio, value in left.items()), shown
+
+
+def operations() -> Claim:
+    def gflop(forward: dict, model: str, steps: Sequence[int]) -> tuple[bool, str]:
+        given = row("table1", model=model, method="Original")["gflop"]
+        found = [forward["picture_gflop"]["paper"] * n for n in steps]
+        agrees = any(abs(value - given) < 500 for value in found)  # thousands are printed
+        return agrees, f"{' or '.join(f'{value:,.0f}' for value in found)}; {given:,} printed"
+
+    def pruned(c: dict, model: str, ratio: float, forwards: float) -> tuple[bool, str]:
+        given = row("table1", model=model, method="EcoDiff", ratio=ratio)["gflop"]
+        found = c["pruned"]["picture_gflop"]["paper"] / c["forwards"] * forwards
+        return abs(found - given) < 0.01 * given, f"{found:,.0f} at {ratio:.0%}; {given:,} printed"
+
+    steps = round(claim("table1_steps_flux"))
+    return Claim(
+        "Table 1",
+        "GFLOP of a picture, with 5 steps for FLUX and 50 for SDXL, and how they fall when units go.",
+        "Linear layers and convolutions counted: originals to the printed thousand (SDXL with and without guidance), "
+        "pruned ones within 1 % (SDXL for 80 calls, which is what the print for the original comes to).",
+        ("07_what_it_costs",),
+        (
+            by_count("FLUX.1, counted", lambda c: gflop(c, "FLUX", (steps,)), (FLUX, ONE)),
+            by_count("SDXL, counted", lambda c: gflop(c, "SDXL", (50, 100)), ("sdxl", ONE)),
+            by_count("FLUX.1 without 15 %", lambda c: pruned(c, "FLUX", 0.15, steps), drawing(FLUX, 0.15)),
+            by_count("SDXL without 20 %", lambda c: pruned(c, "SDXL", 0.2, 80), published_mask(20)),
+        ),
+    )
+
+
+def drawing(preset: str, ratio: float) -> tuple[str, dict]:
+    return preset, {"ratio": ratio, "inner": False}
+
+
+def faster() -> Claim:
+    return Claim(
+        "§1, §4",
+        "Pruned models draw faster.",
+        "One denoiser call with random weights, 20 % of the units gone, over the original in the same turns: below 1 "
+        "by the clock and, on a CPU, by processor time.",
+        ("07_what_it_costs",),
+        (
+            _time("sd2", "Stable Diffusion 2, fp32"),
+            _time("sdxl", "SDXL, bf16"),
+            _time("sd2", "Stable Diffusion 2, bf16, on a GPU", on_gpu=True),
+            _time("sdxl", "SDXL, bf16, on a GPU", on_gpu=True),
+        ),
+    )
+
+
+def _time(preset: str, title: str, on_gpu: bool = False) -> Decision:
+    found = on_full_size.measured("inference", model=preset, ratio=0.2, round_to=1, on_gpu=on_gpu)
+    found = [row for row in found if "ratio" in row["values"]["variants"]["pruned"]]  # others measured memory alone
+    if not found:
+        return Decision(title, MISSING, command=f"python -m ecodiff benchmark full-size {preset} --parts inference")
+    values, config = found[-1]["values"], found[-1]["config"]
+    pruned = values["variants"]["pruned"]
+    names = ("ratio",) if on_gpu else ("ratio", "cpu_ratio")  # waiting for a GPU counts as processor time
+    times = [pruned[name] for name in names if name in pruned]
+    holds = None if min(times) < 1 <= max(times) else max(times) < 1
+    left = values["flops"]["pruned"]["total"] / values["flops"]["original"]["total"]
+    where = f"{config['device']}, medians of {config['turns']} turns"
+    shown = " and ".join(f"{time:.2f}" for time in times)
+    shown = f"time {shown} of the original ({where}), operations {left:.2f}"
+    if on_gpu:
+        rate = values["flops"]["original"]["total"] / values["variants"]["original"]["seconds"] / 1e12
+        shown += f"; {config['samples']} samples a call, {rate:.0f} TFLOP/s"
+    return decided(f"{title}, measured", holds, shown)
+
+
+def small_gpus() -> Claim:
+    def fits(c: dict, size: float) -> tuple[bool, str]:
+        least = min(c["pruned"]["inference_peak"].values())
+        return least <= usable(f"{size:g}GB"), f"{gb(least)} at the best placement, {gb(usable(f'{size:g}GB'))} usable"
+
+    def needed(c: dict, size: float) -> tuple[bool, str]:
+        least = min(c["inference_peak"].values())
+        room = {unit: usable(f"{size:g}{unit}") for unit in ("GB", "GiB")}
+        shown = " or ".join(f"{gb(space)} (of {size:g} {unit})" for unit, space in room.items())
+        too_large = {least > space for space in room.values()}
+        return too_large.pop() if len(too_large) == 1 else None, f"unpruned {gb(least)}, usable {shown}"
+
+    def both(title: str, preset: str, ratio: float, size: float) -> list[Decision]:
+        setting_of = drawing(preset, ratio)
+        return [
+            by_count(f"{title}: {ratio:.0%} less fits {size:g} GB", lambda c: fits(c, size), setting_of),
+            by_count(f"{title}: pruning is needed for it", lambda c: needed(c, size), setting_of),
+        ]
+
+    return Claim(
+        "Fig. 1",
+        "Pruning is what brings SDXL to a GPU of 8 GB and FLUX to one of 24 GB.",
+        "Peak of drawing one picture in bf16, by the better of all on the GPU and one component at a time: does the "
+        "pruned model fit, and does the unpruned one not, whichever way a GB is read?",
+        ("07_what_it_costs",),
+        (
+            *both("SDXL", "sdxl", 0.2, claim("sdxl_inference_gpu")),
+            *both("FLUX.1", FLUX, 0.15, claim("flux_inference_gpu")),
+        ),
+    )
+
+
+UPDATE_OF = {"SD2": ("sd2", 1, 50), "SDXL": ("sdxl", 2, 50), "FLUX": (FLUX, 1, 5)}
+"""Rows of the paper's Table 12 -> preset, samples in a call as measured, and steps T of its mask update."""
+GUIDED = ("SD2", "SDXL")
+"""Models whose guidance makes two samples of one in every call."""
+
+
+def hours() -> Claim:
+    return Claim(
+        "§4, App. N, Table 12",
+        "Learning a mask takes hours of one GPU: 0.16 for SD2, 1.24 for SDXL, 0.42 for FLUX.",
+        "200 updates of four samples, from the time of one checkpointed update measured on a GPU at the paper's number "
+        "of steps: within a factor of two of the printed hours; hours and GPU-hours of the one GPU agree.",
+        ("08_carbon", "07_what_it_costs"),
+        (
+            *(_hours_measured(model) for model in UPDATE_OF),
+            contradicted(arithmetic.hours()),
+            Decision("SDXL", CHECKPOINT, command=_learn_sdxl()),
+        ),
+    )
+
+
+def _hours_measured(model: str) -> Decision:
+    """Hours of learning a mask on a GPU, from a measured update with random weights, against Table 12's GPU-hours.
+
+    A guided sample that was measured as one sample in a call takes between once and twice that time.
+    """
+    preset, samples, steps = UPDATE_OF[model]
+    title = f"{model}, random weights, measured on a GPU"
+    found = [
+        record
+        for record in on_full_size.measured("update", model=preset, samples=samples, T=steps, on_gpu=True)
+        if "seconds" in record["values"]["variants"].get("checkpointed", {})
+    ]
+    if not found:
+        command = f"python -m ecodiff benchmark full-size {preset} --samples {samples} --parts update"
+        return Decision(title, MISSING, command=command)
+    settings = "table2" if model == "FLUX" else "table3"
+    trajectories = claim("carbon_training_steps") * setting(settings, "batch_size")
+    least = trajectories * found[-1]["values"]["variants"]["checkpointed"]["seconds"] / 3600
+    most = 2 * least if model in GUIDED and samples == 1 else least
+    printed_hours = row("table12", model=model)
+    given = printed_hours["gpu_hours"]
+    shown = f"{least:.2f} hours" if most == least else f"{least:.2f} to {most:.2f} hours"
+    shown += f" ({found[-1]['config']['device']}, T = {steps}, random weights); printed: {given:g} GPU-hours, "
+    shown += f"{printed_hours['training_hours']:g} training hours"
+    return decided(title, least <= 2 * given and most >= given / 2, shown)
+
+
+def _learn_sdxl() -> str:
+    updates = round(claim("carbon_training_steps"))
+    arguments = f"num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates {updates} -p batch_size 4"
+    return f"papermill notebooks/04_learning_a_mask.ipynb out.ipynb -p model {on_embedded.HUB[SDXL]} -p {arguments}"
+
+
+def carbon() -> Claim:
+    factors = [entry["carbon_g"] / entry["gpu_hours"] for entry in table("table12")]
+    shown = (
+        f"in every row the grams are {min(factors):.1f} to {max(factors):.1f} times the GPU-hours, so they say nothing "
+        "that the hours do not; the power of the GPUs and the origin of their electricity are not printed"
+    )
+    return Claim(
+        "App. N, Table 12",
+        "Learning a mask emits 12 g of CO2 for SD2, 93 g for SDXL and 31.5 g for FLUX.",
+        "Nothing that is printed could contradict it: grams and GPU-hours are one column, times a constant. Whether "
+        "the hours are right is the claim before.",
+        ("08_carbon",),
+        (Decision("Table 12", UNDECIDED, shown),),
+    )
+
+
+def retraining_is_dear() -> Claim:
+    low, high = (claim(f"retraining_{end}") / 100 * claim("sd2_training") for end in ("low", "high"))
+    given = claim("sd2_retraining")
+    return Claim(
+        "§1",
+        "Retraining a pruned SD2 may take 40,000 GPU-hours; learning a mask is thousands of times cheaper.",
+        "A tenth to a fifth of 200,000 hours ends at 40,000; divided by Table 12's hours for SD2 it is above 1,000.",
+        ("08_carbon",),
+        (
+            printed("§1", high == given, f"{low:,.0f} to {high:,.0f} hours"),
+            _times_cheaper(low),
+        ),
+    )
+
+
+def _times_cheaper(least: float) -> Decision:
+    entry = row("table12", model="SD2")
+    ratio = least / max(entry["training_hours"], entry["gpu_hours"])
+    return printed("§1 and Table 12", ratio > 1000, f"at least {ratio:,.0f} times by the larger of Table 12's hours")
+
+
+COST = (
+    parameters,
+    operations,
+    faster,
+    small_gpus,
+    hours,
+    carbon,
+    retraining_is_dear,
+)

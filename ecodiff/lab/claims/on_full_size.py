@@ -1,0 +1,107 @@
+"""Decisions at full size: counts that need shapes and no weights, and what was measured there with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from ecodiff.cost import presets
+from ecodiff.cost.counting import cost
+from ecodiff.method.sites import find_sites
+from ecodiff.method.surgery import prune_denoiser
+from ecodiff.storage import records
+
+from .rules import COUNTED, MISSING, NOT_COUNTED, UNDECIDED, Decision
+
+PRESETS = ("sd2", "sdxl", "flux-schnell")
+ONE = {"guidance": 1.0, "steps": 1, "inner": False}
+"""One forward pass of one sample, as chapter 7 counts it."""
+SD2_UPDATE = ("sd2", {"inner": False})
+"""Preset and options of SD2's mask update, one guided sample."""
+_allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=PRESETS)
+
+
+@contextmanager
+def only(presets: Sequence[str]):
+    """Inside, only these models are counted; claims about others say that they are not."""
+    token = _allowed.set(tuple(presets))
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def counted(preset: str, **options) -> dict | None:
+    """`cost(preset, **options)` as a dictionary, recorded or counted now (seconds); None for a model left out."""
+    if preset not in _allowed.get():
+        return None
+    settings = {"what": "cost", "version": 1, "preset": preset, **options}
+    settings |= {name: version(name).split("+")[0] for name in ("torch", "diffusers")}
+    return records.measure(settings, lambda: cost(preset, **options).to_dict(), name="cost")["values"]
+
+
+def by_count(on: str, test: Callable[..., tuple[bool | None, str]], *settings: tuple[str, dict]) -> Decision:
+    """A decision on counts: ``test`` takes them in order and says whether the claim holds (None: readings of it
+    differ), and by which numbers. ``settings``: preset and options of each count."""
+    found = [counted(preset, **options) for preset, options in settings]
+    if None in found:
+        return _left_out(on, settings[0][0])
+    return decided(on, *test(*found))
+
+
+def decided(on: str, holds: bool | None, evidence: str) -> Decision:
+    """A decision at full size."""
+    return Decision(on, UNDECIDED if holds is None else COUNTED if holds else NOT_COUNTED, evidence)
+
+
+def _left_out(on: str, preset: str) -> Decision:
+    return Decision(on, MISSING, command=f"python -m ecodiff cost {preset}")
+
+
+def by_structure(on: str, test: Callable[..., tuple[bool, str]], *names: str) -> Decision:
+    """A decision on denoisers built without weights: ``test`` takes them in order."""
+    if not set(names) <= set(_allowed.get()):
+        return _left_out(on, names[0])
+    return decided(on, *test(*(presets.preset(name).build() for name in names)))
+
+
+def widths_stay(*networks) -> tuple[bool, str]:
+    """Whether, with every second unit gone, all linear layers keep their widths, but for the inner ones of sites."""
+    changed = sites_seen = 0
+    for network in networks:
+        sites = find_sites(network)
+        smaller = prune_denoiser(network, {n: _every_second(site.units) for n, site in sites.items()})
+        inner = {}
+        for site in sites.values():
+            inner |= {span.layer: "out_features" for span in site.writers}
+            inner |= {span.layer: "in_features" for span in site.readers}
+        before, after = (dict(model.named_modules()) for model in (network, smaller))
+        for name, layer in before.items():
+            widths = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ()
+            changed += sum(
+                getattr(layer, width) != getattr(after[name], width) for width in widths if inner.get(name) != width
+            )
+        sites_seen += len(sites)
+    return not changed, f"{changed} outer widths change at {sites_seen} sites that lose every second unit"
+
+
+def _every_second(units: int) -> torch.Tensor:
+    return torch.arange(units) % 2 == 0
+
+
+def measured(what: str, *, on_gpu: bool = False, **config) -> list[dict]:
+    """Recorded rows of full-size denoisers with random weights (``benchmark full-size``) with this configuration, of a
+    CPU or of GPUs."""
+    rows = records.rows("full_size") if records.enabled() else []
+    wanted = {"what": f"full_size_{what}", **config}
+    return [
+        row
+        for row in rows
+        if (row["config"]["device"] != "cpu") == on_gpu
+        and all(row["config"].get(name) == value for name, value in wanted.items())
+    ]

@@ -1,0 +1,84 @@
+"""What the reviewers asked, as statements that are decided in the same way as the paper's claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ecodiff.lab import studies
+from ecodiff.lab.errata import algebra
+from ecodiff.lab.studies.measure import gates_file
+from ecodiff.method.gates import Gates
+from ecodiff.pipelines.parts import denoiser
+
+from . import on_embedded
+from .method import l1_against_l0
+from .on_embedded import BOTH, DEV, LEARNED, SDXL, better, kept
+from .rules import NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted
+
+
+def rigour() -> Claim:
+    return Claim(
+        "L0 to L1",
+        "L1 can stand for L0, by more than a heuristic.",
+        "Appendix D's step with its own constants; masks learned with L1, at the best of several β, keep SSIM and "
+        "right images of those learned with the closed form σ(λ + c), which needs no such step.",
+        ("02_l0_to_l1", "12_settings"),
+        (contradicted(algebra.constant_factor()), *(l1_against_l0(model) for model in (SDXL, DEV))),
+    )
+
+
+def binary() -> Claim:
+    return Claim(
+        "masks that are not binary",
+        "Learned gates may lie between 0 and 1, and cutting them to 0 and 1 costs nothing.",
+        "Share of learned gates, without noise, between 0 and 1: above zero. The same units cut, those that stay at 1 "
+        "minus those that stay at their gates: SSIM and right images above minus the smallest effect.",
+        ("12_settings", "03_where_masks_go"),
+        (
+            _between(SDXL),
+            *(
+                kept(model, ("soft", "cut"), ("soft", "cut, the rest times its gates"), BOTH, "0 and 1 against gates")
+                for model in (SDXL, DEV)
+            ),
+        ),
+    )
+
+
+def _between(model: str) -> Decision:
+    """Share of gates of kept λ that are neither 0 nor 1 without noise. Nothing is learned here."""
+    files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)] if on_embedded.readable(model) else []
+    gates = [Gates.load(path, denoiser(on_embedded.load_once(model))) for path in files if path.is_file()]
+    if not gates:
+        return on_embedded.missing(model, "main", "learned gates")
+    values = [torch.cat(list(one.deterministic().values())) for one in gates]
+    shares = [((v > 0) & (v < 1)).float().mean().item() for v in values]
+    closed = [(v == 0).float().mean().item() for v in values]
+    shown = f"{min(shares):.1%} to {max(shares):.1%} between 0 and 1, {min(closed):.1%} to {max(closed):.1%} at 0"
+    outcome = REPRODUCED if min(shares) > 0 else NOT_REPRODUCED
+    return Decision(on_embedded.on(model, "learned gates"), outcome, f"{shown}; seeds: {len(gates)}")
+
+
+def _kept_gates(model: str, seed: int) -> Path:
+    """The file with λ of the main study."""
+    study, row = LEARNED
+    return gates_file(on_embedded.load_once(model), studies.cells(study, model, seed)[row])
+
+
+def baselines() -> Claim:
+    asked = {"magnitude": "magnitude", "wanda": "WANDA", "occlusion": "LD-Pruner's occlusion"}
+    return Claim(
+        "missing baselines",
+        "Learned masks are better than magnitude, WANDA and LD-Pruner's criterion.",
+        "Learned minus each of them at 20 %, paired: more SSIM or more right images, less of neither.",
+        ("11_every_method",),
+        tuple(
+            better(model, LEARNED, ("main", f"{method}, 20%"), label=f"against {words}")
+            for model in (SDXL, DEV)
+            for method, words in asked.items()
+        ),
+    )
+
+
+REVIEWERS = (rigour, binary, baselines)

@@ -1,0 +1,272 @@
+"""What chapters measure and share: learned gates kept as files, methods under one protocol, latency in turns.
+
+A cell of a comparison is a recorded row (``storage/records.py``). Its configuration names everything that its values
+depend on, weights included, so a row is read where nothing has changed and measured again where anything has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ecodiff import metrics
+from ecodiff.baselines import blocks
+from ecodiff.baselines.deepcache import deepcache
+from ecodiff.cost.watch import flops_while
+from ecodiff.errors import EcoDiffError
+from ecodiff.lab.openmoji.judges import judge
+from ecodiff.method.gates import Gates
+from ecodiff.method.generate import generate
+from ecodiff.method.learn import LearnConfig, learn
+from ecodiff.method.mask import make_mask
+from ecodiff.method.sites import find_sites
+from ecodiff.method.surgery import fold_gates, prune
+from ecodiff.pipelines.identity import describe_run, weights_hash
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.prompts import mix
+from ecodiff.retraining import two_four
+from ecodiff.retraining.retrain import retrain
+from ecodiff.scores import METHODS, prune_adapted
+from ecodiff.storage import records
+from ecodiff.storage.cache import anew, cache_folder, cached
+from ecodiff.storage.fingerprint import key
+from ecodiff.storage.paths import data_dir
+
+from .cell import BLOCKS, Cell, apart, calibration, describe_cell, sampling_of, source_of
+from .protocol import Protocol, draw, judge_pictures
+
+
+def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompute: bool = False) -> Gates:
+    """Gates learned with this configuration: from ``data/results/gates`` if they are kept there, else learned and kept.
+
+    The file's name is the hash of configuration, captions, scheduler and the denoiser's weights. ECODIFF_RECORDS=off
+    neither reads nor writes.
+    """
+    path = _kept_gates(pipe, captions, config)
+    if path in _learned_here:
+        return _learned_here[path]
+    kept = records.enabled()
+    if kept and path.exists() and not (recompute or records.recompute_asked()):
+        return Gates.load(path, denoiser(pipe))
+    gates = _learned_here[path] = learn(pipe, captions, config, progress=False)
+    if kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gates.save(path)
+    return gates
+
+
+def _kept_gates(pipe, captions: Sequence[str], config: LearnConfig) -> Path:
+    """The file in which ``learned_gates`` keeps the gates of this configuration."""
+    name = key({**describe_run(pipe, list(captions), config), "updates": config.updates})
+    return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
+
+
+_learned_here: dict[Path, Gates] = {}  # so that a process that recomputes learns each mask once
+
+
+def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, recompute: bool = False):
+    """Scores {site: [units]} of a method by name: "learned" (with this seed), or one of ``ecodiff.scores``.
+
+    Methods that watch the model draw see the first captions (``calibration``), with the steps, guidance, kinds and call
+    arguments of ``config``.
+    """
+    method, _ = apart(method)
+    if method == "learned":
+        return learned_gates(pipe, captions, replace(config, seed=seed), recompute=recompute).scores()
+    if method not in METHODS:
+        raise EcoDiffError(f"Unknown method {method!r}: take learned, {', '.join(METHODS)}.")
+    seen, settings = calibration(method, captions), {"kinds": config.kinds, **sampling_of(config, seed)}
+
+    def compute() -> Tensor:
+        found = METHODS[method](pipe, seen, progress=False, **settings)
+        return torch.cat([found[name] for name in sorted(found)])
+
+    sites = find_sites(denoiser(pipe), config.kinds)
+    scores = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute)
+    return dict(zip(sorted(sites), scores.split([sites[name].units for name in sorted(sites)]), strict=True))
+
+
+def _computed_once(pipe, request: dict, compute: Callable[[], Tensor]) -> Tensor:
+    """Scores, kept beside pictures: other ratios and evaluation sets need the same ones."""
+    request = {**request, "version": 1}
+    request |= {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    request |= {"scheduler": json.loads(json.dumps(dict(pipe.scheduler.config), default=repr))}
+    return cached(cache_folder("scores"), "scores", request, compute)
+
+
+def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[str], config: LearnConfig, seed: int):
+    """The smaller pipeline for a mask: cut and, for a method "...+compensation", adapted to what has gone."""
+    if "compensation" not in apart(method)[1]:
+        return prune(pipe, mask)
+    kinds = tuple(kind for kind in config.kinds if kind != "modulation")
+    seen = calibration("obs", captions)
+    return prune_adapted(pipe, mask, seen, kinds=kinds, progress=False, **sampling_of(config, seed))
+
+
+def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = False) -> dict | None:
+    """What one cell comes to, recorded or measured now; with ``only_recorded`` None where it is not recorded.
+
+    Returns lists with one entry a picture: ``ssim`` (to the original's picture of the same caption and noise),
+    ``colour`` (1 where the background has the named colour); with ``protocol.features`` also ``object`` (1 where the
+    probe names the one object) and the numbers ``fid`` and ``kid`` to the real scenes of the same captions; with a
+    trained judge ``clip`` (100 times the cosine with the caption), ``found`` (1 where all objects are there) and
+    ``facts`` (1 where all that the caption says is); and the denoiser's number of ``parameters`` and its ``gflop`` for
+    a picture (``picture_gflop``).
+    """
+    described = describe_cell(pipe, cell)
+    if only_recorded:
+        row = records.find(described, name="compare")
+        return row and row["values"]
+    return records.measure(described, lambda: measure_cell(pipe, cell, recompute), name="compare", recompute=recompute)[
+        "values"
+    ]
+
+
+def gates_file(pipe, cell: Cell) -> Path:
+    """Where the gates of a cell of learned masks are kept once they are learned."""
+    return _kept_gates(source_of(pipe, cell), cell.captions(), cell.seeded)
+
+
+def smaller_model(pipe, cell: Cell, recompute: bool = False):
+    """The pipeline that a cell judges; for "original" ``pipe`` itself."""
+    smaller = _pruned(pipe, cell, recompute)
+    if not cell.retrain:
+        return smaller
+    captions, settings = cell.captions(), cell.protocol.sampling
+    seeds = [mix(cell.seed, i) for i in range(len(captions))]
+    pictures = generate(pipe, captions, seeds, cache_dir=cache_folder("pictures"), progress=False, **settings)
+    call = {name: value for name, value in settings.items() if name != "num_inference_steps"}
+    config = replace(cell.retrain, seed=cell.seed, call=call)
+    return retrain(smaller, pictures, captions, config, progress=False)
+
+
+def _pruned(pipe, cell: Cell, recompute: bool):
+    method, extras = apart(cell.method)
+    if method == "original":
+        return pipe
+    if method == "sparse24":
+        return two_four.sparsify(pipe)
+    captions = cell.captions()
+    if method in BLOCKS:
+        return _without_blocks(pipe, method, calibration(method, captions), cell)
+    mask = _mask(pipe, cell, recompute)
+    if "soft" in extras:
+        gates = learned_gates(source_of(pipe, cell), captions, cell.seeded)
+        pipe = fold_gates(pipe, gates.deterministic())
+    return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
+
+
+def _mask(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
+    """The mask {site: bool [units]} of a cell whose method scores units."""
+    method, _ = apart(cell.method)
+    scores = scores_of(source_of(pipe, cell), method, cell.captions(), cell.config, cell.seed, recompute)
+    return make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
+
+
+def removed_units(pipe, cell: Cell, *, only_recorded: bool = False) -> dict[str, dict] | None:
+    """How many units of each site a cell's mask removes, recorded or computed now; None where it is not recorded.
+
+    Returns {site: {"kind", "units", "removed", "params_per_unit"}}. The mask depends on no image that is judged, so the
+    row does not depend on the protocol.
+    """
+    described = describe_cell(pipe, cell)
+    for judging in ("protocol", "judge", "vae"):
+        del described[judging]
+    described |= {"what": "removed_units", "version": 1}
+
+    def count() -> dict:
+        mask, sites = _mask(pipe, cell), find_sites(denoiser(pipe))
+        return {
+            name: {
+                "kind": site.kind,
+                "units": site.units,
+                "removed": int((~mask[name]).sum()),
+                "params_per_unit": site.params_per_unit,
+            }
+            for name, site in sites.items()
+        }
+
+    if only_recorded:
+        row = records.find(described, name="removed_units")
+        return row and row["values"]
+    return records.measure(described, count, name="removed_units")["values"]
+
+
+def compare_sparing(pipe, cell: Cell, sites: Sequence[str], *, only_recorded: bool = False) -> dict | None:
+    """What a cell comes to if no unit of these sites may go, recorded or measured now; as ``compare`` otherwise.
+
+    The next units of the cell's own order go in their place, so that as much is removed. Raises EcoDiffError for a name
+    that is no site.
+    """
+    sites = sorted(sites)
+    known = find_sites(denoiser(pipe))
+    if unknown := [name for name in sites if name not in known]:
+        raise EcoDiffError(f"{unknown[0]!r} is no site of this model: take some of {', '.join(known)}.")
+    described = {**describe_cell(pipe, cell), "spared": sites}
+
+    def measured() -> dict:
+        scores = dict(scores_of(pipe, cell.method, cell.captions(), cell.config, cell.seed))
+        scores |= {name: torch.full_like(scores[name], float("inf")) for name in sites}
+        mask = make_mask(scores, known, cell.ratio, scope=cell.scope, count=cell.count)
+        return _judged(pipe, prune(pipe, mask), cell)
+
+    if only_recorded:
+        row = records.find(described, name="spared")
+        return row and row["values"]
+    return records.measure(described, measured, name="spared")["values"]
+
+
+def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
+    model, settings = denoiser(pipe), sampling_of(cell.config, cell.seed)
+    sizes = blocks.candidates(model)
+    if method == "blocks-clip" and judge() is None:
+        raise EcoDiffError("blocks-clip needs the judge: run python -m ecodiff zoo train openmoji-clip.")
+
+    def compute() -> Tensor:
+        if method == "blocks":
+            found = blocks.scores(pipe, captions, progress=False, **settings)
+        else:
+            found = blocks.clip_scores(pipe, captions, judge(), progress=False, **settings)
+        return torch.tensor([found[name] for name in sizes], dtype=torch.float64)
+
+    by = {"judge": weights_hash(judge().model)} if method == "blocks-clip" else {}
+    values = _computed_once(pipe, {"method": method, "captions": captions, **by, **settings}, compute)
+    scores = dict(zip(sizes, values.tolist(), strict=True))
+    choose = blocks.choose if method == "blocks" else blocks.choose_in_order
+    return blocks.remove(pipe, choose(scores, sizes, cell.ratio))
+
+
+def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
+    """The values of a cell, measured now; gates, scores and pictures that are kept are read, unless ``recompute``."""
+    with anew(recompute):
+        return _judged(pipe, smaller_model(pipe, cell, recompute), cell)
+
+
+def _judged(pipe, smaller, cell: Cell) -> dict:
+    """What ``compare`` returns of a smaller pipeline, drawn and judged now."""
+    protocol, scenes = cell.protocol, cell.protocol.scenes()
+    reused = "deepcache" in apart(cell.method)[1]
+    drawn = original = draw(pipe, scenes, cell.seed, protocol)
+    with deepcache(smaller, interval=2) if reused else nullcontext():
+        if reused or smaller is not pipe:
+            drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
+        gflop = picture_gflop(smaller, protocol)
+    return {
+        "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
+        "gflop": gflop,
+        "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],
+        **judge_pictures(drawn, scenes, features=protocol.features),
+    }
+
+
+def picture_gflop(pipe, protocol: Protocol) -> float:
+    """Billions of floating-point operations of the denoiser for one picture: all steps, with guidance's second call,
+    attention's products included. Counted while one is drawn."""
+    scenes = protocol.scenes()[:1]
+    return flops_while(denoiser(pipe), lambda: draw(pipe, scenes, 0, protocol, keep=False)).total / 1e9

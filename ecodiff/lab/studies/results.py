@@ -1,0 +1,177 @@
+"""Recorded rows of the studies as tables, differences and sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+from ecodiff import metrics
+from ecodiff.metrics.intervals import EFFECTS, Interval, difference
+from ecodiff.pipelines.identity import hashed_once
+
+from .cell import Cell
+from .measure import compare
+from .plan import SEEDS, cells, planned
+
+
+def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digits: int | None = None) -> str:
+    """Mean over all seeds' values with its 95 % interval (bootstrap over seeds and pictures) as text, such as
+    "0.812 (0.798 to 0.825)"; with three digits, or one for values that are scaled up, unless told otherwise."""
+    values = [[scale * value for value in seed_values] for seed_values in per_seed if seed_values]
+    if not values:
+        return "–"
+    interval = metrics.nested_interval(values)
+    if digits is None:
+        digits = 1 if scale > 1 else 3
+    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: str = "learned") -> str:
+    """Sentences that say, from the paired intervals, whether ``ours`` keeps more than each other method."""
+    lines = []
+    for other in cells:
+        if other == ours:
+            continue
+        for measure, words in (("ssim", "SSIM"), ("object", "objects named")):
+            sets = [[cell.get(measure, []) for cell in cells[name]] for name in (ours, other)]
+            if not sets[0][0]:
+                continue
+            d = difference(*sets)
+            shown = f"{d.mean:+.3f}, 95 % interval {d.low:+.3f} to {d.high:+.3f}"
+            lines.append(f"- {words}, {ours} against {other}: {d.word} (paired difference {shown}).")
+    return "\n".join(lines)
+
+
+def recorded(
+    pipe,
+    study: str,
+    model: str,
+    seeds: int = SEEDS,
+    *,
+    only: Sequence[str] = (),
+    adjust: Callable[[Cell], Cell] = lambda cell: cell,
+    measure: bool = False,
+) -> dict[str, list[dict]]:
+    """What is recorded of a study, {row: values of each seed}; rows without seed 0 are left out.
+
+    Seeds are those from 0 to the first that is missing, so that place s of every row is seed s.
+    ``only``: these rows. ``adjust`` changes each cell first, such as to fewer pictures. ``measure``: measure what is
+    not recorded, instead of leaving it out.
+    """
+    found: dict[str, list[dict]] = {}
+    asked = (
+        (seed, name, cell)
+        for seed in range(seeds)
+        for name, cell in cells(study, model, seed).items()
+        if not only or name in only
+    )
+    with nullcontext() if measure else hashed_once():  # looking up changes no weights
+        for seed, name, cell in asked:
+            if len(found.get(name, [])) < seed:
+                continue
+            if values := compare(pipe, adjust(cell), only_recorded=not measure):
+                found.setdefault(name, []).append(values)
+    return found
+
+
+def progress(found: Mapping[str, Sequence], study: str, model: str, seeds: int = SEEDS) -> str:
+    """A sentence on how much of a study is recorded, and the command that measures the rest; empty if all is.
+
+    Of what the plan has, with no more than ``seeds`` seeds; one seed where it has nothing.
+    """
+    seeds = min(seeds, planned(study, model) or 1)
+    have = sum(min(len(row), seeds) for row in found.values())
+    all_cells = sum(len(cells(study, model, seed)) for seed in range(seeds))
+    if have >= all_cells:
+        return ""
+    command = f"python -m ecodiff study {study} --model {model}"
+    return f"{have} of {all_cells} cells of this table are recorded for {model}; `{command}` measures the others."
+
+
+MEASURES = {  # column of a table -> what of a cell, scale, digits
+    "SSIM to the original": ("ssim", 1, 3),
+    "object named (%)": ("object", 100, 1),
+    "all objects found (%)": ("found", 100, 1),
+    "all facts right (%)": ("facts", 100, 1),
+    "background right (%)": ("colour", 100, 0),
+    "CLIP score": ("clip", 1, 1),
+}
+
+
+GFLOP = "GFLOP a picture"  # the denoiser's, all calls
+
+
+SET_MEASURES = {"FID": ("fid", 1, 0), "KID x 1000": ("kid", 1000, 1)}
+
+
+def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[dict[str, str]]:
+    """Recorded rows as a table of texts: mean and 95 % interval over pictures and seeds (bootstrap); for FID and KID
+    the mean over seeds with the lowest and the highest."""
+    lines = []
+    for name, per_seed in rows.items():
+        line = {"": name, "parameters": f"{per_seed[0]['parameters'] / 1e6:.2f} M", "seeds": str(len(per_seed))}
+        for column in measures:
+            line[column] = _shown(column, per_seed)
+        lines.append(line)
+    return lines
+
+
+PAIRED = {"ssim": ("SSIM", 1, 3), "facts": ("facts right", 100, 1), "object": ("objects named", 100, 1)}
+
+
+"""Measures that are compared image by image -> words, scale, digits.
+
+SSIM to the original is close to what learning optimises; the facts are what an image is asked to show."""
+
+
+def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None, measure: str = "ssim") -> str:
+    """A measure of a row minus that of another, paired by image over the seeds that both have, with its 95 % interval.
+
+    A dash for the reference itself and where it is not recorded."""
+    d = paired(rows, row, reference, measure)
+    if d is None:
+        return "–"
+    _, scale, digits = PAIRED[measure]
+    return f"{scale * d.mean:+.{digits}f} ({scale * d.low:+.{digits}f} to {scale * d.high:+.{digits}f})"
+
+
+def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None, measure: str = "ssim") -> str:
+    """Which rows have more of a measure than the reference, which less, and for which the 95 % interval says that no
+    difference matters or decides nothing; empty where there is nothing to compare."""
+    found: dict[str, list[str]] = {word: [] for word in EFFECTS}
+    _, scale, digits = PAIRED[measure]
+    for row in rows:
+        d = paired(rows, row, reference, measure)
+        if d is not None:
+            found[d.word].append(f"{row} ({scale * d.mean:+.{digits}f})")
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
+
+
+def paired(
+    rows: Mapping[str, Sequence[dict]], row: str, reference: str | None, measure: str = "ssim"
+) -> Interval | None:
+    """The paired difference of a measure, a row minus the reference, over the seeds that both have; None for the
+    reference itself, and where one of them does not have the measure."""
+    if row == reference:
+        return None
+    both = min(len(rows[row]), len(rows.get(reference, [])))
+    sets = [[cell.get(measure) for cell in rows.get(name, [])[:both]] for name in (row, reference)]
+    pairs = [(ours, theirs) for ours, theirs in zip(*sets, strict=True) if ours and theirs]
+    if not pairs:
+        return None
+    return difference([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+
+
+def _shown(column: str, per_seed: Sequence[dict]) -> str:
+    if column == GFLOP:
+        counted = [cell["gflop"] for cell in per_seed if "gflop" in cell]
+        return f"{statistics.mean(counted):.2f}" if counted else "–"
+    if column in SET_MEASURES:
+        name, scale, digits = SET_MEASURES[column]
+        values = [scale * cell[name] for cell in per_seed if name in cell]
+        if len(values) < 2:  # one seed has no range
+            return f"{values[0]:.{digits}f}" if values else "–"
+        return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    name, scale, digits = MEASURES[column]
+    return interval_text([cell.get(name, []) for cell in per_seed], scale, digits)

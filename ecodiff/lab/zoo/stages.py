@@ -1,0 +1,157 @@
+"""Training stages of the pipelines: the VAE, the denoiser with its text encoders, the VAE's decoder again;
+a T5 encoder on captions alone.
+
+A stage is a function ``(pipe, recipe, folder, name) -> log`` that trains parts of ``pipe`` in place, by the options
+that the recipe has under the stage's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ecodiff.lab import openmoji
+from ecodiff.pipelines.conditioning import encode as encode_with_vae
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.retraining import losses
+
+from .fit import fit
+
+
+def pixels(scenes: list[openmoji.Scene], device) -> Tensor:
+    """Pictures of scenes as a VAE reads them: float [N, 3, 64, 64] in -1 … 1."""
+    return openmoji.images(scenes).to(device).float() / 127.5 - 1
+
+
+def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
+    """The VAE, by absolute plus squared error and a slight KL term; then sets its scaling factor to 1/std."""
+    vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe[name]["train"]
+
+    def loss_of(scenes, generator):
+        x = pixels(scenes, vae.device)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - x
+        return error.abs().mean() + error.square().mean() + options["kl"] * posterior.kl().mean()
+
+    result = fit(name, [vae], loss_of, options, folder, recipe["seed"])
+    with torch.no_grad():
+        latents = vae.encode(pixels(list(openmoji.scenes("train", 256)), vae.device)).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return result
+
+
+def train_decoder(pipe, recipe: dict, folder: Path, name: str) -> dict:
+    """The VAE's decoder goes on by squared error alone, its encoder fixed, so that no latent changes.
+
+    (As the published ``sd-vae-ft-mse`` went on from Stable Diffusion's VAE.)
+    """
+    vae = pipe.vae
+
+    def loss_of(scenes, generator):
+        x = pixels(scenes, vae.device)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+        return torch.nn.functional.mse_loss(vae.decode(latents).sample, x)
+
+    parts = [vae.post_quant_conv, vae.decoder]
+    for part in parts:
+        part.requires_grad_(True)
+    return fit(name, parts, loss_of, recipe[name]["train"], folder, recipe["seed"])
+
+
+def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
+    """Denoiser and text encoders together, on the objective of the pipeline's scheduler, with dropped captions.
+
+    The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ. With
+    ``drop_pooled`` in the options that share of captions is given as a sequence of tokens alone: a pooled vector that
+    says enough of a simple caption leaves the attention to its tokens unlearned.
+    """
+    options, model = recipe[name]["train"], denoiser(pipe)
+    pipe.vae.requires_grad_(False).eval()
+    pipe.to(pipe.vae.device)
+    if hasattr(pipe, "unet"):
+        model.to(memory_format=torch.channels_last)  # convolutions are about a tenth faster so
+    forward = compiled(model, options)
+    loss = losses.training_loss(pipe.scheduler, shift=options.get("shift", 1.0))
+
+    def loss_of(scenes, generator):
+        latents = encode(pipe, scenes)
+        keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
+        pooled = keep
+        if "drop_pooled" in options:
+            pooled = keep & (torch.rand(len(scenes), generator=generator) >= options["drop_pooled"])
+        return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep, pooled), generator)
+
+    encoders = [getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)]
+    return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"], encoders)
+
+
+def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
+    """A new T5 encoder, on captions alone: it restores the words of captions of which some are hidden.
+
+    (As T5 itself was trained, Raffel et al. 2020, with a linear layer for the decoder: published pipelines start from
+    trained text encoders.) The encoder sees padding, as FLUX shows it to it.
+    """
+    options, tokenizer = recipe[name]["train"], pipe.tokenizer_2
+    torch.manual_seed(recipe["seed"])
+    encoder = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
+    head = torch.nn.Linear(encoder.config.d_model, len(tokenizer))
+    pipe.register_modules(text_encoder_2=encoder)
+
+    def loss_of(scenes, generator):
+        told = tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
+        hidden = (torch.rand(told.shape, generator=generator) < options["hide"]) & (told != tokenizer.pad_token_id)
+        shown = told.masked_fill(hidden, tokenizer.unk_token_id).to(pipe.vae.device)
+        logits = head(encoder(shown).last_hidden_state)
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), told.flatten().to(logits.device))
+
+    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"], pictures=False)
+
+
+def encode(pipe, scenes: list[openmoji.Scene]) -> Tensor:
+    """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]."""
+    return encode_with_vae(pipe, pixels(scenes, pipe.vae.device))
+
+
+def compiled(model, options: dict):
+    """The model to call in training: compiled where a stage's options ask for it."""
+    return torch.compile(model) if options.get("compile") else model
+
+
+def conditioning(pipe, captions: list[str], keep: Tensor, keep_pooled: Tensor | None = None) -> dict:
+    """Keyword arguments of the denoiser for captions; where ``keep`` (bool [N]) is false the caption is dropped.
+
+    A dropped caption is what the pipeline itself takes for none: zeros for SDXL, the empty caption otherwise.
+    ``keep_pooled`` (left out: ``keep``) is the same for the pooled vector, where a pipeline has one.
+    """
+    device, n = pipe.vae.device, len(captions)
+    keep_pooled = keep if keep_pooled is None else keep_pooled
+    if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
+        embeds, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        keep, keep_pooled = keep.float().to(device), keep_pooled.float().to(device)
+        time_ids = torch.tensor(
+            [[openmoji.SIZE, openmoji.SIZE, 0, 0, openmoji.SIZE, openmoji.SIZE]], device=device
+        ).float()
+        added = {"text_embeds": pooled * keep_pooled[:, None], "time_ids": time_ids.repeat(n, 1)}
+        return {"encoder_hidden_states": embeds * keep[:, None, None], "added_cond_kwargs": added}
+
+    def told(keep: Tensor) -> list[str]:
+        return [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+
+    if not hasattr(pipe, "transformer"):
+        embeds, _ = pipe.encode_prompt(told(keep), device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+    length = pipe.tokenizer_2.model_max_length
+    embeds, pooled, text_ids = pipe.encode_prompt(told(keep_pooled), told(keep), max_sequence_length=length)
+    side = openmoji.SIZE // pipe.vae_scale_factor // 2
+    image_ids = pipe._prepare_latent_image_ids(n, side, side, device, embeds.dtype)
+    return {
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
+        "txt_ids": text_ids,
+        "img_ids": image_ids,
+    }

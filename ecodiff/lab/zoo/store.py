@@ -1,0 +1,181 @@
+"""Where trained models are kept: fp16 safetensors, checksums, a model card, one fixed picture to compare with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.lab import openmoji
+from ecodiff.metrics.clip import Judge
+from ecodiff.pipelines.loading import load
+from ecodiff.storage.paths import data_dir
+from ecodiff.storage.saving import replaced_files
+
+MANIFEST = "checksums.sha256"
+EVALUATED = ("README.md", "measured.json", "fixed.png", "fixed.json")  # what ``evaluate`` writes about one model
+FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
+
+
+def stored_ids() -> list[str]:
+    """Ids of the trained models (pipelines and judge) under ``data/models``."""
+    return sorted(path.parent.name for path in (data_dir() / "models").glob("*/recipe.json"))
+
+
+def is_judge(recipe: dict) -> bool:
+    """Whether a recipe makes the judge and no pipeline."""
+    return recipe["pipeline"] == "CLIPModel"
+
+
+def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
+    """Write a trained pipeline (or judge) in its library's folder format, weights in fp16, all files or none.
+
+    The card and the numbers of an earlier model there go with it; ``evaluate`` writes new ones. Other files stay.
+    """
+    with replaced_files(folder, outdated=EVALUATED) as written, _in_fp16(pipe):
+        temporary = Path(written)
+        _forget_batches(pipe)
+        pipe.save_pretrained(temporary)
+        for path in (*temporary.glob("text_encoder*/config.json"), *temporary.glob("config.json")):
+            # transformers loads in the dtype its config names, diffusers in fp32: without this they would differ
+            path.write_text(json.dumps(_loaded_in_fp32(json.loads(path.read_text())), indent=2) + "\n")
+        for path in (*temporary.rglob("config.json"), *temporary.glob("model_index.json")):
+            # a borrowed part, and a pipeline made from another, name the folder they were loaded from
+            config = json.loads(path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "recipe.json").write_text(json.dumps({"recipe": recipe, "log": log}, indent=1) + "\n")
+
+
+def _forget_batches(pipe) -> None:
+    """Tokenizers keep, and would write, how the last batch was padded."""
+    for part in getattr(pipe, "components", {}).values():
+        if backend := getattr(part, "backend_tokenizer", None):
+            backend.no_padding()
+            backend.no_truncation()
+
+
+@contextmanager
+def _in_fp16(pipe):
+    pipe.to(torch.float16)
+    try:
+        yield
+    finally:
+        pipe.to(torch.float32)
+
+
+def _loaded_in_fp32(config: dict) -> dict:
+    inner = {name: _loaded_in_fp32(value) for name, value in config.items() if isinstance(value, dict)}
+    return {**config, **inner, **({"dtype": "float32"} if "dtype" in config else {})}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def data_files() -> list[Path]:
+    """All files of the data folder whose checksum is kept: models, objects, the paper's tables, recorded gates."""
+    skipped = {MANIFEST, "README.md"}
+    files = (path for path in data_dir().rglob("*") if path.is_file() and path.suffix != ".jsonl")
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(data_dir()).parts)  # noqa: E731
+    return sorted(path for path in files if path.name not in skipped and not hidden(path))
+
+
+def write_checksums() -> Path:
+    """Write ``data/checksums.sha256`` in the form that ``sha256sum --check`` reads."""
+    lines = [f"{_digest(path)}  {path.relative_to(data_dir()).as_posix()}\n" for path in data_files()]
+    (data_dir() / MANIFEST).write_text("".join(lines))
+    return data_dir() / MANIFEST
+
+
+def changed_files(folder: str = "") -> list[str]:
+    """Names of data files below ``folder`` that are missing or differ from the manifest."""
+    wrong = []
+    for line in (data_dir() / MANIFEST).read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        if name.startswith(folder) and (not (data_dir() / name).is_file() or _digest(data_dir() / name) != digest):
+            wrong.append(name)
+    return wrong
+
+
+def fixed_picture(pipe, sampling: dict) -> np.ndarray:
+    """The picture that tells whether a stored pipeline still draws what it drew: uint8 [64, 64, 3]."""
+    from ecodiff.method.generate import generate
+
+    return generate(pipe, [FIXED["prompt"]], [FIXED["seed"]], progress=False, **sampling)[0].permute(1, 2, 0).numpy()
+
+
+def recipe_of(name: str) -> dict:
+    """The recipe a stored model was trained by, with the log of its training."""
+    path = data_dir() / "models" / name / "recipe.json"
+    if not path.exists():
+        raise EcoDiffError(f"{name!r} has no recipe.json in data/models: run python -m ecodiff zoo train {name}.")
+    return json.loads(path.read_text())
+
+
+def check(name: str) -> str:
+    """Verify a stored model: checksums, loading by plain diffusers (or transformers), and its fixed picture (mean error
+    under 2/255); for the judge its fixed scores (within 0.01)."""
+    if wrong := changed_files(f"models/{name}/"):
+        raise EcoDiffError(f"data/{wrong[0]} is missing or was changed: restore it with git checkout data.")
+    recipe, folder = recipe_of(name)["recipe"], data_dir() / "models" / name
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    same = _check_judge(folder) if is_judge(recipe) else _check_pipeline(folder, recipe["sampling"])
+    return f"ok, {weights / 1e6:.1f} MB of weights, {same}"
+
+
+def _check_pipeline(folder: Path, sampling: dict) -> str:
+    from diffusers import DiffusionPipeline
+
+    kept = np.asarray(Image.open(_fixed(folder, "fixed.png"))).astype(int)
+    drawn = fixed_picture(DiffusionPipeline.from_pretrained(folder), sampling).astype(int)
+    error = np.abs(drawn - kept).mean()
+    if error > 2:
+        raise EcoDiffError(f"{folder.name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
+    return f"fixed picture within {error:.2f}/255"
+
+
+def _fixed(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise EcoDiffError(f"{folder.name} has no {name} yet: run python -m ecodiff zoo evaluate {folder.name}.")
+    return folder / name
+
+
+def _check_judge(folder: Path) -> str:
+    kept = torch.tensor(json.loads(_fixed(folder, "fixed.json").read_text()))
+    error = (fixed_scores(Judge.load(folder)) - kept).abs().max().item()
+    if error > 0.01:
+        raise EcoDiffError(f"{folder.name} gives other scores than its fixed.json (largest difference {error:.3f}).")
+    return f"fixed scores within {error:.4f}"
+
+
+def fixed_scores(judge: Judge) -> torch.Tensor:
+    """The scores that tell whether a stored judge still judges as it did: cosines of 8 real scenes and captions."""
+    scenes = list(openmoji.scenes("seen", 8, start=9_000_000))
+    return judge.image_features(openmoji.images(scenes)) @ judge.text_features([s.caption for s in scenes]).T
+
+
+def evaluate(name: str, prompts: int = 500, seeds: int = 3) -> dict:
+    """Measure a stored model, write its card and what ``check`` compares with; see ``zoo.measure`` for the numbers."""
+    from .card import write_card, write_measured
+    from .measure import measure_judge, measure_pipeline
+
+    trained, folder = recipe_of(name), data_dir() / "models" / name
+    if is_judge(trained["recipe"]):
+        judge = Judge.load(name)
+        (folder / "fixed.json").write_text(json.dumps(fixed_scores(judge).tolist()) + "\n")
+        measured = measure_judge(judge, prompts)
+    else:
+        pipe, sampling = load(name), trained["recipe"]["sampling"]
+        Image.fromarray(fixed_picture(pipe, sampling)).save(folder / "fixed.png")
+        measured = measure_pipeline(pipe, sampling, prompts, seeds)
+    write_card(folder, trained, measured)
+    write_measured(folder, measured)
+    write_checksums()
+    return measured

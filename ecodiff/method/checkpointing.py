@@ -1,0 +1,186 @@
+"""A denoiser call that keeps nothing but its inputs and runs again in backward (§2.3, Alg. 2).
+
+The first run records no graph at all. In backward the call runs once more, recorded, and one ``torch.autograd.grad``
+gives the gradients of its inputs and of the gates together; the graph is gone before the next call's turn. That the
+inputs are known beforehand (tensors among the arguments, and the gates that ``apply_gates`` has open) is what makes
+this cheaper than ``torch.utils.checkpoint``, which has to find them by recording the first run too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.running import frozen
+
+from .hooks import OpenGates
+
+
+def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: bool = True, **kwargs):
+    """``forward(*args, **kwargs)``, whose activations are computed again in backward.
+
+    Gradients reach tensors anywhere among the arguments, and ``gates``. They are those of a call that keeps its
+    activations, bit for bit. Autocast and, with ``preserve_rng_state``, torch's random state are those of the first
+    run. Raises EcoDiffError, here or in backward, if the call reads another tensor that requires gradients.
+    """
+    leaves, structure = tree_flatten((args, kwargs))
+    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    places = len(gates.values), len(gates.learned)
+
+    def run(inputs: list[Tensor]) -> list:
+        values, arguments = inputs[: places[0]], inputs[sum(places) :]
+        for i, argument in zip(moving, arguments, strict=True):
+            leaves[i] = argument
+        args, kwargs = tree_unflatten(leaves, structure)
+        for i in moving:  # no tensor of the graph stays behind in this closure
+            leaves[i] = None
+        with gates.replaced(values):
+            outputs, shape["of"] = tree_flatten(forward(*args, **kwargs))
+        return outputs
+
+    shape: dict = {}
+    inputs = [*gates.values, *gates.learned, *(leaves[i] for i in moving)]
+    on_devices = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + inputs  # gates may lie elsewhere than the call
+    if not inputs:  # nothing known needs a gradient here: then nothing else may
+        outputs = run(inputs)
+        _refuse_others([output for output in outputs if isinstance(output, Tensor)], inputs)
+        return tree_unflatten(outputs, shape["of"])
+    before = (
+        [_autocast(kind) for kind in sorted({"cpu", *(tensor.device.type for tensor in on_devices)})],
+        (torch.get_rng_state(), *get_device_states(*on_devices)) if preserve_rng_state else None,
+    )
+    outputs = _Recomputed.apply(run, gates, before, *inputs)
+    return tree_unflatten(list(outputs), shape["of"])
+
+
+def kept(forward: Callable, gates: OpenGates, *args, **kwargs):
+    """``forward(*args, **kwargs)`` with its activations kept. Its inputs get a node of their own in this call, so that
+    gradients are summed in the same order as in `recomputed`: first inside a call, then over calls."""
+    with gates.replaced([value.view_as(value) for value in gates.values]):
+        args, kwargs = tree_map(_with_a_node, (args, kwargs))
+        return forward(*args, **kwargs)
+
+
+def _with_a_node(leaf):
+    return leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, gates, before, *inputs):
+        ctx.run, ctx.gates = run, gates
+        ctx.autocast, ctx.random = before
+        ctx.save_for_backward(*inputs)
+        return tuple(run(list(inputs)))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        values = len(ctx.gates.values)
+        drawn_from = range(values, values + len(ctx.gates.learned))
+        # Copies without a past; only what gates are drawn from is read by the function that draws, as it is.
+        inputs = [
+            tensor if i in drawn_from else tensor.detach().requires_grad_(needed)
+            for i, (tensor, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True))
+        ]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        with frozen(ctx.gates.denoiser):  # to the end: checkpoints inside the denoiser run it once more
+            with torch.enable_grad(), _as_before(ctx.autocast, ctx.random):
+                # Not the copies themselves: autocast would cast a leaf once for all its uses, and round their sum.
+                outputs = ctx.run([_with_a_node(tensor) for tensor in inputs])
+            pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if isinstance(o, Tensor) and o.grad_fn]
+            if not pairs:  # a call of one expert, while gates are open on another
+                return None, None, None, *(None for _ in inputs)
+            if not ctx.gates.checked:
+                _refuse_others([output for output, _ in pairs], wanted)
+                ctx.gates.checked = True
+            outputs, gradients = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        return None, None, None, *(next(found) if tensor.requires_grad else None for tensor in inputs)
+
+
+def _autocast(kind: str) -> dict:
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
+@contextmanager
+def _as_before(autocast: list[dict], random: tuple | None) -> Iterator[None]:
+    """Inside, autocast is as it was, and so is torch's random state if one was kept."""
+    with ExitStack() as stack:
+        for settings in autocast:
+            stack.enter_context(torch.autocast(**settings))
+        if random:
+            stack.enter_context(torch.random.fork_rng(random[1]))
+            torch.set_rng_state(random[0])
+            set_device_states(*random[1:])
+        yield
+
+
+def _refuse_others(outputs: list[Tensor], known: list[Tensor]) -> None:
+    """EcoDiffError if the outputs' graph ends in a tensor that is not among the known ones."""
+    leaves = {id(tensor) for tensor in known}
+    waiting, seen = [output.grad_fn for output in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in leaves:
+            raise EcoDiffError(
+                f"A tensor of shape {list(variable.shape)} inside the denoiser requires gradients, and checkpointing "
+                "does not know it: set gates with apply_gates (name what drawn gates are made from as learned=), or "
+                "take checkpoint=False."
+            )
+        waiting += [function for function, _ in node.next_functions]
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Inside, autocast is off and gradients can be recorded, whatever the caller has on (autocast, ``torch.no_grad``,
+    ``torch.inference_mode``): what is computed here depends on its own settings alone."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted({"cpu", device.type}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def frozen_inside(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the denoiser's own activation checkpointing (``enable_gradient_checkpointing()``) runs its blocks frozen.
+
+    A block that is recomputed runs in backward, when `frozen` may be over: trainable weights would then be recorded,
+    and torch would find other tensors than in the first run.
+    """
+    modules = [m for m in denoiser.modules() if callable(getattr(m, "_gradient_checkpointing_func", None))]
+    before = [module._gradient_checkpointing_func for module in modules]
+
+    def wrap(checkpoint):
+        def frozen_checkpoint(block, *args, **kwargs):
+            def run(*args, **kwargs):
+                with frozen(block if isinstance(block, nn.Module) else denoiser):
+                    return block(*args, **kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        return frozen_checkpoint
+
+    for module, checkpoint in zip(modules, before, strict=True):
+        module._gradient_checkpointing_func = wrap(checkpoint)
+    try:
+        yield
+    finally:
+        for module, checkpoint in zip(modules, before, strict=True):
+            module._gradient_checkpointing_func = checkpoint

@@ -1,0 +1,152 @@
+"""Hard concrete gates (§2.2, App. F) and how they are put into a running denoiser.
+
+A gate z in [0, 1] multiplies one unit. Its distribution is a stretched and clipped concrete variable (Louizos et al.,
+2018), so that z is exactly 0 and exactly 1 with positive probability and still has a gradient in between.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.storage.files import write_whole
+
+from .hard_concrete import HardConcrete
+from .sites import KINDS, Site, check_units, find_sites
+
+
+@dataclass(eq=False)
+class Gates:
+    """What learning returns: one λ = log α per unit, the distribution it belongs to, and how it got there.
+
+    log_alpha: {site name: fp32 tensor [units]}; history: one row (a dict of numbers) per update; snapshots: λ after
+    some of the updates, {update: {site name: tensor [units]}} (in memory only, `save` leaves them out).
+    """
+
+    sites: dict[str, Site]
+    log_alpha: dict[str, Tensor]
+    distribution: HardConcrete = field(default_factory=HardConcrete)
+    history: list[dict] = field(default_factory=list)
+    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_units(self.log_alpha, self.sites, "gates")
+        if set(self.log_alpha) != set(self.sites):
+            missing = next(name for name in self.sites if name not in self.log_alpha)
+            raise EcoDiffError(f"gates: no λ for site {missing!r}; λ of another model?")
+        self.log_alpha = {name: self.log_alpha[name].float() for name in self.sites}
+
+    @classmethod
+    def start(cls, sites: Mapping[str, Site], value: float, distribution: HardConcrete | None = None, device="cpu"):
+        """Gates whose λ are all `value`, ready to learn (leaf tensors that require a gradient)."""
+        log_alpha = {name: torch.full((site.units,), float(value), device=device) for name, site in sites.items()}
+        for tensor in log_alpha.values():
+            tensor.requires_grad_()
+        return cls(dict(sites), log_alpha, distribution or HardConcrete())
+
+    @classmethod
+    def from_tensors(cls, log_alpha: Mapping[str, Tensor], denoiser: nn.Module, distribution=None) -> "Gates":
+        """Gates from λ of any origin, checked against the denoiser: every name must be a site, every size its units."""
+        found = find_sites(denoiser, KINDS)
+        check_units(log_alpha, found, "gates")
+        sites = {name: site for name, site in found.items() if name in log_alpha}
+        return cls(sites, {name: log_alpha[name] for name in sites}, distribution or HardConcrete())
+
+    def scores(self) -> dict[str, Tensor]:
+        """λ as scores (App. K.2): the higher, the more useful the unit."""
+        return {name: value.detach() for name, value in self.log_alpha.items()}
+
+    def mask(self, ratio, scope: str = "kind", count: str = "units", round_to=1) -> dict[str, Tensor]:
+        """`make_mask` of the scores."""
+        from .mask import make_mask
+
+        return make_mask(self.scores(), self.sites, ratio, scope=scope, count=count, round_to=round_to)
+
+    def sample(self, generator: torch.Generator | None = None, samples: int | None = None) -> dict[str, Tensor]:
+        """One gate per unit, {site name: fp32 tensor [units]}: one draw of `generator` for all sites, in order.
+
+        ``samples``: so many draws, one after the other: tensors [samples, units].
+        """
+        device = generator.device if generator is not None else "cpu"
+        units = [site.units for site in self.sites.values()]
+        shape = (sum(units),) if samples is None else (samples, sum(units))
+        parts = torch.rand(shape, generator=generator, device=device).split(units, dim=-1)
+        return {
+            name: self.distribution.sample(value, u.to(value.device))
+            for (name, value), u in zip(self.log_alpha.items(), parts, strict=True)
+        }
+
+    def deterministic(self) -> dict[str, Tensor]:
+        """The gates without noise, {site name: fp32 tensor [units]}."""
+        return {name: self.distribution.deterministic(value) for name, value in self.log_alpha.items()}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file with the distribution, the sites and a checksum in its metadata; all or nothing."""
+        from safetensors.torch import save
+
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.log_alpha.items()}
+        metadata = {
+            "format": "ecodiff.gates.1",
+            "distribution": json.dumps(asdict(self.distribution)),
+            "sites": json.dumps({name: [site.kind, site.units] for name, site in self.sites.items()}),
+            "history": json.dumps(self.history),
+        }
+        metadata["sha256"] = _digest(tensors, metadata)
+        path = Path(path)
+        try:
+            write_whole(path, save(tensors, metadata))
+        except OSError as error:
+            raise EcoDiffError(f"{path}: the gates could not be saved ({error}); nothing was written.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, denoiser: nn.Module) -> "Gates":
+        """Read what `save` wrote and check it against the denoiser.
+
+        Raises EcoDiffError for a missing, truncated or changed file and for λ of another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise EcoDiffError(f"{path}: not a readable safetensors file ({error}); save the gates again.") from error
+        if metadata.get("format") != "ecodiff.gates.1":
+            raise EcoDiffError(f"{path}: not written by Gates.save; for λ of another origin use Gates.from_tensors.")
+        if metadata.pop("sha256", None) != _digest(tensors, metadata):
+            raise EcoDiffError(f"{path}: the contents do not fit their checksum; the file was changed or damaged.")
+        for name, (kind, units) in json.loads(metadata["sites"]).items():
+            if tuple(tensors[name].shape) != (units,):
+                raise EcoDiffError(f"{path}: {name}: {list(tensors[name].shape)} λ for {units} units ({kind}).")
+        try:
+            gates = cls.from_tensors(tensors, denoiser, HardConcrete(**json.loads(metadata["distribution"])))
+        except EcoDiffError as error:
+            raise EcoDiffError(f"{path}: λ of another model: {error}") from error
+        gates.history = json.loads(metadata["history"])
+        return gates
+
+
+def fresh_gates(gates: Gates, samples: int) -> Callable[[str], Tensor]:
+    """A gate sample for each sample of the batch, drawn anew each time a site's module runs, from torch's own CPU
+    random state (as published): ``values`` for `apply_gates`."""
+
+    def draw(name: str) -> Tensor:
+        value = gates.log_alpha[name]
+        return gates.distribution.sample(value, torch.rand(samples, *value.shape).to(value.device))
+
+    return draw
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

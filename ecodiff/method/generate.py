@@ -1,0 +1,138 @@
+"""Pictures of any diffusers pipeline, each a function of its own prompt and seed.
+
+A picture's noise comes from a generator of its own, and each prompt is encoded alone, so neither the batch size nor the
+order nor the other prompts change what is drawn. What remains is float rounding: libraries sum in another order for
+another batch shape. In fp32 the tests hold that to 1/255 on tiny pipelines; half precision can give more. Pictures of
+the same set in another order are equal bit for bit, because they are drawn in one fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.batches import in_batches, size_together
+from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
+from ecodiff.pipelines.identity import Undescribed, describe, of_pipeline
+from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once
+from ecodiff.pipelines.running import frozen, private_copy
+from ecodiff.storage.cache import cached
+from ecodiff.storage.fingerprint import canonical
+
+_OURS = ("prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt")
+
+
+def generate(
+    pipe,
+    prompts: Sequence[str | Mapping],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 32,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    **call_kwargs,
+) -> Tensor:
+    """Draw one picture for each prompt and its seed; ``pipe`` is left as it was.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline; it runs on the device it is on.
+        prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one
+            picture (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
+        seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.
+        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above). Where
+            the pipeline does not treat the pictures of a batch as it does single ones, they are drawn one by one.
+        num_inference_steps, guidance_scale: left out, the pipeline's own defaults.
+        cache_dir: folder for finished pictures, filed under all that they depend on: prompts, seeds, settings, versions
+            and, of the pipeline and its components, classes, configurations, weights and all that is set on their
+            modules (adapters and their scales, FreeU, attention processors). Code of one's own (a hook, a processor, a
+            callback) shows in none of these: then nothing is kept, and a warning says what it is.
+        progress: show a bar, counted in pictures; the pipeline's own bar is silent either way.
+        **call_kwargs: further arguments of the pipeline's call, the same for all pictures (``height``,
+            ``negative_prompt``).
+
+    Returns:
+        uint8 pictures, [N, 3, height, width].
+
+    Raises:
+        EcoDiffError: no prompts, an empty prompt, numbers of prompts and seeds that differ, an argument that is set
+            here, pictures with values that are not finite, or a damaged cache file.
+    """
+    prompts, seeds = _checked(prompts, seeds)
+    if batch_size < 1:
+        raise EcoDiffError(f"batch_size={batch_size}: a call of the pipeline needs at least one picture.")
+    if taken := sorted(set(_OURS) & call_kwargs.keys()):
+        raise EcoDiffError(f"generate sets {taken[0]!r} itself: leave it out of the arguments.")
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    checked_guidance(guidance_scale, "generate")
+    checked_call(call_kwargs, "generate")
+    settings = call_kwargs | {name: value for name, value in given.items() if value is not None}
+
+    # One fixed order, each different picture once: a permutation of the arguments cannot change a bit.
+    try:
+        wanted = [(canonical(describe(prompt, "a prompt")), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        unknown = None
+    except Undescribed as error:  # then each is another one, in the order that was given
+        wanted = [(f"{number:09d}", seed) for number, seed in enumerate(seeds)]
+        unknown = error
+    by_name = dict(zip(wanted, prompts, strict=True))
+    order = sorted(by_name)
+    request = {}
+    if cache_dir is not None:
+        try:
+            if unknown:
+                raise unknown
+            request = {"pictures": order, "settings": describe(settings, "call"), "pipeline": of_pipeline(pipe)}
+        except Undescribed as error:
+            warnings.warn(f"The images of this {type(pipe).__name__} are not cached: {error}.", stacklevel=2)
+            cache_dir = None
+    todo = [(by_name[name], name[1]) for name in order]
+    pictures = cached(cache_dir, "pictures", request, lambda: _draw(pipe, todo, batch_size, settings, progress))
+    position = {name: i for i, name in enumerate(order)}
+    return pictures[[position[name] for name in wanted]]
+
+
+def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> Tensor:
+    runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    parts = []
+
+    def draw(numbers: list[int]) -> None:
+        batch = [todo[number] for number in numbers]
+        pictures = runner(
+            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+            output_type="pt",
+            return_dict=False,
+            **collate([prompt for prompt, _ in batch]),
+            **settings,
+        )[0]
+        if not torch.isfinite(pictures).all():
+            raise EcoDiffError(
+                f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a wider "
+                "dtype."
+            )
+        parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        bar.update(len(batch))
+
+    with frozen(*modules), tqdm(total=len(todo), desc="pictures", disable=not progress) as bar:
+        size = size_together(batch_size, runner, [prompt for prompt, _ in todo], output_type="pt", **settings)
+        in_batches(range(len(todo)), size, draw)
+    return torch.cat(parts)
+
+
+def _checked(prompts, seeds) -> tuple[list, list[int]]:
+    prompts = checked_prompts(prompts, "generate")
+    try:
+        seeds = [checked_seed(seed, "generate") for seed in seeds]
+    except TypeError as error:
+        raise EcoDiffError("generate needs a list of seeds, one whole number a prompt.") from error
+    if len(seeds) != len(prompts):
+        raise EcoDiffError(f"{len(prompts)} prompts but {len(seeds)} seeds: generate needs one seed a prompt.")
+    return prompts, seeds

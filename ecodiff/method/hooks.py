@@ -1,0 +1,147 @@
+"""Gates in a running denoiser (Eq. 7-10): each multiplies the input of the layer that reads its units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.forward_hooks import hooked, never_ran
+from ecodiff.pipelines.parts import Experts, experts
+
+from .sites import KINDS, Site, check_units, find_sites
+
+
+@contextmanager
+def apply_gates(
+    denoiser: nn.Module,
+    values: Mapping[str, Tensor] | Callable[[str], Tensor],
+    sites: Mapping[str, Site] | None = None,
+    learned: Iterable[Tensor] = (),
+    must_run: bool = True,
+) -> Iterator[None]:
+    """While the context is open every forward of the denoiser is multiplied by these gates (Eq. 9, 10); hooks only.
+
+    Args:
+        denoiser: the network; its weights do not change.
+        values: {site name: tensor [units]}, float or bool; or tensors [samples, units], the gates of each sample of the
+            batch, which guidance may repeat as a whole; or a function of the site's name that is asked once for each
+            call of the site's module (a fresh sample a call, as the original code does).
+        sites: the sites to gate when `values` is a function, all attentions and feed-forwards by default.
+        learned: when `values` is a function: the tensors it makes gates from (λ). Time-step checkpointing returns
+            gradients to these, and refuses to run on to a wrong gradient where they are left out.
+        must_run: False allows gated layers that never run while the context is open.
+
+    A gate multiplies the input of the layers that read its units, in the activations' dtype; joint attention's image
+    and text outputs read the same heads and share their gates. The hooks are removed on exit, also after an error.
+    A compiled denoiser runs eagerly inside, since compiled code does not see hooks.
+
+    Raises EcoDiffError for gates that do not fit the sites, and on leaving for a gated layer that never ran, whose gate
+    had no effect: leave its site out of ``values`` (or ``sites``) where that is meant.
+    """
+    if callable(values):
+        sites = find_sites(denoiser) if sites is None else sites
+        chosen, current, reached = dict(sites), {}, tuple(learned)
+    else:
+        sites = find_sites(denoiser, KINDS) if sites is None else sites
+        check_units(values, sites, "apply_gates", samples=True)
+        chosen, current, reached = {name: sites[name] for name in values}, dict(values), None
+
+    opened = (current, reached)
+    _OPEN.setdefault(denoiser, []).append(opened)
+    try:
+        with hooked(denoiser, "apply_gates", must_run) as hooks:
+            for name, site in chosen.items():
+                if callable(values):
+                    hooks.before(name, _draw_hook(values, name, current), site=name)
+                for span in site.gated:
+                    if site.readers:
+                        hooks.before(span.layer, _input_hook(current, name, span), site=name)
+                    else:
+                        hooks.after(span.layer, _output_hook(current, name, span), site=name)
+            yield
+    finally:
+        _OPEN[denoiser] = [entry for entry in _OPEN[denoiser] if entry is not opened]
+
+
+# For each denoiser the gates that are open on it: what its hooks multiply by, and what drawn gates are made from (None
+# where gates are not drawn but given).
+_OPEN: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class OpenGates:
+    """The gates open on a denoiser as inputs of one of its calls, so that a call can be run again with others.
+
+    ``values`` are the gates given to `apply_gates` that require gradients, ``learned`` what drawn gates are made from.
+    """
+
+    def __init__(self, denoiser: nn.Module):
+        self.denoiser, self.checked = denoiser, False
+        # Gates may be open on all experts of a pipeline, or on one of them alone.
+        owners = [denoiser, *experts(denoiser)] if isinstance(denoiser, Experts) else [denoiser]
+        entries = [entry for owner in owners for entry in _OPEN.get(owner, ())]
+        self._places = [
+            (current, name)
+            for current, learned in entries
+            if learned is None
+            for name, value in current.items()
+            if value.requires_grad
+        ]
+        self.values: list[Tensor] = [current[name] for current, name in self._places]
+        drawn_from = [tensor for _, learned in entries for tensor in learned or ()]
+        self.learned: list[Tensor] = [tensor for tensor in drawn_from if tensor.requires_grad]
+
+    @contextmanager
+    def replaced(self, values: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, hooks multiply by these in the place of ``values``, one each."""
+        before = [current[name] for current, name in self._places]
+        for (current, name), value in zip(self._places, values, strict=True):
+            current[name] = value
+        try:
+            yield
+        finally:
+            for (current, name), value in zip(self._places, before, strict=True):
+                current[name] = value
+
+
+def _draw_hook(draw, name, current):
+    def hook(x):
+        current[name] = draw(name)
+
+    return hook
+
+
+def _input_hook(current, name, span):
+    def hook(x):
+        if name not in current:  # gates are drawn as the site's module is called
+            raise never_ran("apply_gates", [name], 1, name)
+        return _multiply(x, current[name], span)
+
+    return hook
+
+
+def _output_hook(current, name, span):
+    def hook(args, kwargs, output):
+        return _multiply(output, current[name], span)
+
+    return hook
+
+
+def _multiply(x: Tensor, gate: Tensor, span) -> Tensor:
+    """x [..., channels] with the channels of each unit multiplied by its gate [units]; other channels unchanged. With
+    gates [samples, units] the batch of x holds these samples in this order, once or repeated as a whole."""
+    channels = gate.to(x.device, torch.float32).repeat_interleave(span.size, dim=-1)
+    rest = x.shape[-1] - span.offset - channels.shape[-1]
+    channels = nn.functional.pad(channels, (span.offset, rest), value=1.0).to(x.dtype)
+    if gate.dim() == 1:
+        return x * channels
+    if x.shape[0] % len(gate):
+        raise EcoDiffError(
+            f"{len(gate)} samples have gates of their own, but {span.layer} was called with a batch of {x.shape[0]}: "
+            "this pipeline splits its batch otherwise; learn with micro_batch_size=1."
+        )
+    return x * channels.repeat(x.shape[0] // len(gate), 1).view(x.shape[0], *[1] * (x.dim() - 2), -1)

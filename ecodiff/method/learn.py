@@ -1,0 +1,375 @@
+"""Learning a mask end to end (Alg. 1): one λ a unit, trained so that the final latents stay put (Eq. 2, 3).
+
+Each update samples hard concrete gates, runs the whole gated trajectory from the same noise as the unmasked model,
+compares the final latents and adds the price of open gates (Eq. 4). Two ways of doing it are configurations of the
+same loop: *corrected* (``LearnConfig()``) and *faithful* to what was published (``LearnConfig.paper``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.batches import in_batches, size_together
+from ecodiff.pipelines.forward_hooks import Hooks, hooked, never_ran, replaced_forward
+from ecodiff.pipelines.identity import describe_run
+from ecodiff.pipelines.parts import denoiser as find_denoiser
+from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, epoch_batch, mix
+from ecodiff.pipelines.running import in_words, not_half, on_device
+
+from . import resume
+from .carried import refuse_elsewhere
+from .checkpointing import undisturbed
+from .config import RAMP, LearnConfig
+from .gates import Gates, fresh_gates
+from .hooks import apply_gates
+from .sites import Site, sites_but, skipped_modules
+from .surgery import check_prunable
+from .trajectory import final_latents, prediction
+
+
+def learn(
+    pipe,
+    prompts: Sequence[str | Mapping],
+    config: LearnConfig = LearnConfig(),  # noqa: B008 (frozen)
+    *,
+    resume_dir: str | Path | None = None,
+    progress: bool = True,
+    exclude: Collection[str] = (),
+) -> Gates:
+    """Learn one λ a unit of the pipeline's denoiser (Alg. 1); ``pipe`` itself is not changed.
+
+    Text encoders run once a prompt, the unmasked model once a sample. Everything random is a function of
+    ``config.seed`` and the number of the update, so an interrupted run continues from ``resume_dir`` to the same λ,
+    bit for bit.
+
+    Args:
+        pipe: a diffusers pipeline; it runs on the device that accelerate chooses and moves back afterwards.
+        prompts: prompts; or, for pipelines without a text encoder, mappings with the call's arguments for one sample
+            (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
+        config: see ``LearnConfig``.
+        resume_dir: folder for teacher latents, λ, optimiser and history; a run already there is continued.
+            ``save_every``, ``checkpoint`` and ``keep_last`` may change in between, and ``updates`` where
+            ``target_open`` is None (else the line to it would be another).
+        progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
+        exclude: names of sites that get no gates, such as those that this pipeline's call never reaches.
+
+    Returns:
+        Gates with λ (fp32, on the CPU), one ``history`` row an update (update, loss, reconstruction, regulariser,
+        gradient_norm, seconds, open_<kind>) and ``snapshots`` {update: λ}.
+
+    Raises:
+        EcoDiffError: no prompts, no sites, a denoiser that `prune` would refuse (adapters, other layers than its class
+            makes), one in float16, a site that the pipeline's call never reaches (see ``exclude``), a sampling loop
+            that is not differentiable, another run in ``resume_dir``, or a loss, gradient or λ that is not finite; the
+            error's ``gates`` then holds the last λ that was good.
+    """
+    prompts = checked_prompts(prompts, "learn")
+    network = find_denoiser(pipe)
+    refuse_elsewhere(network, "learn")
+    check_prunable(network, "learn")
+    not_half(network, "learn")
+    sites = sites_but(network, config.kinds, exclude)
+    if progress and (skipped := skipped_modules(network)):
+        name, why = next(iter(skipped.items()))
+        tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
+    if not sites:
+        raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
+    for sentence in config.zero_at_start():
+        warnings.warn(sentence, stacklevel=2)
+    with on_device(pipe, "learn") as device, undisturbed(device):
+        task = _Task(encoding_once(pipe), prompts, config, device)
+        folder = None
+        if resume_dir is not None:
+            run = describe_run(pipe, prompts, config)
+            folder = resume.Folder(resume_dir, run | {"exclude": sorted(exclude)} if exclude else run)
+        gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
+        optimizer = _optimizer(gates, config)
+        done = folder.load_state(gates, optimizer) if folder else 0
+        if folder and done > config.updates:
+            raise EcoDiffError(
+                f"resume_dir {folder.path} holds {done} updates: ask for at least as many, or start anew."
+            )
+        if done == config.updates:
+            return _finished(gates)
+        task.compute_teacher(folder, progress, sites)
+        if progress:
+            tqdm.write(task.cost(config.updates - done))
+        if done == 0:
+            gates.snapshots[0] = _copy(gates)
+        bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc="mask", disable=not progress)
+        previous = None
+        with bar:
+            for update in bar:
+                row = task.update(gates, optimizer, update)
+                if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                    raise _diverged(gates, previous, update, row, folder)
+                previous = {name: value.detach().clone() for name, value in gates.log_alpha.items()}
+                optimizer.step()
+                if not all(value.isfinite().all() for value in gates.log_alpha.values()):
+                    raise _diverged(gates, previous, update, row, folder)
+                row |= _open_share(gates)
+                gates.history.append(row)
+                bar.set_postfix(
+                    loss=f"{row['loss']:.4g}", open=" ".join(f"{v:.0%}" for k, v in row.items() if k[:5] == "open_")
+                )
+                last = update + 1 == config.updates
+                if last or (update + 1) % config.snapshot_every == 0:
+                    gates.snapshots[update + 1] = _copy(gates)
+                if folder and (last or (update + 1) % config.save_every == 0):
+                    folder.save_state(gates, optimizer)
+        return _finished(gates)
+
+
+class _Task:
+    """Samples, their teacher latents, and the gradient of one update."""
+
+    def __init__(self, pipe, prompts, config: LearnConfig, device: torch.device):
+        self.pipe, self.config, self.device = pipe, config, device
+        self.denoiser = find_denoiser(pipe)
+        many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
+        self.samples = [(prompt, mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
+        wanted = config.micro_batch_size or config.batch_size
+        self.size = size_together(wanted, pipe, prompts, output_type="latent", **self.call)
+        """Samples that run together."""
+        self.teacher: Tensor | None = None
+        self.seconds_a_sample = 0.0
+
+    @property
+    def call(self) -> dict:
+        """The arguments of the pipeline's call that all samples share."""
+        config = self.config
+        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+        return {"num_inference_steps": config.num_inference_steps, **guidance, **config.call}
+
+    def latents(self, indices: Sequence[int], gradients: bool) -> Tensor:
+        """Final latents of these samples. Each has a noise generator of its own, so batching changes nothing."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext():
+            return final_latents(
+                self.pipe,
+                checkpoint=config.checkpoint,
+                keep_last=config.keep_last,
+                gradients=gradients,
+                preserve_rng_state=config.recompute == "restore",
+                generator=[torch.Generator().manual_seed(self.samples[i][1]) for i in indices],
+                **collate([self.samples[i][0] for i in indices]),
+                **self.call,
+            ).float()
+
+    def compute_teacher(self, folder, progress: bool, sites: Mapping[str, Site]) -> None:
+        """z_0 of the unmasked model for all samples (Alg. 1, line 3): from the folder, or computed once and kept
+        there. Raises EcoDiffError where the first of them does not reach a site, whose λ could not be learned."""
+        cached = folder.load_teacher() if folder else None
+        if cached is None:
+            started = time.perf_counter()
+            parts: list[Tensor] = []
+
+            def draw(numbers: list[int]) -> None:
+                with hooked(self.denoiser, "learn") as hooks:
+                    if not parts:  # the first of them tells for all
+                        _watch(hooks, sites)
+                    parts.append(self.latents(numbers, gradients=False))
+                bar.update(len(numbers))
+
+            with tqdm(total=len(self.samples), desc="teacher", disable=not progress) as bar:
+                in_batches(range(len(self.samples)), self.size, draw)
+            cached = torch.cat(parts), (time.perf_counter() - started) / len(self.samples)
+            if folder:
+                folder.save_teacher(*cached)
+        self.teacher, self.seconds_a_sample = cached[0].to(self.device), cached[1]
+        self.scale = self.teacher.var().item() if self.config.normalize else 1.0
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise EcoDiffError(
+                "The teacher's latents are constant or not finite: check the pipeline's weights, dtype and guidance."
+            )
+
+    def cost(self, updates: int) -> str:
+        """One line: what the run will take, from the time the teacher took (backward and recomputation as long as
+        forward)."""
+        c = self.config
+        recomputed = (1 - min(c.keep_last / c.num_inference_steps, 1)) if c.checkpoint else 0
+        seconds = self.seconds_a_sample * min(c.batch_size, len(self.samples)) * updates * (2 + recomputed)
+        work = f"{updates} updates of {c.batch_size} samples, {c.num_inference_steps} steps each"
+        return f"{work}, on {self.device}: about {in_words(seconds)}"
+
+    def update(self, gates: Gates, optimizer, update: int) -> dict:
+        """Leave the gradient of update number ``update`` in λ and return its history row."""
+        config, started = self.config, time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        batch = epoch_batch(len(self.samples), config.batch_size, config.seed, update)
+        reconstruction, generator = 0.0, torch.Generator().manual_seed(mix(config.seed, update))
+
+        def add(part: list[int]) -> None:
+            nonlocal reconstruction
+            values: Mapping[str, Tensor] | Callable[[str], Tensor]
+            if config.gate_draw == "call":  # as published: anew at each call of the denoiser
+                values = fresh_gates(gates, len(part))
+            elif config.gate_draw == "trajectory":  # one draw for all samples and steps
+                values = gates.sample(generator)
+            else:
+                values = gates.sample(generator, len(part))
+            if config.objective == "step":
+                reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
+                return
+            with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
+                student = self.latents(part, gradients=True)
+                assert self.teacher is not None
+                loss = self.reconstruction(student, self.teacher[part]) * len(part) / len(batch)
+                loss.backward()
+            reconstruction += loss.item()
+
+        # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(mix(config.seed, update))
+            in_batches(batch, self.size, add)
+        regulariser, weights = _regulariser(gates, config.regulariser), self.weights(gates, update)
+        if regulariser:
+            sum(weights[kind] * value for kind, value in regulariser.items()).backward()
+        regulariser = {kind: value.item() for kind, value in regulariser.items()}
+        norm = torch.nn.utils.clip_grad_norm_(gates.log_alpha.values(), config.clip_grad_norm or math.inf)
+        return {
+            "update": update + 1,
+            "loss": reconstruction + sum(weights[kind] * value for kind, value in regulariser.items()),
+            "reconstruction": reconstruction,
+            "regulariser": sum(regulariser.values()),
+            "gradient_norm": norm.item(),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def weights(self, gates: Gates, update: int) -> dict[str, float]:
+        """β of each kind in update number ``update``: the config's; with ``target_open`` 0 up to the line to it,
+        growing to the config's at ``RAMP`` above."""
+        config = self.config
+        if config.target_open is None:
+            return {site.kind: config.weight for site in gates.sites.values()}
+        start = gates.distribution.prob_open(torch.tensor(config.log_alpha_start)).item()
+        line = start + (config.target_open - start) * (update + 1) / config.updates
+        shares = _open_share(gates).items()
+        above = {key.removeprefix("open_"): min(max((share - line) / RAMP, 0.0), 1.0) for key, share in shares}
+        return {kind: config.weight * part for kind, part in above.items()}
+
+    def stepwise(self, part: Sequence[int], values, gates: Gates, share: float) -> float:
+        """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,
+        gated and not; its gradient is taken at once, so memory is that of one call. ``values``: as for
+        ``apply_gates``."""
+        # The gradient is gathered in copies, of λ for gates that are drawn in each call, else of the gates.
+        sources = gates.log_alpha if callable(values) else values
+        leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
+        if callable(values):
+            values = fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
+        else:
+            values = leaves
+        losses = []
+
+        def wrap(forward):
+            @wraps(forward)
+            def both(*args, **kwargs):
+                result = forward(*args, **kwargs)
+                target = prediction(result).detach().float()
+                scale = target.var() if self.config.normalize else 1.0
+                # One call need not reach every site (some guidance skips layers); all calls together must, see below.
+                with torch.enable_grad(), apply_gates(self.denoiser, values, gates.sites, must_run=False):
+                    loss = (prediction(forward(*args, **kwargs)).float() - target).square().mean() / scale
+                    loss.backward()
+                losses.append(loss.item())
+                return result
+
+            return both
+
+        with replaced_forward(self.denoiser, wrap):
+            self.latents(part, gradients=False)
+        if idle := [name for name, leaf in leaves.items() if leaf.grad is None]:
+            raise never_ran("learn", idle, len(leaves), idle[0])
+        factor = share / len(losses)
+        torch.autograd.backward(list(sources.values()), [factor * leaves[name].grad for name in sources])
+        return factor * sum(losses)
+
+    def reconstruction(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """L_E of Eq. 3, in the configuration's form and scale."""
+        if self.config.reconstruction == "mse":
+            return (student - teacher).square().mean() / self.scale
+        size = teacher[0].numel() if self.config.normalize else 1
+        return torch.linalg.vector_norm((student - teacher).flatten(1), dim=1).mean() / math.sqrt(size * self.scale)
+
+
+def _watch(hooks: Hooks, sites: Mapping[str, Site]) -> None:
+    """Hooks that do nothing on all layers that will be gated, so that those that never run are named at once."""
+
+    def seen(*what) -> None:
+        pass
+
+    for name, site in sites.items():
+        for span in site.gated:
+            hooks.before(span.layer, seen, site=name)
+
+
+def _regulariser(gates: Gates, form: str) -> dict[str, Tensor]:
+    """The price of open gates of each kind, scalars: Eq. 4 in closed form ("l0"), or the published stand-in ("l1")."""
+    prices = {}
+    for kind in dict.fromkeys(site.kind for site in gates.sites.values()):
+        values = [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind]
+        if form == "l0":
+            prices[kind] = gates.distribution.prob_open(torch.cat(values)).mean()
+        elif kind != "modulation":
+            prices[kind] = torch.stack([value.abs().mean() for value in values]).mean()
+    return prices
+
+
+def _optimizer(gates: Gates, config: LearnConfig) -> torch.optim.Optimizer:
+    groups = [
+        {
+            "params": [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind],
+            "lr": config.learning_rate(kind),
+        }
+        for kind in dict.fromkeys(site.kind for site in gates.sites.values())
+    ]
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        groups, weight_decay=config.weight_decay
+    )
+
+
+def _open_share(gates: Gates) -> dict[str, float]:
+    shares: dict[str, list[Tensor]] = {}
+    for name, site in gates.sites.items():
+        shares.setdefault(f"open_{site.kind}", []).append(gates.distribution.prob_open(gates.log_alpha[name].detach()))
+    return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
+
+
+def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiffError:
+    """The error for a loss, gradient or λ that is not finite; it carries the last λ that was good."""
+    if previous is not None:
+        gates.log_alpha = previous
+    gates = _finished(gates)
+    what = f"loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}"
+    if math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"]):
+        what = "λ after the optimiser's step"
+    message = (
+        f"Update {update + 1}: {what}: not finite, so learning stopped. Lower lr, clip gradients, or use fp32. "
+        "The last good λ is in this error's .gates"
+    )
+    if folder:
+        gates.save(folder.path / "last_good.safetensors")
+        message += f" and in {folder.path / 'last_good.safetensors'}"
+    error = EcoDiffError(message + ".")
+    vars(error)["gates"] = gates
+    return error
+
+
+def _copy(gates: Gates) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in gates.log_alpha.items()}
+
+
+def _finished(gates: Gates) -> Gates:
+    gates.log_alpha = {name: value.detach().cpu() for name, value in gates.log_alpha.items()}
+    return gates

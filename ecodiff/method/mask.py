@@ -1,0 +1,137 @@
+"""From scores to a mask: which units go (App. K.2).
+
+One function for every method, ratio and scope. The paper's ratio is the share of *units* removed within each kind: with
+the authors' published SDXL λ, 10 % and 20 % so counted leave 2.343 B and 2.114 B parameters, Table 1's 2.3 B and 2.1 B.
+Scores are compared as they are. (The authors' loader clamps negative FFN λ to 0; with the published λ that changes no
+module's count at 10 % and 20 %. Clamping heads as well would, at 10 %.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ecodiff.errors import EcoDiffError
+
+from .sites import KINDS, Site
+
+_COST = {
+    "units": lambda site: 1,
+    "parameters": lambda site: site.params_per_unit,
+    "flops": lambda site: site.flops_per_unit,
+}
+_GROUP = {"global": lambda site: "all units", "kind": lambda site: site.kind, "local": lambda site: site.name}
+
+
+def make_mask(
+    scores: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    ratio: float | Mapping[str, float],
+    scope: str = "kind",
+    count: str = "units",
+    round_to: int | Mapping[str, int] = 1,
+) -> dict[str, Tensor]:
+    """Return `{site name: bool tensor [units]}`, True = keep, on the CPU, for the sites that have scores.
+
+    Args:
+        scores: {site name: tensor [units]}; the lowest go first.
+        sites: what `find_sites` returns.
+        ratio: share to remove, in [0, 1), one number or one a kind.
+        scope: units compete with all others ("global"), with those of their kind ("kind", the paper's), or within
+            their site ("local"); the ratio holds within each such group.
+        count: what the ratio is a share of: "units" (the paper's), "parameters" of the units, or "flops" (sites from
+            `with_flops`). The lowest scores go first while the budget ratio * total is not exceeded.
+        round_to: kept units of a site are rounded up to a multiple of this, giving the best removed ones back; one
+            number or one a kind. A site with none left stays empty, and none gets more than it has.
+
+    Equal scores: the unit that comes last goes first, in the order of site names (numbers in them by value), which is
+    how the published masks were cut. Raises EcoDiffError for anything that does not fit.
+    """
+    ratios = {kind: _ratio(_per_kind(ratio, kind, 0.0)) for kind in KINDS}
+    if scope not in _GROUP or count not in _COST:
+        raise EcoDiffError(
+            f"make_mask: scope is one of {list(_GROUP)}, count one of {list(_COST)}; not {scope!r}, {count!r}."
+        )
+    if isinstance(ratio, Mapping) and scope == "global":
+        raise EcoDiffError("make_mask: scope 'global' compares all kinds, so it takes one ratio; use scope 'kind'.")
+    _check_scores(scores, sites)
+
+    names = sorted(scores, key=_natural)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_GROUP[scope](sites[name]), []).append(name)
+
+    mask = {}
+    for members in groups.values():
+        budget_ratio = ratios[sites[members[0]].kind]
+        mask.update(_cut(scores, {name: sites[name] for name in members}, budget_ratio, _COST[count]))
+    for name in names:
+        multiple = _per_kind(round_to, sites[name].kind, 1)
+        if not isinstance(multiple, int) or multiple < 1:
+            raise EcoDiffError(f"make_mask: round_to must be a whole number of at least 1, not {multiple!r}.")
+        if multiple > 1:
+            _round_up(mask[name], scores[name], multiple)
+    return {name: mask[name] for name in scores}
+
+
+def _cut(scores, members: Mapping[str, Site], ratio: Fraction, cost) -> dict[str, Tensor]:
+    """Remove the lowest scores of one group while the removed cost stays within ratio * total."""
+    costs = {name: cost(site) for name, site in members.items()}
+    if None in costs.values():
+        raise EcoDiffError("make_mask: count='flops' needs sites measured by with_flops(denoiser, sites, run).")
+    flat = torch.cat([scores[name].detach().double().cpu() for name in members])
+    each = torch.cat([torch.full((site.units,), costs[name], dtype=torch.int64) for name, site in members.items()])
+    last = flat.numel() - 1
+    order = last - torch.sort(flat.flip(0), stable=True).indices  # among equals the last comes first
+    budget = int(ratio * int(each.sum()))  # exact: 0.29 of 100 units is 29, which floats would make 28
+    removed = order[each[order].cumsum(0) <= budget]
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    keep[removed] = False
+    return dict(zip(members, (part.clone() for part in keep.split([s.units for s in members.values()])), strict=True))
+
+
+def _round_up(keep: Tensor, scores: Tensor, multiple: int) -> None:
+    """Give the best removed units back, in place, until the number kept is a multiple (or all are kept)."""
+    missing = -int(keep.sum()) % multiple
+    if keep.any() and missing:
+        removed = (~keep).nonzero().flatten()
+        best = torch.sort(scores.detach().cpu()[removed], stable=True, descending=True).indices[:missing]
+        keep[removed[best]] = True
+
+
+def _ratio(value) -> Fraction:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise EcoDiffError(f"make_mask: ratio is the share of units to remove, in [0, 1), not {value!r}.")
+    return Fraction(repr(float(value)))
+
+
+def _per_kind(value, kind: str, default):
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) - set(KINDS):
+        raise EcoDiffError(
+            f"make_mask: unknown kind {sorted(set(value) - set(KINDS))[0]!r}; kinds are {', '.join(KINDS)}."
+        )
+    return value.get(kind, default)
+
+
+def _check_scores(scores: Mapping[str, Tensor], sites: Mapping[str, Site]) -> None:
+    if not scores:
+        raise EcoDiffError(
+            "make_mask: there are no scores; find_sites found nothing to prune, or the method returned nothing."
+        )
+    for name, value in scores.items():
+        if name not in sites:
+            raise EcoDiffError(f"make_mask: {name!r} is not among the sites; scores of another model?")
+        if tuple(value.shape) != (sites[name].units,):
+            raise EcoDiffError(f"make_mask: {name!r} has {sites[name].units} units, not {list(value.shape)} scores.")
+        if torch.isnan(value).any():
+            raise EcoDiffError(f"make_mask: {name!r} has a score that is not a number.")
+
+
+def _natural(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

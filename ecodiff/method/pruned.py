@@ -1,0 +1,275 @@
+"""The pruned classes: ordinary diffusers models whose config says how many units each site kept."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.loading import align
+from ecodiff.pipelines.parts import plain_module
+from ecodiff.storage.saving import finish_interrupted, whole
+
+from .adapters import guard_flux_loader, guarded_methods
+from .sites import KINDS, Site, find_sites
+
+# How attention processors call and what they return decides what may stand in for an attention without heads.
+_ONE_OUTPUT = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "SanaLinearAttnProcessor2_0",
+}
+
+
+if TYPE_CHECKING:  # always mixed into a model class of diffusers
+    from diffusers import ModelMixin as _Model
+else:
+    _Model = object
+
+_TWO_OUTPUTS = {"JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
+
+
+class PrunedMixin(_Model):
+    """What `Pruned<Class>` adds to a diffusers model class: shapes from the config, and no weights but saved ones."""
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if config is None:
+            return super().from_config(None)  # diffusers' error
+        if not isinstance(config, dict):  # a folder or an id, which diffusers still takes
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
+        config = dict(config)
+        kept = dict(config.pop("pruned_units", {}))
+        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        sites = find_sites(model, KINDS)
+        for name, units in kept.items():
+            if name not in sites or not isinstance(units, int) or not 0 <= units <= sites[name].units:
+                raise EcoDiffError(
+                    f"config.json: pruned_units: {name!r} cannot keep {units!r} units; was the file changed?"
+                )
+        # Which units does not matter here: the weights that are about to be loaded are cut already.
+        cut_units(
+            model, sites, {name: torch.arange(sites[name].units, device="cpu") < units for name, units in kept.items()}
+        )
+        model.register_to_config(pruned_units=kept)
+        return (model, unused) if return_unused_kwargs else model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info=False, **kwargs):
+        """diffusers' own, with every weight from the files, moved to aligned memory.
+
+        diffusers gives weights that are not in the files random values, with a warning. Here that is an EcoDiffError,
+        as are weights that the model does not have and weights of other shapes (those pass with
+        `ignore_mismatched_sizes=True`). What a killed save left in the folder is tidied first.
+
+        The loader leaves tensors where they lie in the file. Odd numbers of units put them at odd addresses, where CPU
+        kernels are slower and round differently: pictures would not be bit for bit those of the model that was saved.
+        """
+        place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if os.path.isdir(place):
+            finish_interrupted(place)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, EcoDiffError) or not re.search("shape|size mismatch", str(error)):
+                raise
+            raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+        _check_loaded(place, model, info, kwargs)
+        align(model)
+        return (model, info) if output_loading_info else model
+
+
+@cache
+def pruned_class(name: str) -> type:
+    """The pruned class of the diffusers model class `name`, also to be had as `ecodiff.Pruned<name>`."""
+    import diffusers
+
+    base: Any = getattr(diffusers, name, None)
+    is_model = isinstance(base, type) and issubclass(base, diffusers.ModelMixin)
+    if not is_model:
+        raise EcoDiffError(f"{name} is not a model class of diffusers, so there is no Pruned{name}.")
+
+    _save_pruned_pipelines_whole()
+    body = {
+        "__module__": "ecodiff",
+        "__doc__": f"{name} with units removed.",
+        "save_pretrained": whole(base.save_pretrained),
+    }
+    cls = type(f"Pruned{name}", (PrunedMixin, base), body | guarded_methods(base))
+    guard_flux_loader(PrunedMixin)
+    try:  # diffusers finds the rule for LoRA scales by class name
+        from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as rules
+    except ImportError:
+        return cls
+    if name in rules:
+        rules[cls.__name__] = rules[name]
+    return cls
+
+
+def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
+    """Remove the units whose mask is False from the model, in place; works on real and on meta tensors."""
+    kept: dict[tuple[str, int], Tensor] = {}  # (layer, dimension of its weight) -> which entries stay
+    for name, keep in mask.items():
+        for dimension, spans in enumerate((sites[name].writers, sites[name].readers)):
+            for span in spans:
+                width = model.get_submodule(span.layer).weight.shape[dimension]
+                entries = kept.setdefault((span.layer, dimension), torch.ones(width, dtype=torch.bool, device="cpu"))
+                entries[span.offset : span.offset + keep.numel() * span.size] = keep.repeat_interleave(span.size)
+    for (layer, dimension), entries in kept.items():
+        _cut_linear(model.get_submodule(layer), dimension, entries)
+
+    for name, keep in mask.items():
+        site, module = sites[name], model.get_submodule(name)
+        if site.kind == "attention":
+            _set_heads(module, int(keep.sum()), site)
+            if not keep.any():
+                _replace(model, name, NoHeads(name, module))
+        elif site.kind == "modulation":
+            _replace(model, f"{name}.linear", ScatteredLinear(module.linear, keep))
+
+
+def _cut_linear(linear: nn.Linear, dimension: int, entries: Tensor) -> None:
+    """Keep some rows (dimension 0) or columns (1). Left with no column a layer is its bias, with no row nothing."""
+
+    def cut(parameter, dimension):
+        index = entries.nonzero().flatten().to(parameter.device)
+        return nn.Parameter(parameter.detach().index_select(dimension, index), parameter.requires_grad)
+
+    if blocks := getattr(linear, "_tp_packed_row_blocks", None):  # FLUX: how tensor parallelism splits proj_out
+        linear._tp_packed_row_blocks = [int(block.sum()) for block in entries.split(blocks)]
+    linear.weight = cut(linear.weight, dimension)
+    if dimension == 0 and linear.bias is not None:
+        linear.bias = cut(linear.bias, 0)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
+    """Tell the attention module how many heads are left; its processors reshape by these numbers."""
+    attention.heads = attention.heads // site.units * units
+    attention.inner_dim = attention.to_q.out_features
+    for name, value in (("inner_kv_dim", "to_k"), ("sliceable_head_dim", None)):
+        if hasattr(attention, name):
+            layer = getattr(attention, value, None) if value else None
+            setattr(attention, name, attention.heads if value is None else getattr(layer, "out_features", 0))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another; hooks of the user's and the mode stay."""
+    owner, _, leaf = name.rpartition(".")
+    before = model.get_submodule(name)
+    for key, value in vars(before).items():
+        if "_hooks" in key or key == "training":
+            module.__dict__[key] = value
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+class NoHeads(nn.Module):
+    """An attention without heads: nothing is attended to, the output layers add their bias.
+
+    Returns what the attention's own processor would: one output, or two (image, text) in joint attention.
+    """
+
+    def __init__(self, name: str, attention: nn.Module):
+        super().__init__()
+        processor = type(attention.processor).__name__
+        if processor not in _ONE_OUTPUT | _TWO_OUTPUTS:
+            raise EcoDiffError(
+                f"{name}: keep at least one head; what {processor} returns without heads is not known here."
+            )
+        self.joint = processor in _TWO_OUTPUTS
+        self.to_out = getattr(attention, "to_out", None)  # None in a parallel block, whose proj_out reads what is left
+        self.to_add_out = getattr(attention, "to_add_out", None)
+        self.residual_connection = getattr(attention, "residual_connection", False)
+        self.rescale_output_factor = getattr(attention, "rescale_output_factor", 1.0)
+
+    def forward(self, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        no_channels = hidden_states[..., :0]
+        if self.to_out is None:
+            return no_channels
+        if hidden_states.ndim == 4:  # pictures, channels first
+            no_channels = hidden_states.movedim(1, -1)[..., :0]
+        output = self.to_out[1](self.to_out[0](no_channels))
+        if hidden_states.ndim == 4:
+            output = output.movedim(-1, 1)
+        if self.residual_connection:
+            output = output + hidden_states
+        output = output / self.rescale_output_factor
+        if not self.joint or encoder_hidden_states is None:
+            return output
+        context = encoder_hidden_states[..., :0]
+        return output, context if self.to_add_out is None else self.to_add_out(context)
+
+
+class ScatteredLinear(nn.Module):
+    """A linear layer with some output channels left, put back in their places; the others are zero."""
+
+    def __init__(self, linear: nn.Linear, keep: Tensor):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, keep.numel()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("index", keep.nonzero().flatten().to(linear.weight.device))
+
+    def places_are_right(self) -> bool:
+        """Whether each channel that is left has a place of its own."""
+        index = self.index.cpu()
+        return bool((index[1:] > index[:-1]).all()) and bool(((index >= 0) & (index < self.out_features)).all())
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = nn.functional.linear(x, self.weight, self.bias)
+        return kept.new_zeros(*kept.shape[:-1], self.out_features).index_copy(-1, self.index, kept)
+
+
+def _check_loaded(place: str, model: nn.Module, info: Mapping, options: Mapping) -> None:
+    """Raise EcoDiffError where a weight of the model did not come from its files."""
+    quantized = getattr(model, "hf_quantizer", None) is not None  # has tensors under names of its own
+    missing = sorted(info.get("missing_keys", ()))
+    if options.get("device_map") is None and not quantized:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        named_in_an_index_only = [name for name, tensor in tensors if tensor.is_meta and name not in missing]
+        missing += named_in_an_index_only
+    if missing:
+        raise EcoDiffError(_other_weights(place, type(model), f"lack {len(missing)} tensors, such as {missing[0]!r}"))
+    unexpected = sorted(info.get("unexpected_keys", ()))
+    if unexpected and not quantized:
+        what = f"have {len(unexpected)} tensors that its config.json does not know, such as {unexpected[0]!r}"
+        raise EcoDiffError(_other_weights(place, type(model), what))
+    for name, module in model.named_modules():
+        if isinstance(module, ScatteredLinear) and not module.index.is_meta and not module.places_are_right():
+            what = f"put channels of {name!r} where there are none, or two in one place"
+            raise EcoDiffError(_other_weights(place, type(model), what))
+
+
+def _other_weights(place: str, cls: type, what: str) -> str:
+    return f"{place}: the weights of this {cls.__name__} {what}; save it again, or fetch the folder anew."
+
+
+@cache
+def _save_pruned_pipelines_whole() -> None:
+    """From now on diffusers' `save_pretrained` is all or nothing for pipelines that hold a pruned denoiser.
+
+    This changes a method of diffusers. Nothing less reaches every such pipeline: a pruned pipeline is of diffusers' own
+    class, so that copies of it, pipelines made of its components and loaded ones have no other method than that class
+    gives them. Pipelines without a pruned denoiser are saved as diffusers saves them.
+    """
+    from diffusers import DiffusionPipeline
+
+    by_diffusers = DiffusionPipeline.save_pretrained
+    all_or_nothing = whole(by_diffusers)
+
+    @wraps(by_diffusers)
+    def save_pretrained(self, *args, **kwargs):
+        pruned = any(isinstance(plain_module(part), PrunedMixin) for part in vars(self).values())
+        method = all_or_nothing if pruned else by_diffusers
+        return method(self, *args, **kwargs)
+
+    vars(save_pretrained)["of_library"] = by_diffusers
+    DiffusionPipeline.save_pretrained = save_pretrained

@@ -1,0 +1,134 @@
+"""What a learning run keeps on disk, so that one that was interrupted continues to the same λ, bit for bit.
+
+    teacher.safetensors            final latents of the unmasked model, one row a sample
+    state.safetensors              λ, optimiser state; in its metadata the run's description, history, update reached
+    snapshots/000010.safetensors   λ after 10 updates
+
+All files are safetensors, written under a temporary name and renamed. Random states need no saving: a draw is a
+function of the seed and the number of the update. Each file names the run it belongs to; a folder never mixes two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.storage import fingerprint
+from ecodiff.storage.files import write_whole
+
+
+class Folder:
+    """One run's folder. Raises EcoDiffError for files of another run, damaged files, and where it cannot write."""
+
+    def __init__(self, path: str | os.PathLike, run: dict):
+        self.path, self.run = Path(path), run
+        try:
+            (self.path / "snapshots").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EcoDiffError(f"resume_dir {self.path} cannot be made ({error}): choose another folder.") from error
+
+    def save_teacher(self, latents: Tensor, seconds_a_sample: float) -> None:
+        self._write("teacher.safetensors", {"latents": latents}, {"seconds_a_sample": seconds_a_sample})
+
+    def load_teacher(self) -> tuple[Tensor, float] | None:
+        tensors, metadata = self._read("teacher.safetensors")
+        return (tensors["latents"], metadata["seconds_a_sample"]) if tensors else None
+
+    def save_state(self, gates, optimizer: torch.optim.Optimizer) -> None:
+        """Write λ, optimiser state and history as one file, and snapshots that are not there yet."""
+        for update, values in gates.snapshots.items():
+            if not (self.path / _snapshot(update)).exists():
+                self._write(_snapshot(update), values, {})
+        tensors = {f"log_alpha/{name}": value for name, value in gates.log_alpha.items()}
+        names = {value: name for name, value in gates.log_alpha.items()}
+        for parameter, values in optimizer.state.items():
+            tensors |= {f"optimizer/{key}/{names[parameter]}": torch.as_tensor(value) for key, value in values.items()}
+        self._write("state.safetensors", tensors, {"history": gates.history})
+
+    def load_state(self, gates, optimizer: torch.optim.Optimizer) -> int:
+        """Bring gates and optimiser to the state on disk; returns the number of updates done (0 where there is
+        none)."""
+        tensors, metadata = self._read("state.safetensors")
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "log_alpha":
+                gates.log_alpha[name].data.copy_(value)
+            else:
+                slot, _, name = name.partition("/")
+                parameter = gates.log_alpha[name]
+                # Adam keeps its step counter on the CPU.
+                optimizer.state[parameter][slot] = value if value.dim() == 0 else value.to(parameter.device)
+        gates.history = metadata.get("history", [])
+        for update in range(len(gates.history) + 1) if tensors else ():
+            if (self.path / _snapshot(update)).exists():
+                gates.snapshots[update] = self._read(_snapshot(update))[0]
+        return len(gates.history)
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict) -> None:
+        path = self.path / name
+        contents = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        try:
+            about = json.dumps({"run": self.run, **metadata})
+            write_whole(path, save(contents, {"ecodiff": about, "sha256": _digest(contents, about)}))
+        except OSError as error:
+            raise EcoDiffError(
+                f"{path} could not be written ({error}): what was saved before is still there."
+            ) from error
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict]:
+        """Tensors and metadata of a file, ({}, {}) where it does not exist."""
+        path = self.path / name
+        if not path.exists():
+            return {}, {}
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = json.loads(about["ecodiff"])
+            if about.get("sha256") != _digest(tensors, about["ecodiff"]):
+                raise ValueError("its contents do not fit their checksum")
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise EcoDiffError(
+                f"{path} is not a readable file of a run ({error}): delete it or choose another resume_dir."
+            ) from error
+        if different := _difference(_without_private(metadata["run"]), _without_private(self.run)):
+            raise EcoDiffError(f"{path} belongs to another run ({different}): choose another resume_dir.")
+        return tensors, metadata
+
+
+def _snapshot(update: int) -> str:
+    return f"snapshots/{update:06d}.safetensors"
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 over a file's metadata and tensors."""
+    total = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {fingerprint.tensor_hash(tensors[name])}\n".encode())
+    return total.hexdigest()
+
+
+def _without_private(run: dict) -> dict:
+    """A description without the scheduler's names that a save adds or drops: versions, which values are defaults."""
+    scheduler = {name: value for name, value in run["scheduler"].items() if not name.startswith("_")}
+    return run | {"scheduler": scheduler}
+
+
+def _difference(there: dict, here: dict, prefix: str = "") -> str | None:
+    """The first entry in which two descriptions differ, in words."""
+    for key in {**there, **here}:
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if inner := _difference(a, b, f"{prefix}{key}."):
+                return inner
+        elif a != b:
+            return f"{prefix}{key} was {a!r}, is {b!r}"
+    return None

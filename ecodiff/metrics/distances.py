@@ -1,0 +1,96 @@
+"""Distances between sets of images (App. E.1): FID and KID. The formulas are torchmetrics'."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ecodiff.errors import EcoDiffError
+
+from .inception import inception_features
+
+
+def fid(real: Tensor, fake: Tensor, **feature_settings) -> float:
+    """Fréchet Inception distance between two sets of pictures (uint8 [N, 3, H, W]) or of their features (float [N, D]).
+
+    Give features (``inception_features``) where a set is used more than once. ``feature_settings`` go to
+    ``inception_features``. Computed in float64. FID grows as sets shrink: compare only sets of the same sizes, and
+    below some thousands of pictures prefer ``kid``, which is not biased. Sets with more pictures than features are
+    left to torchmetrics (some ten seconds on a CPU with 2048 features); smaller ones take milliseconds.
+    """
+    sets = _feature_sets(real, fake, feature_settings)
+    if max(map(len, sets)) <= sets[0].shape[1]:
+        return _fid_of_few(*(features.double() for features in sets))
+    return _distance(FrechetInceptionDistance, *sets).compute().item()
+
+
+def _fid_of_few(a: Tensor, b: Tensor) -> float:
+    """The same distance without a covariance matrix: with A and B the centred features over sqrt(n - 1), one row a
+    picture, tr((AᵀA BᵀB)^1/2) is the sum of the singular values of A Bᵀ, which is small where pictures are few."""
+    means, centred = [], []
+    for features in (a, b):
+        means.append(features.mean(0))
+        centred.append((features - means[-1]) / math.sqrt(len(features) - 1))
+    spread = sum(part.square().sum() for part in centred)
+    common = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    return ((means[0] - means[1]).square().sum() + spread - 2 * common).item()
+
+
+def kid(
+    real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int | None = None, seed: int = 0, **feature_settings
+) -> tuple[float, float]:
+    """Kernel Inception distance: mean and standard deviation over random subsets, drawn by ``seed``.
+
+    Sets as for ``fid``. ``subset_size``: left out, half of the smaller set, at most 1000. The standard deviation is
+    that of overlapping subsets, not an interval of the mean. Raises EcoDiffError for sets smaller than a subset.
+    """
+    smaller = min(len(real), len(fake))
+    size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
+    if not 2 <= size <= smaller:
+        raise EcoDiffError(
+            f"KID with subsets of {size} needs at least two and at most as many pictures as the sets have ({smaller})."
+        )
+    sets = _feature_sets(real, fake, feature_settings)
+    metric = _distance(KernelInceptionDistance, *sets, subsets=subsets, subset_size=size)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return mean.item(), deviation.item()
+
+
+class _Given(nn.Module):
+    """torchmetrics' feature network where the features are computed already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _feature_sets(real: Tensor, fake: Tensor, feature_settings: dict) -> list[Tensor]:
+    sets = [
+        x if x.dim() == 2 and x.is_floating_point() else inception_features(x, **feature_settings) for x in (real, fake)
+    ]
+    if sets[0].shape[1] != sets[1].shape[1]:
+        raise EcoDiffError(
+            f"The sets have {sets[0].shape[1]} and {sets[1].shape[1]} features: take them from the same layer."
+        )
+    if min(map(len, sets)) < 2:
+        raise EcoDiffError("A distance between sets needs at least two pictures in each.")
+    return sets
+
+
+def _distance(metric, real: Tensor, fake: Tensor, **settings):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer", category=UserWarning)
+        metric = metric(feature=_Given(real.shape[1]), **settings)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return metric

@@ -1,0 +1,123 @@
+"""What training loops share: the device they run on, the order of their samples, words for their cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ecodiff.errors import EcoDiffError
+
+from .parts import experts
+
+
+@contextmanager
+def on_device(pipe, caller: str):
+    """Inside, the pipeline is on accelerate's device, unless it was placed by offloading or a device map; then it
+    stays. An offloaded one has its components off the device again afterwards."""
+    state = PartialState()
+    if state.num_processes > 1:
+        raise EcoDiffError(f"{caller} runs in one process, not in {state.num_processes}: start it without a launcher.")
+    home = pipe.device
+    placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
+    device = pipe._execution_device if placed else state.device
+    if device != home and not placed:
+        pipe.to(device)
+    try:
+        yield device
+    finally:
+        if device != home and not placed:
+            pipe.to(home)
+        elif getattr(pipe, "_all_hooks", None):
+            pipe.maybe_free_model_hooks()
+
+
+def placed(function: Callable) -> Callable:
+    """A function of a pipeline (its first argument) that runs ``on_device``."""
+
+    @wraps(function)
+    def run(pipe, *args, **kwargs):
+        with on_device(pipe, f"{function.__module__.rpartition('.')[2]}.{function.__name__}"):
+            return function(pipe, *args, **kwargs)
+
+    return run
+
+
+def not_half(network: torch.nn.Module, caller: str) -> None:
+    """EcoDiffError for a denoiser in float16: the gradient of a mean over latents is too small for its range."""
+    for part in experts(network):
+        if next(part.parameters()).dtype == torch.float16:
+            raise EcoDiffError(
+                f"{caller}: {type(part).__name__} is in float16, where gradients of this loss underflow to zero: load "
+                "the pipeline with dtype=torch.bfloat16 or torch.float32."
+            )
+
+
+def without_adapters(network: torch.nn.Module, caller: str) -> None:
+    """EcoDiffError for a denoiser with adapters, whose layers are not those of its class."""
+    for part in experts(network):
+        if getattr(part, "peft_config", None):
+            raise EcoDiffError(
+                f"{caller}: {type(part).__name__} has adapters ({', '.join(part.peft_config)}): fuse and unload them "
+                "first."
+            )
+
+
+def in_words(seconds: float) -> str:
+    """A duration as a person says it: "90 s", "12 min", "3.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards all is as
+    before."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    training = [m for module in modules for m in module.modules() if m.training]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def private_copy(pipe):
+    """The pipeline with the same components but its own attributes and scheduler, so that a run changes nothing of
+    ``pipe``."""
+    runner = object.__new__(type(pipe))
+    scheduler = copy.copy(pipe.scheduler)  # not deep: a scheduler that has run may hold tensors of a graph
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            setattr(scheduler, name, list(value))
+    # Into __dict__: the pipelines' own __setattr__ would register the components anew.
+    bar = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    runner.__dict__.update(vars(pipe), scheduler=scheduler, _progress_bar_config=bar)
+    return runner
+
+
+def count_steps(scheduler) -> dict:
+    """Make this (private) scheduler count its steps; returns the record that the denoiser's wrapper reads and
+    completes."""
+    watch = {"steps": 0, "gradients": False, "without_grad": False}
+    step = scheduler.step
+
+    @wraps(step)  # pipelines look at the signature to see whether it takes eta and a generator
+    def counted(*args, **kwargs):
+        watch["steps"] += 1
+        return step(*args, **kwargs)
+
+    scheduler.step = counted
+    return watch

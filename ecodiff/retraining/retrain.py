@@ -1,0 +1,223 @@
+"""Light retraining of a pruned pipeline on pictures that the original one drew (App. J, Table 8, Fig. 11).
+
+The denoiser learns its own training objective (``objective``) on a hundred pictures of the original model, either
+through low-rank adapters (LoRA, Hu et al. 2021) beside the layers of its attentions and feed-forwards, or in all its
+weights; or in all its weights while half of them are zero (SparseDM, ``methods.sparse24``). Adapters are merged at the
+end, so that the result is again an ordinary, equally small pipeline::
+
+    pictures = ecodiff.generate(pipe, prompts, seeds=range(len(prompts)))
+    better = ecodiff.retrain(ecodiff.prune(pipe, mask), pictures, prompts)
+
+What the denoiser is told beside the noisy latents (text embeddings, sizes, ids, guidance) is what the pipeline's own
+call passes to it, so no pipeline needs code of its own here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.method.carried import refuse_elsewhere
+from ecodiff.method.checkpointing import undisturbed
+from ecodiff.method.sites import find_sites
+from ecodiff.pipelines.batches import in_batches
+from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining
+from ecodiff.pipelines.parts import one_denoiser, with_denoiser
+from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
+from ecodiff.pipelines.running import in_words, on_device, without_adapters
+
+from . import two_four
+from .config import RetrainConfig
+from .losses import training_loss
+
+
+def retrain(
+    pipe,
+    pictures: Tensor,
+    captions: Sequence[str | Mapping],
+    config: RetrainConfig = RetrainConfig(),  # noqa: B008 (frozen)
+    *,
+    history: list[dict] | None = None,
+    progress: bool = True,
+):
+    """A pipeline like ``pipe`` whose denoiser was trained on these pictures (Table 8); ``pipe`` is not changed.
+
+    All random draws are a function of ``config.seed`` and the number of the step. Nothing is kept on disk: a run that
+    is interrupted starts anew. Training uses a copy of the denoiser in fp32 beside the pipeline itself.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline, pruned or not; it runs on the device that accelerate chooses and moves
+            back afterwards. Its scheduler says what the denoiser predicts: noise, velocity, latents, or a flow.
+        pictures: uint8 [N, 3, height, width], as ``generate`` draws them with the original pipeline. N is 100 in the
+            paper.
+        captions: N captions, one a picture (or N mappings with the call's arguments, see ``learn``).
+        config: see ``RetrainConfig``.
+        history: a list that gets one row a step: step, loss, gradient_norm (before clipping), seconds.
+        progress: show the expected cost, then a bar with the loss and the time left.
+
+    Returns:
+        A pipeline of the same class, saved with the same shapes and dtypes. Only its denoiser is new; text encoders,
+        VAE and scheduler are those of ``pipe``.
+
+    Raises:
+        EcoDiffError: pictures and captions that do not fit each other or the pipeline, a scheduler whose objective is
+            not known, an offloaded pipeline or one with adapters, no layer for adapters, peft not installed, or a loss
+            that is not finite.
+    """
+    captions = checked_prompts(captions, "retrain")
+    _check_pictures(pictures, captions)
+    original = one_denoiser(pipe, "retrain")
+    _check_denoiser(pipe, original)
+    training_loss(pipe.scheduler)  # an unknown objective is named before anything runs
+    with (
+        on_device(pipe, "retrain") as device,
+        undisturbed(device),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
+        torch.manual_seed(mix(config.seed))
+        network = copy.deepcopy(original).float()
+        task = _Task(with_denoiser(pipe, network), pictures, captions, config, device)
+        if config.method == "lora":
+            _add_adapters(network, config)
+        else:
+            network.requires_grad_(True)
+        with two_four.trainable(network) if config.method == "2:4" else nullcontext():
+            _train(task, network, config, history, progress)
+        weights = _merged(network, config)
+    result = copy.deepcopy(original)  # its dtypes, flags and modes; load_state_dict rounds to them
+    result.load_state_dict(weights)
+    return with_denoiser(pipe, result)
+
+
+class _Task:
+    """Latents, what the denoiser is told with each, and the loss of some of them."""
+
+    def __init__(self, pipe, pictures: Tensor, captions: list, config: RetrainConfig, device: torch.device):
+        self.config, self.device, self.network = config, device, one_denoiser(pipe, "retrain")
+        self.conditions = [conditioning(pipe, caption, pictures.shape[2:], config.call) for caption in captions]
+        self.rule = rule_of_joining(pipe, captions, self.conditions, pictures.shape[2:], config.call)
+        self.latents = torch.cat([_latents(pipe, part, device) for part in pictures.split(8)])
+        first = self.conditions[0]
+        if self.latents.shape[1:] != first.shape:
+            raise EcoDiffError(
+                f"{type(pipe).__name__}: these pictures become latents {list(self.latents.shape[1:])}, but its "
+                f"denoiser reads {list(first.shape)}; give pictures of a size that the pipeline draws."
+            )
+        self.loss_of = training_loss(pipe.scheduler, first.full_time)
+
+    def loss(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
+        """The objective for these pictures, a scalar; noise and time steps come from the generator."""
+        condition = join([self.conditions[i] for i in indices], self.rule)
+        bf16 = self.config.mixed_precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
+
+    def backward(self, step: int) -> float:
+        """Leave the gradient of a step in the weights and return its loss."""
+        config, total = self.config, 0.0
+        batch = epoch_batch(len(self.latents), config.batch_size, config.seed, step)
+        generator = torch.Generator().manual_seed(mix(config.seed, step))
+
+        def add(part: list[int]) -> None:
+            nonlocal total
+            loss = self.loss(part, generator) * len(part) / len(batch)
+            loss.backward()
+            total += loss.item()
+
+        in_batches(batch, config.micro_batch_size or len(batch), add)
+        return total
+
+    @torch.no_grad()
+    def cost(self) -> str:
+        """One line: what the run will take, from one forward pass and twice its time for the backward one."""
+        size = min(self.config.micro_batch_size or self.config.batch_size, len(self.latents))
+        size = 1 if self.rule is None else size
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            self.loss(range(size), torch.Generator().manual_seed(0)).item()
+            seconds = time.perf_counter() - started
+        seconds *= 3 * self.config.batch_size / size * self.config.steps
+        work = f"{self.config.steps} steps of {self.config.batch_size} pictures ({self.config.method})"
+        return f"{work}, on {self.device}: about {in_words(seconds)}"
+
+
+def _train(task: _Task, network: nn.Module, config: RetrainConfig, history: list | None, progress: bool) -> None:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.numel()]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if progress and config.steps:
+        tqdm.write(task.cost())
+    with tqdm(range(config.steps), desc="retrain", disable=not progress) as bar:
+        for step in bar:
+            started = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            loss = task.backward(step)
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_grad_norm or math.inf).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise EcoDiffError(
+                    f"Step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, so retraining stopped "
+                    "and the pipeline is as it was. Lower lr, clip gradients, or use fp32."
+                )
+            optimizer.step()
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if history is not None:
+                seconds = time.perf_counter() - started
+                history.append({"step": step + 1, "loss": loss, "gradient_norm": norm, "seconds": seconds})
+
+
+def _add_adapters(network: nn.Module, config: RetrainConfig) -> None:
+    """LoRA beside every layer that writes or reads the units of a site; nothing else requires gradients then."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EcoDiffError('retrain needs peft for method="lora": install it, or take method="full".') from error
+    spans = [span for site in find_sites(network, config.kinds).values() for span in (*site.writers, *site.readers)]
+    names = dict.fromkeys(span.layer for span in spans)
+    layers = [name for name in names if network.get_submodule(name).weight.numel()]
+    if not layers:
+        raise EcoDiffError(
+            f"{type(network).__name__} has no layers of the kinds {', '.join(config.kinds)} left for adapters: take "
+            'method="full".'
+        )
+    alpha = config.rank if config.alpha is None else config.alpha
+    network.requires_grad_(False)
+    network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
+
+
+def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
+    """The trained weights under the names that they had before there were adapters."""
+    if config.method == "lora":
+        network.fuse_lora()
+        network.unload_lora()
+    return network.state_dict()
+
+
+def _latents(pipe, pictures: Tensor, device: torch.device) -> Tensor:
+    """Latents of uint8 pictures, in fp32."""
+    latents = encode(pipe, (pictures.to(device).float() / 127.5 - 1).to(pipe.vae.dtype)).float()
+    if not torch.isfinite(latents).all():
+        raise EcoDiffError(f"{type(pipe).__name__}: its VAE gives latents that are not finite; give it a wider dtype.")
+    return latents
+
+
+def _check_pictures(pictures: Tensor, captions: list) -> None:
+    if not isinstance(pictures, Tensor) or pictures.dtype != torch.uint8 or pictures.shape[1:2] != (3,):
+        raise EcoDiffError("retrain needs pictures as a uint8 tensor [N, 3, height, width]: generate draws such.")
+    if pictures.ndim != 4 or len(pictures) != len(captions):
+        raise EcoDiffError(
+            f"Pictures {list(pictures.shape)} but {len(captions)} captions: retrain needs [N, 3, height, width] and N."
+        )
+
+
+def _check_denoiser(pipe, denoiser: nn.Module) -> None:
+    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
+        raise EcoDiffError("retrain trains on one device: load the pipeline without offloading or a device map.")
+    without_adapters(denoiser, "retrain")
+    refuse_elsewhere(denoiser, "retrain")

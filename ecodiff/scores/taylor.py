@@ -1,0 +1,217 @@
+"""First-order Taylor scores of heads and neurons, and Diff-Pruning's criterion (Fang et al., 2023).
+
+Diff-Pruning scores groups of channels, convolutions included, by a first-order Taylor expansion of the noise prediction
+loss, summed over the time steps until the loss has become small. Here a group is a unit. ``scores`` expands in a gate m
+that multiplies it, at m = 1, where ∂L/∂m = Σ w · ∂L/∂w over the weights that read the unit:
+
+    score = | Σ_t ∂L_t / ∂m |,        L_t = ‖ε̂(z_t, t) - ε‖² / size,        z_t = a_t z_0 + s_t ε.
+
+That is what the published script calls plain Taylor. What it calls Diff-Pruning takes each weight by itself,
+Σ |w · Σ_t ∂L_t/∂w| over the weights that write or read the unit: ``diff_pruning``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.method.hooks import apply_gates
+from ecodiff.method.sites import Site
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.pipelines.running import frozen, not_half, placed
+
+from .calibration import KINDS, Call, Sampling, columns, draw, mix, sites_of
+
+
+@placed
+def scores(
+    pipe,
+    prompts: Sequence,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    threshold: float = 0.05,
+    elementwise: bool = False,
+    **sampling,
+) -> dict[str, Tensor]:
+    """``|Σ_t ∂L_t/∂m|`` for the gate of each unit, {site name: fp32 [units]}.
+
+    z_0 are final latents of the model itself and ε is fresh noise, so no pictures are needed. Steps are taken from the
+    least noise on, gradients added with their sign over prompts and steps, until L_t < threshold · max L (0.05 as
+    published for DDPM; 0 takes every step, and the losses of flow models rarely fall below it). ∂L/∂m is Σ w · ∂L/∂w
+    over the weights that read the unit. With ``elementwise`` the score is ``Σ |w · Σ_t ∂L_t/∂w|`` over all weights that
+    write or read it (biases left out), which needs a gradient as large as these layers.
+
+    With guidance the loss is that of both predictions, conditional and not, as in training. ``sampling``: fields of
+    ``Sampling``. Raises EcoDiffError for a threshold outside [0, 1), a denoiser in float16, one whose input has not the
+    shape of the latents, and a scheduler whose prediction is of an unknown type.
+    """
+    if not 0 <= threshold < 1:
+        raise EcoDiffError(f"taylor: threshold={threshold} is a share of the largest loss, in [0, 1).")
+    model, settings = denoiser(pipe), Sampling(**sampling)
+    sites = sites_of(pipe, kinds, exclude=settings.exclude)
+    not_half(model, "taylor")
+    loss = NoisePrediction.prepare(pipe, prompts, settings)
+    device = next(model.parameters()).device
+    gates = {name: torch.ones(site.units, device=device, requires_grad=True) for name, site in sites.items()}
+    weights = _weights(model, sites)
+    totals: dict[str, Tensor] = {}
+
+    def add(part: Tensor) -> None:
+        learned = weights if elementwise else gates
+        for name, gradient in zip(learned, torch.autograd.grad(part, learned.values(), allow_unused=True), strict=True):
+            if gradient is not None:
+                totals[name] = totals[name] + gradient.float() if name in totals else gradient.float()
+
+    with torch.enable_grad(), frozen(model), apply_gates(model, gates, sites):
+        for weight in weights.values():
+            weight.requires_grad_(elementwise)
+        try:
+            largest = 0.0
+            for step in tqdm(loss.steps, desc="taylor: gradients", disable=not settings.progress):
+                value = loss(step, add)
+                largest = max(largest, value)
+                if value < threshold * largest:
+                    break
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)  # as inside frozen, which gives back what was there before
+    if elementwise:
+        return _sum_over_weights(model, sites, totals)
+    return {name: totals.get(name, torch.zeros(site.units)).abs().cpu() for name, site in sites.items()}
+
+
+def diff_pruning(pipe, prompts: Sequence, **options) -> dict[str, Tensor]:
+    """``scores`` with ``elementwise``: Diff-Pruning's own sum over weights, {site name: fp32 [units]}."""
+    return scores(pipe, prompts, elementwise=True, **options)
+
+
+@dataclass(frozen=True)
+class NoisePrediction:
+    """The loss of one noise level over all prompts, for any pipeline: what the sampling loop tells the denoiser (text,
+    time, sizes) is recorded once, then its latents are replaced by noised final latents.
+
+    ``recorded``: for each batch its first number, final latents and calls. ``steps``: step numbers, least noise first.
+    """
+
+    scheduler: object
+    recorded: list[tuple[int, Tensor, list[Call]]]
+    seed: int
+
+    @classmethod
+    def prepare(cls, pipe, prompts, sampling: Sampling) -> NoisePrediction:
+        """Draw the prompts' final latents and record the calls; the same objects at each step, so this is little."""
+        recorded: list[tuple[int, Tensor, list[Call]]] = []
+        calls: list[Call] = []
+        used: list = []  # the scheduler of the last batch
+
+        def each_call(call: Call) -> None:
+            calls.append(replace(call, output=None))
+
+        def each_batch(latents: Tensor, scheduler) -> None:
+            first = sum(len(z) for _, z, _ in recorded)
+            recorded.append((first, latents.float(), list(calls)))
+            calls.clear()
+            used[:] = [scheduler]
+
+        draw(pipe, prompts, sampling, label="taylor: latents", each_call=each_call, each_batch=each_batch)
+        return cls(used[0], recorded, sampling.seed)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({call.step for _, _, calls in self.recorded for call in calls}, reverse=True)
+
+    def __call__(self, step: int, each_part: Callable[[Tensor], None] = lambda part: None) -> float:
+        """L_t of this step, averaged over prompts; ``each_part`` gets its differentiable summands, one a batch."""
+        count, value = sum(len(z) for _, z, _ in self.recorded), 0.0
+        for first, z_0, calls in self.recorded:
+            mine = [call for call in calls if call.step == step]
+            for call in mine:
+                noise = self._noise(step, first, z_0)
+                part = self._loss(call, z_0, noise) * len(z_0) / count / len(mine)
+                each_part(part)
+                value += part.item()
+        return value
+
+    def _noise(self, step: int, first: int, like: Tensor) -> Tensor:
+        """Noise of a sample depends on its number and the step alone, not on the batch it is in."""
+        generators = [torch.Generator().manual_seed(mix(self.seed, step, first + i)) for i in range(len(like))]
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
+
+    def _loss(self, call: Call, z_0: Tensor, noise: Tensor) -> Tensor:
+        args, kwargs = list(call.args), dict(call.kwargs)
+        place = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
+        given = kwargs[place] if place else args[0]
+        copies, rest = divmod(len(given), len(z_0))
+        if given.shape[1:] != z_0.shape[1:] or rest:
+            raise EcoDiffError(
+                f"taylor: {type(call.network).__name__} is given {list(given.shape)}, but final latents are "
+                f"{list(z_0.shape)}; pipelines that add channels to their latents are not covered."
+            )
+        noised, target = noised_input(self.scheduler, call.step, z_0, noise)
+        noised = noised.to(given.dtype).repeat(copies, *[1] * (z_0.ndim - 1))
+        if place:
+            kwargs[place] = noised
+        else:
+            args[0] = noised
+        predicted = call.network(*args, **kwargs)[0]
+        predicted = predicted[:, : z_0.shape[1]].float()  # some predict a variance, too: further channels
+        return (predicted - target.repeat(copies, *[1] * (z_0.ndim - 1))).square().mean()
+
+
+def noised_input(scheduler, step: int, z_0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The denoiser's input at a step for z_t = a z_0 + s ε, as the scheduler scales it, and what it should predict."""
+    scheduler = copy.copy(scheduler)
+    t = scheduler.timesteps[min(step, len(scheduler.timesteps) - 1)]
+
+    def at(z: Tensor, eps: Tensor) -> Tensor:
+        scheduler._step_index = scheduler._begin_index = None  # look the step up by its time
+        times = t.reshape(1).to(z.device).expand(len(z))
+        if hasattr(scheduler, "scale_noise"):
+            return scheduler.scale_noise(z, times, eps)
+        return scheduler.add_noise(z, eps, times)
+
+    one, zero = torch.ones(1, 1, device=z_0.device), torch.zeros(1, 1, device=z_0.device)
+    a, s = at(one, zero).item(), at(zero, one).item()
+    z_t = a * z_0 + s * noise
+    if hasattr(scheduler, "scale_model_input"):
+        scheduler._step_index = None
+        z_t = scheduler.scale_model_input(z_t, t)
+    size = (a * a + s * s) ** 0.5
+    kind = "flow" if hasattr(scheduler, "scale_noise") else scheduler.config.get("prediction_type", "epsilon")
+    targets = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: (a * noise - s * z_0) / size,
+        "sample": lambda: z_0,
+        "flow": lambda: noise - z_0,
+        "flow_prediction": lambda: noise - z_0,
+    }
+    if kind not in targets:
+        raise EcoDiffError(f"taylor: {type(scheduler).__name__} predicts {kind!r}, which is not known here.")
+    return z_t, targets[kind]()
+
+
+def _weights(model: nn.Module, sites: dict[str, Site]) -> dict[str, Tensor]:
+    layers = dict.fromkeys(span.layer for site in sites.values() for span in site.writers + site.readers)
+    return {layer: model.get_submodule(layer).weight for layer in layers}
+
+
+@torch.no_grad()
+def _sum_over_weights(model: nn.Module, sites: dict[str, Site], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Σ |w · g| over the rows that write a unit and the columns that read it."""
+    result = {}
+    for name, site in sites.items():
+        total = torch.zeros(site.units)
+        for dimension, spans in enumerate((site.writers, site.readers)):
+            for span in spans:
+                if span.layer in gradients:
+                    products = (model.get_submodule(span.layer).weight.float() * gradients[span.layer]).abs()
+                    each = products.sum(1 - dimension)[columns(span, site.units)]
+                    total += each.view(site.units, span.size).sum(1).cpu()
+        result[name] = total
+    return result

@@ -1,0 +1,84 @@
+"""Results kept on disk under a hash of all they depend on, and the hashes themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ecodiff.errors import EcoDiffError
+
+from . import records
+from .files import write_whole
+from .fingerprint import key, raw_bytes
+from .paths import data_dir
+
+
+def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, or what it gave before for an equal ``request``: one safetensors file a request in ``folder``.
+
+    With ``folder`` None it only computes. A file appears whole or not at all. Raises EcoDiffError for a file that is
+    damaged or was changed, and where the folder cannot be written; nothing is left behind then.
+    """
+    if folder is None:
+        return compute()
+    name = key(request)
+    path = Path(folder) / f"{kind}-{name[:20]}.safetensors"
+    if path.exists():
+        return _read(path, name)
+    result = compute().detach().cpu().contiguous()
+    metadata = {"request": name, "sha256": hashlib.sha256(raw_bytes(result)).hexdigest()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save({"result": result}, metadata))
+    except OSError as error:
+        raise EcoDiffError(f"{path} could not be written ({error}): choose another cache folder, or none.") from error
+    return result
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, result = file.metadata() or {}, file.get_tensor("result")
+    except (OSError, SafetensorError) as error:
+        raise EcoDiffError(f"{path} is damaged ({error}): delete it, and it is computed again.") from error
+    if metadata.get("request") != name or metadata.get("sha256") != hashlib.sha256(raw_bytes(result)).hexdigest():
+        raise EcoDiffError(f"{path} is not what was written there: delete it, and it is computed again.")
+    return result
+
+
+def cache_folder(name: str) -> Path | None:
+    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off. With
+    ECODIFF_RECOMPUTE=1 and inside ``anew`` a folder of this process, which goes when it ends."""
+    if not records.enabled():
+        return None
+    own = records.recompute_asked() or _anew.get()
+    return (Path(_own_folder().name) if own else data_dir() / ".cache") / name
+
+
+@contextmanager
+def anew(asked: bool = True) -> Iterator[None]:
+    """Inside, if ``asked``, only pictures and scores that this process made are read: what is measured again is drawn
+    again."""
+    token = _anew.set(asked or _anew.get())
+    try:
+        yield
+    finally:
+        _anew.reset(token)
+
+
+_anew: ContextVar[bool] = ContextVar("anew", default=False)
+
+
+@lru_cache(maxsize=1)
+def _own_folder() -> TemporaryDirectory:
+    return TemporaryDirectory(prefix="ecodiff-")
