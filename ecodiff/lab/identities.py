@@ -60,7 +60,7 @@ def _stored(folder: Path) -> dict:
     if stored.pop("bytes") != _sizes(folder):
         raise EcoDiffError(
             f"The weights in {folder} are not those that its {FILE} describes: restore both with git checkout data, or "
-            f"run python -m ecodiff zoo evaluate {folder.name} for weights of your own."
+            f"run `python -m ecodiff zoo evaluate {folder.name}` for weights of your own."
         )
     return stored
 
