@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import statistics
 import warnings
 
 import numpy as np
@@ -210,7 +211,10 @@ def test_t_interval_is_the_textbook_one():
         (0.99, 10, 3.1693),
         (0.95, 60, 2.0003),
     ]:
-        assert intervals._t_quantile(level, freedom) == pytest.approx(t, abs=1e-4)
+        values = [*[0.0] * freedom, 1.0]
+        error = statistics.stdev(values) / math.sqrt(freedom + 1)
+        interval = intervals.mean_interval(values, level)
+        assert (interval.high - interval.mean) / error == pytest.approx(t, abs=1e-4)
     interval = metrics.mean_interval([1.0, 2.0, 3.0])
     assert interval.mean == 2 and interval.high - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
     assert metrics.mean_interval([1.0]).high == math.inf

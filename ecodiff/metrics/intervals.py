@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from ecodiff.errors import EcoDiffError
 
@@ -158,7 +158,7 @@ def share_interval(hits: Sequence[float] | Tensor, level: float = 0.95) -> Inter
     hits = _numbers(hits, level)
     if not np.isin(hits, (0, 1)).all():
         raise EcoDiffError("A share is counted from zeros and ones.")
-    n, share, z = len(hits), float(hits.mean()), NormalDist().inv_cdf((1 + level) / 2)
+    n, share, z = len(hits), float(hits.mean()), float(ndtri((1 + level) / 2))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), level)
@@ -170,7 +170,7 @@ def mean_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> Inte
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, -math.inf, math.inf, level)
-    half = _t_quantile(level, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, level)
 
 
@@ -181,21 +181,3 @@ def _numbers(values, level: float) -> np.ndarray:
     if not 0 < level < 1:
         raise EcoDiffError(f"level={level} is not a probability between 0 and 1.")
     return values
-
-
-def _t_quantile(level: float, freedom: int) -> float:
-    """t with P(|T| <= t) = level, by bisection; the series for whole degrees of freedom is Abramowitz & Stegun 26.7."""
-
-    def inside(angle: float) -> float:
-        odd, cosine = freedom % 2, math.cos(angle)
-        term = total = 0.0 if freedom == 1 else cosine if odd else 1.0
-        for k in range(3 if odd else 2, freedom - 1, 2):
-            term *= cosine**2 * (k - 1) / k
-            total += term
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan((low + high) / 2)

@@ -25,10 +25,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+
+from filelock import FileLock
 
 from ecodiff.errors import EcoDiffError
 
@@ -162,7 +163,7 @@ def _write(path: Path, row: dict) -> None:
     """Add the row, in the place of one with the same key; the file is rewritten whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent):  # another process may add rows to the same file meanwhile
+        with FileLock(path.parent / ".lock"):  # another process may add rows to the same file meanwhile
             kept = [old for old in _read(path) if old["key"] != row["key"]]
             lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in [*kept, row]]
             write_whole(path, "".join(lines).encode())
@@ -172,22 +173,6 @@ def _write(path: Path, row: dict) -> None:
         )
         vars(failed)["row"] = row
         raise failed from error
-
-
-@contextmanager
-def _alone(folder: Path):
-    """Holds a lock on the folder where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _values(values, name: str) -> dict:

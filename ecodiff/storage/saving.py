@@ -36,6 +36,8 @@ from ecodiff.errors import EcoDiffError
 
 from .files import sync
 
+# Folders themselves are locked, not a file beside them as filelock would: nothing may stay in a user's folder, and a
+# lock must end with its process, so that a killed save is known.
 try:
     import fcntl
 except ImportError:  # not on Windows, where nobody is kept from saving to one folder twice at once
