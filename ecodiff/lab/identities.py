@@ -56,6 +56,8 @@ def check(folder: Path, found: dict) -> None:
 
 def _stored(folder: Path) -> dict:
     path = folder / FILE
+    if not path.is_file():
+        raise EcoDiffError(f"{folder.name} has no {FILE} yet: run python -m ecodiff zoo evaluate {folder.name}.")
     stored = dict(_parsed(path, path.stat().st_mtime_ns))
     if stored.pop("bytes") != _sizes(folder):
         raise EcoDiffError(
