@@ -21,13 +21,17 @@ from ecodiff.lab.claims import (
     reviewers,
     rules,
 )
+from ecodiff.lab.studies import cell as cell_module
 from ecodiff.lab.studies import measure, protocol
+from ecodiff.lab.studies import results as rows_of
 from ecodiff.lab.studies.cell import Cell, describe_cell
 from ecodiff.lab.studies.plan import judging
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.config import LearnConfig
 from ecodiff.metrics.intervals import Interval
-from ecodiff.pipelines import identity
+from ecodiff.pipelines import loading
+from ecodiff.pipelines.contents import weights_hash
+from ecodiff.pipelines.identity import Identity
 from ecodiff.storage import records
 from ecodiff.storage.paths import data_file, root
 
@@ -41,9 +45,9 @@ OPEN_VERDICTS = {rules.CHECKPOINT, rules.MISSING}
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Records in an empty folder."""
-    for module in (records, measure, protocol, on_embedded):
+    for module in (records, rows_of, protocol, on_embedded):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
-    monkeypatch.setattr(measure, "judge", lambda: None)
+    monkeypatch.setattr(cell_module, "judge_hash", lambda: None)
     monkeypatch.delenv("ECODIFF_RECORDS", raising=False)
     monkeypatch.delenv("ECODIFF_RECOMPUTE", raising=False)
     return tmp_path
@@ -53,7 +57,9 @@ def store(tmp_path, monkeypatch):
 def family(store, monkeypatch):
     """A tiny pipeline in the place of every embedded one, and a study "toy" with two rows."""
     pipe = tiny_sd()
-    monkeypatch.setattr(on_embedded, "load_once", lambda model: pipe)
+    for module in (on_embedded, reviewers):
+        monkeypatch.setattr(module, "identity", lambda model: Identity.of(pipe))
+    monkeypatch.setattr(loading, "load_once", lambda model: pipe)
     monkeypatch.setattr(on_embedded, "trained", lambda model: True)
     toy = {name: Cell("random", ratio, protocol=SMALL, config=CONFIG) for name, ratio in (("a", 0.2), ("b", 0.3))}
     study = studies.Study("A toy", "no table", lambda model: toy, varies=("ratio",), reference=("a",))
@@ -65,7 +71,7 @@ def record(pipe, place, seed=0, model=MODEL, **values):
     """Write a row as if it had been measured."""
     cell = studies.cells(place[0], model, seed)[place[1]]
     values = {"parameters": 1, "ssim": [0.9] * 100, **values}
-    records.measure(describe_cell(pipe, cell), lambda: values, name="compare")
+    records.measure(describe_cell(Identity.of(pipe), cell), lambda: values, name="compare")
 
 
 def hits(number):
@@ -334,7 +340,7 @@ def updates(pipe, times, peaks, equal=True, published=1.8):
             {"variant": "checkpointed", "peak_bytes": peaks(steps), "times_plain": times, "bit_equal": equal},
             {"variant": "published", "peak_bytes": 110, "times_plain": published, "bit_equal": equal},
         ]
-        config = {"what": "mask_step", "T": steps, "weights": identity.weights_hash(pipe.unet)}
+        config = {"what": "mask_step", "T": steps, "weights": weights_hash(pipe.unet)}
         records.measure(config, lambda v=variants: {"variants": v}, name="mask_step", recompute=True)
 
 
@@ -492,13 +498,3 @@ def test_page_numbers_claims_and_groups_what_is_open(store):
     assert ".ipynb)" in table[0]["where"] and "20 %" in table[0]["evidence"]
     waiting = page.waiting(found, first=7)
     assert all(line["decides claims"] == "7" and line["command"].startswith("`python") for line in waiting)
-
-
-def test_weights_are_hashed_once_inside_and_anew_outside():
-    layer = torch.nn.Linear(2, 2)
-    with identity.hashed_once():
-        before = identity.weights_hash(layer)
-        with torch.no_grad():
-            layer.weight.add_(1)
-        assert identity.weights_hash(layer) == before
-    assert identity.weights_hash(layer) != before

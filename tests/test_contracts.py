@@ -30,21 +30,22 @@ from ecodiff.lab.benchmarks import command, full_size, generation
 from ecodiff.lab.book import build
 from ecodiff.lab.claims import cost as cost_claims
 from ecodiff.lab.claims import memory, on_full_size
+from ecodiff.lab.identities import identity
 from ecodiff.lab.studies import measure, metric_checks, redrawn, redundancy
 from ecodiff.lab.studies.cell import Cell, describe_cell
-from ecodiff.lab.studies.measure import gates_file
 from ecodiff.lab.studies.plan import DEV, SDXL
 from ecodiff.lab.studies.protocol import Protocol
+from ecodiff.lab.studies.results import gates_file
 from ecodiff.lab.studies.run import seeds_of
 from ecodiff.method.gates import Gates
 from ecodiff.method.hard_concrete import HardConcrete
 from ecodiff.method.surgery import prune
-from ecodiff.pipelines.identity import hashed_once, weights_hash
-from ecodiff.pipelines.loading import embedded, load_once
+from ecodiff.pipelines.contents import weights_hash
+from ecodiff.pipelines.loading import load_once
 from ecodiff.pipelines.parts import denoiser, with_denoiser
 from ecodiff.storage import records
 from ecodiff.storage.fingerprint import key
-from ecodiff.storage.paths import data_dir, root
+from ecodiff.storage.paths import data_dir, embedded, root
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = json.loads((FIXTURES / "golden_keys.json").read_text(encoding="utf-8"))
@@ -63,27 +64,25 @@ There are none."""
 
 def keys_of_compare() -> dict[str, str]:
     """All cells of the plan of all embedded pipelines."""
-    return {name: key(describe_cell(pipe, cell)) for name, pipe, cell in planned()}
+    return {name: key(describe_cell(identity(cell.protocol.model), cell)) for name, cell in planned()}
 
 
 def keys_of_gates() -> dict[str, str]:
     """Names of the files in which the learned gates of the plan are kept."""
     found = {}
-    for name, pipe, cell in planned():
+    for name, cell in planned():
         if cell.method.startswith("learned"):
-            found[name] = gates_file(pipe, cell).stem
+            found[name] = gates_file(cell).stem
     return found
 
 
 def planned():
-    """Each cell of the plan as ("model, study, row, seed", pipeline, cell); weights are hashed once."""
+    """Each cell of the plan as ("model, study, row, seed", cell)."""
     for model in embedded():
-        pipe = load_once(model)
-        with hashed_once():
-            for study, seeds in seeds_of((), model).items():
-                for seed in range(seeds):
-                    for row, cell in studies.cells(study, model, seed).items():
-                        yield f"{model}, {study}, {row}, seed {seed}", pipe, cell
+        for study, seeds in seeds_of((), model).items():
+            for seed in range(seeds):
+                for row, cell in studies.cells(study, model, seed).items():
+                    yield f"{model}, {study}, {row}, seed {seed}", cell
 
 
 def keys_of_removed_units() -> dict[str, str]:
@@ -107,7 +106,7 @@ def keys_of_spared() -> dict[str, str]:
             if name.startswith("transformer_blocks.") and name.endswith(".attn"):
                 large.append(name)
     with asked() as keys:
-        measure.compare_sparing(pipe, cell, large)
+        measure.sparing(pipe, cell, large)
     return {f"{DEV}, parameters, learned, 20%, large heads spared": only(keys)}
 
 

@@ -10,7 +10,7 @@ from pipelines import PROMPTS, TINY, TOKENS, tiny_sd, tiny_sdxl
 import ecodiff
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.generate import generate
-from ecodiff.pipelines.identity import weights_hash
+from ecodiff.pipelines.contents import weights_hash
 from ecodiff.storage.cache import cached
 from ecodiff.storage.fingerprint import canonical
 

@@ -16,7 +16,7 @@ import ecodiff
 from ecodiff.baselines import blocks
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.config import LearnConfig
-from ecodiff.pipelines.identity import Undescribed, describe, of_pipeline
+from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import private_copy
 from ecodiff.storage.fingerprint import key

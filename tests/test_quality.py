@@ -1,5 +1,7 @@
 """How the measures behave, on features and pictures with a known answer; no network runs here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -27,7 +29,8 @@ def without_networks(monkeypatch):
     monkeypatch.setenv("ECODIFF_RECORDS", "off")
     monkeypatch.setattr(metric_checks, "probe", Probe)
     monkeypatch.setattr(judges, "_known_features", {})
-    monkeypatch.setattr(metric_checks, "describe_cell", lambda pipe, cell: {"judge": None})
+    monkeypatch.setattr(metric_checks, "describe_cell", lambda model, cell: {"judge": None})
+    monkeypatch.setattr(metric_checks, "Identity", SimpleNamespace(of=lambda pipe: None))
     thumbnails = lambda images, progress: torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)  # noqa: E731
     monkeypatch.setattr(metrics, "inception_features", thumbnails)
 

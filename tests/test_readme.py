@@ -5,7 +5,6 @@ from statistics import fmean
 
 import pytest
 
-import ecodiff
 from ecodiff.lab import studies
 
 README = Path(__file__).parents[1] / "README.md"
@@ -15,7 +14,7 @@ MODELS = ("openmoji-sdxl", "openmoji-flux-schnell")
 def lines() -> list[str]:
     """The table at equal units, one line per method: SSIM and the share of images whose facts are all right."""
     names = ["original", *(f"{name}, 20%" for name in (*studies.METHODS, *studies.ADAPTED))]
-    rows = {model: studies.recorded(ecodiff.load(model), "main", model, only=names) for model in MODELS}
+    rows = {model: studies.recorded("main", model, only=names) for model in MODELS}
     return [
         " | ".join([f"| {name.removesuffix(', 20%')}", *(_shown(rows[model][name]) for model in MODELS)]) + " |"
         for name in names
@@ -25,7 +24,7 @@ def lines() -> list[str]:
 def at_equal_parameters() -> list[str]:
     """The table at equal parameters on a transformer, both measures; its head says how many seeds there are."""
     names = [f"{name}, 20%" for name in studies.QUOTED]
-    rows = studies.recorded(ecodiff.load(studies.DEV), "parameters", studies.DEV, only=names)
+    rows = studies.recorded("parameters", studies.DEV, only=names)
     seeds = min(len(rows[name]) for name in names)
     head = f"| method | SSIM and right images, {('one seed', 'two seeds', 'three seeds')[seeds - 1]} |"
     return [head, *(f"| {name.removesuffix(', 20%')} | {_shown(rows[name][:seeds])} |" for name in names)]

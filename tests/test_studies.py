@@ -15,14 +15,14 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
 from ecodiff.lab.claims.on_embedded import HUB
 from ecodiff.lab.studies import cell as cell_module
-from ecodiff.lab.studies import measure, plan, protocol, run
+from ecodiff.lab.studies import images, measure, plan, protocol, results, run
 from ecodiff.lab.studies.cell import Cell, describe_cell, sampling_of
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.config import LearnConfig
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.surgery import prune
 from ecodiff.metrics import intervals
-from ecodiff.pipelines.loading import load_once
+from ecodiff.pipelines.identity import Identity
 from ecodiff.retraining.config import RetrainConfig
 from ecodiff.storage import cache, records
 
@@ -34,7 +34,7 @@ CONFIG = LearnConfig(updates=1, batch_size=1, num_inference_steps=1, guidance_sc
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Records, gates and pictures in an empty folder."""
-    for module in (records, measure, protocol, cache):
+    for module in (records, results, protocol, cache):
         monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
     measure._learned_here.clear()
     return tmp_path
@@ -56,7 +56,11 @@ def toy(store, monkeypatch):
     }
     study = studies.Study("A toy", "no table", lambda model: rows, varies=("method", "ratio"), reference=("original",))
     only(monkeypatch, study)
-    return tiny_sd()
+    pipe = tiny_sd()
+    for module in (results, run, cell_module):
+        monkeypatch.setattr(module, "identity", lambda model: Identity.of(pipe))
+    monkeypatch.setattr(measure, "load_once", lambda model: pipe)
+    return pipe
 
 
 @pytest.mark.parametrize("study", list(plan.STUDIES))
@@ -139,7 +143,7 @@ def test_l1_has_the_beta_that_is_best_on_captions_of_no_table(model):
     """Read from the rows that are recorded, so that a new measurement cannot leave an old choice behind."""
     if not records.enabled():
         pytest.skip("ECODIFF_RECORDS=off")
-    found = studies.recorded(load_once(model), "l1", model, seeds=1)
+    found = studies.recorded("l1", model, seeds=1)
     means = {name: statistics.mean(cells[0]["ssim"]) for name, cells in found.items() if name.startswith("L1")}
     assert len(means) == len(plan.L1_BETAS)
     assert max(means, key=means.get) == f"L1, β = {studies.tuned_l1(model):g}"
@@ -154,7 +158,7 @@ def test_further_seeds_can_have_fewer_rows_and_no_inception(toy, monkeypatch):
     assert list(studies.cells("toy", "tiny")) == ["original", "random", "learned"]
     later = studies.cells("toy", "tiny", 1)
     assert list(later) == ["learned"] and later["learned"].seed == 1 and not later["learned"].protocol.features
-    todo = [(row, cell.seed) for _, row, cell in run.missing(toy, {"toy": 3}, "tiny")]
+    todo = [(row, cell.seed) for _, row, cell in run.missing({"toy": 3}, "tiny")]
     assert todo[3:] == [("learned", 1), ("learned", 2)]
 
 
@@ -200,16 +204,16 @@ def test_a_model_is_drawn_as_its_recipe_says(store):
 
 
 def test_missing_cells_are_measured_once_and_then_read(toy):
-    todo = run.missing(toy, {"toy": 2}, "tiny")
+    todo = run.missing({"toy": 2}, "tiny")
     assert [(row, cell.seed) for _, row, cell in todo] == [
         (row, seed) for seed in (0, 1) for row in ("original", "random", "learned")
     ]
-    assert measure.compare(toy, todo[0][2], only_recorded=True) is None
-    first = [measure.compare(toy, cell) for _, _, cell in todo]
+    assert results.find(todo[0][2]) is None
+    first = [measure.run(cell) for _, _, cell in todo]
     assert first[0]["ssim"] == [1.0] * 3 and first[1]["parameters"] < first[0]["parameters"]
-    assert run.missing(toy, {"toy": 2}, "tiny") == []
-    assert [measure.compare(toy, cell, only_recorded=True) for _, _, cell in todo] == first
-    found = studies.recorded(toy, "toy", "tiny", seeds=3, only=["random", "learned"])
+    assert run.missing({"toy": 2}, "tiny") == []
+    assert [results.find(cell) for _, _, cell in todo] == first
+    found = studies.recorded("toy", "tiny", seeds=3, only=["random", "learned"])
     assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
 
 
@@ -217,7 +221,7 @@ def test_missing_cells_are_measured_once_and_then_read(toy):
 def test_methods_beside_unit_scores_have_cells_too(toy, method):
     cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
     steps = replace(cell, protocol=replace(SMALL, num_inference_steps=3))
-    values, whole = (measure.compare(toy, one) for one in (steps, replace(steps, method="original")))
+    values, whole = (measure.run(one) for one in (steps, replace(steps, method="original")))
     assert len(values["ssim"]) == 3 and min(values["ssim"]) < 1
     fewer = method.startswith(("blocks", "random"))
     assert (values["parameters"] < whole["parameters"]) == fewer
@@ -238,18 +242,18 @@ def test_a_cell_can_retrain_what_it_pruned(toy):
     protocol = replace(SMALL, guidance_scale=None, num_inference_steps=3)
     cell = Cell("random", 0.5, protocol=protocol, config=CONFIG, prompts=2)
     trained = replace(cell, retrain=RetrainConfig(method="full", steps=3, batch_size=2, lr=0.1))
-    before, after = (measure.compare(toy, one) for one in (cell, trained))
+    before, after = (measure.run(one) for one in (cell, trained))
     assert before["parameters"] == after["parameters"] and before["ssim"] != after["ssim"]
 
 
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
-    for _, _, cell in run.missing(toy, {"toy": 1}, "tiny"):
-        measure.compare(toy, cell)
-    lines = studies.table(studies.recorded(toy, "toy", "tiny"), ["SSIM to the original", "object named (%)", "FID"])
+    for _, _, cell in run.missing({"toy": 1}, "tiny"):
+        measure.run(cell)
+    lines = studies.table(studies.recorded("toy", "tiny"), ["SSIM to the original", "object named (%)", "FID"])
     assert [line[""] for line in lines] == ["original", "random", "learned"]
     assert lines[0]["SSIM to the original"] == "1.000 (1.000 to 1.000)" and lines[0]["seeds"] == "1"
     assert lines[1]["object named (%)"] == lines[1]["FID"] == "–"
-    values = studies.recorded(toy, "toy", "tiny")["random"][0]["ssim"]
+    values = studies.recorded("toy", "tiny")["random"][0]["ssim"]
     assert lines[1]["SSIM to the original"].startswith(f"{statistics.mean(values):.3f} (")
 
 
@@ -272,7 +276,7 @@ def test_rows_are_told_apart_in_words():
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
     assert run.verify(toy, ["toy"], "tiny", 1, seed=0) == []
-    measure.compare(toy, cell)
+    measure.run(cell)
     assert run.verify(toy, ["toy"], "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
     path = store / "results" / "compare.jsonl"
     row = json.loads(path.read_text())
@@ -287,9 +291,9 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
 
 
 def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
-    measure.compare(toy, studies.cells("toy", "tiny")["random"])
-    drawn, real = [], protocol.generate
-    monkeypatch.setattr(protocol, "generate", lambda *a, **k: drawn.append(k["cache_dir"]) or real(*a, **k))
+    measure.run(studies.cells("toy", "tiny")["random"])
+    drawn, real = [], images.generate
+    monkeypatch.setattr(images, "generate", lambda *a, **k: drawn.append(k["cache_dir"]) or real(*a, **k))
     kept = {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
     assert kept and run.verify(toy, ["toy"], "tiny", 1, seed=0)
     drawn = [folder for folder in drawn if folder]  # the picture whose operations are counted is not kept
@@ -299,11 +303,11 @@ def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
 
 def test_seeds_after_one_that_is_missing_do_not_take_its_place(toy):
     for seed in (0, 2):
-        measure.compare(toy, studies.cells("toy", "tiny", seed)["random"])
-    found = studies.recorded(toy, "toy", "tiny")
+        measure.run(studies.cells("toy", "tiny", seed)["random"])
+    found = studies.recorded("toy", "tiny")
     assert len(found["random"]) == 1
-    measure.compare(toy, studies.cells("toy", "tiny", 1)["random"])
-    assert len(studies.recorded(toy, "toy", "tiny")["random"]) == 3
+    measure.run(studies.cells("toy", "tiny", 1)["random"])
+    assert len(studies.recorded("toy", "tiny")["random"]) == 3
 
 
 def test_a_flux_model_is_one_on_the_hub_too():
@@ -323,7 +327,7 @@ def test_a_row_depends_on_what_its_method_sees_and_on_nothing_else():
 
     def differ(method, **changes):
         cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
-        return describe_cell(pipe, cell) != describe_cell(pipe, replace(cell, **changes))
+        return describe_cell(Identity.of(pipe), cell) != describe_cell(Identity.of(pipe), replace(cell, **changes))
 
     assert not differ("random", prompts=3) and not differ("magnitude", config=replace(CONFIG, weight=9.0))
     assert differ("learned", prompts=3) and differ("learned", config=replace(CONFIG, weight=9.0))
@@ -337,7 +341,9 @@ def test_a_row_and_its_gates_depend_on_text_encoders_and_scheduler():
     cells = [Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2) for method in ("random", "learned")]
 
     def described():
-        return [describe_cell(pipe, cell) for cell in cells], measure.gates_file(pipe, cells[1])
+        return [describe_cell(Identity.of(pipe), cell) for cell in cells], results.gates_file(
+            cells[1], Identity.of(pipe)
+        )
 
     before = described()
     pipe.text_encoder.get_input_embeddings().weight.data.add_(0.1)
@@ -360,7 +366,6 @@ def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, c
 
     only(monkeypatch, replace(plan.STUDIES["toy"], rows=rows))
     monkeypatch.setattr(run, "embedded", lambda: ["first", "second"])
-    monkeypatch.setattr(run, "load_once", lambda model: toy)
     assert main(["study", "--model", "all", "--seeds", "2"]) == 0
     told = capsys.readouterr().out
     assert "first: 2 cells to go" in told and "together 4 cells, about 0.1 hours" in told
@@ -393,7 +398,7 @@ def test_the_plan_can_have_fewer_rows_of_a_model(toy, monkeypatch):
     ]
     again = [("original", 1), ("random", 1)]
     assert [(row, cell.seed) for row, cell in studies.cells("toy", "tiny", 1).items()] == again
-    assert [(row, cell.seed) for _, row, cell in run.missing(toy, {"toy": 2}, "tiny")][2:] == again
+    assert [(row, cell.seed) for _, row, cell in run.missing({"toy": 2}, "tiny")][2:] == again
     assert studies.progress({"original": [{}]}, "toy", "tiny").startswith("1 of 4 cells of this table")
 
 
@@ -413,25 +418,24 @@ def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
 
 
 def test_a_run_ends_when_its_time_is_up_and_goes_on_later(toy, monkeypatch, capsys):
-    monkeypatch.setattr(run, "load_once", lambda model: toy)
     assert main(["study", "--model", "tiny", "--seeds", "1"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
-    assert run.missing(toy, {"toy": 1}, "tiny") == []
+    assert run.missing({"toy": 1}, "tiny") == []
     assert main(["study", "--model", "tiny", "--seeds", "2", "--minutes", "0"]) == 0
     assert "3 cells left; run again to go on" in capsys.readouterr().out
 
 
 def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, store):
-    todo = run.missing(toy, {"toy": 1}, "tiny")
-    assert run._estimate(toy, todo) == 45 + 45 + 180  # nothing measured yet
+    todo = run.missing({"toy": 1}, "tiny")
+    assert run._estimate(todo) == 45 + 45 + 180  # nothing measured yet
     for _, _, cell in todo:
-        measure.compare(toy, cell)
+        measure.run(cell)
     took = {row["config"]["method"]: row["seconds"] for row in records.rows("compare")}
-    again = run.missing(toy, {"toy": 2}, "tiny")
-    assert run._estimate(toy, again) == pytest.approx(sum(took.values()))
+    again = run.missing({"toy": 2}, "tiny")
+    assert run._estimate(again) == pytest.approx(sum(took.values()))
     learned = [item for item in again if item[1] == "learned"]
     measure.learned_gates(toy, learned[0][2].captions(), replace(CONFIG, seed=1))
-    assert run._estimate(toy, learned) == took["original"]
+    assert run._estimate(learned) == took["original"]
 
 
 def test_gates_of_units_that_stay_can_stay_too(toy):
@@ -443,19 +447,19 @@ def test_gates_of_units_that_stay_can_stay_too(toy):
     by_hand = {name: gate * mask[name] for name, gate in gates.deterministic().items()}
     assert any(((gate > 0) & (gate < 1)).any() for gate in by_hand.values())
     small = measure.smaller_model(toy, soft)
-    assert sum(p.numel() for p in small.unet.parameters()) == measure.compare(toy, cut)["parameters"]
+    assert sum(p.numel() for p in small.unet.parameters()) == measure.run(cut)["parameters"]
     with apply_gates(toy.unet, by_hand):
         torch.testing.assert_close(latents(small), latents(toy), rtol=1e-4, atol=1e-5)
-    whole = measure.compare(toy, replace(soft, ratio=0.0))
+    whole = measure.run(replace(soft, ratio=0.0))
     assert whole["parameters"] == sum(p.numel() for p in toy.unet.parameters())
     for method in ("random+soft", "learned+soft+compensation", "learned+magic"):
         with pytest.raises(EcoDiffError, match=f"Method '{re.escape(method)}'"):
-            measure.compare(toy, replace(cut, method=method))
+            measure.run(replace(cut, method=method))
 
 
 def test_the_units_that_go_are_recorded_and_depend_on_no_image(toy, monkeypatch):
     cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
-    assert measure.removed_units(toy, cell, only_recorded=True) is None
+    assert results.find_removed(cell) is None
     found = measure.removed_units(toy, cell)
     smaller = measure.smaller_model(toy, cell)
     gone = sum(site["removed"] * site["params_per_unit"] for site in found.values())
@@ -470,27 +474,28 @@ def test_sites_can_be_spared_and_as_much_goes_elsewhere(toy, monkeypatch):
     cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2, count="parameters")
     before = {name: site["removed"] for name, site in measure.removed_units(toy, cell).items()}
     spared = max((name for name in before if "attn" in name), key=before.get)
-    usual, masks = measure.compare(toy, cell), []
+    usual, masks = measure.run(cell), []
     monkeypatch.setattr(measure, "prune", lambda pipe, mask: masks.append(mask) or prune(pipe, mask))
-    values = measure.compare_sparing(toy, cell, [spared])
+    values = measure.sparing(toy, cell, [spared])
     assert before[spared] > 0 and masks[0][spared].all()
     assert values["parameters"] == pytest.approx(usual["parameters"], rel=0.02)
-    assert measure.compare_sparing(toy, cell, [spared], only_recorded=True) == values
+    assert results.find_sparing(cell, [spared]) == values
     with pytest.raises(EcoDiffError, match="'nowhere' is no site of this model"):
-        measure.compare_sparing(toy, cell, ["nowhere"])
+        measure.sparing(toy, cell, ["nowhere"])
 
 
 def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     other = tiny_sd()
     with torch.no_grad():
         other.unet.conv_in.weight.mul_(1.5)
-    monkeypatch.setattr(cell_module, "load_once", {"other": other}.__getitem__)
+    monkeypatch.setattr(measure, "load_once", {"other": other}.__getitem__)
+    monkeypatch.setattr(cell_module, "identity", lambda model: Identity.of({"other": other}[model]))
     own = Cell("learned", 0.5, protocol=SMALL, config=CONFIG, prompts=2)
     borrowed = replace(own, learned_on="other")
     mask = measure.learned_gates(other, own.captions(), CONFIG).mask(0.5)
     small = measure.smaller_model(toy, borrowed)
     assert torch.equal(latents(small), latents(prune(toy, mask)))
-    assert describe_cell(toy, own) != describe_cell(toy, borrowed)
+    assert describe_cell(Identity.of(toy), own) != describe_cell(Identity.of(toy), borrowed)
     schnell = plan._transfer("openmoji-flux-schnell")["learned on the model it was distilled from"]
     assert schnell.learned_on == "openmoji-flux-dev" and schnell.config == studies.base("openmoji-flux-dev").config
 

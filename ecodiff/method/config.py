@@ -11,6 +11,9 @@ from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_see
 
 from .hard_concrete import HardConcrete
 
+KINDS = ("attention", "feed_forward", "modulation")
+"""What sites are (`find_sites`): attentions lose heads, feed-forwards hidden neurons, modulations output channels."""
+
 RAMP = 0.02  # share of open gates above the line to `target_open` at which β acts in full
 _CHOICES = {
     "objective": ("final", "step"),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
-from ecodiff.pipelines.identity import Undescribed, describe, of_pipeline
+from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once
 from ecodiff.pipelines.running import frozen, private_copy
 from ecodiff.storage.cache import cached

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ecodiff.errors import EcoDiffError
+
+if TYPE_CHECKING:  # settings name a distribution before any tensor is there
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class HardConcrete:
     def sample(self, log_alpha: Tensor, u: Tensor) -> Tensor:
         """The gate for uniform noise `u` of `log_alpha`'s shape; differentiable in `log_alpha`."""
         u = u.float()
-        return self._gate(log_alpha.float() + torch.log((u + self.delta) / (1 - u + self.delta)))
+        return self._gate(log_alpha.float() + ((u + self.delta) / (1 - u + self.delta)).log())
 
     def deterministic(self, log_alpha: Tensor) -> Tensor:
         """The gate without noise, which is the median of `sample`."""
@@ -47,7 +48,7 @@ class HardConcrete:
 
         since noise > x exactly when u > (1 + 2δ) sigmoid(x) - δ. Above `l0_saturation` it is 1 and has no gradient.
         """
-        return ((1 + 2 * self.delta) * torch.sigmoid(log_alpha.float() - self._closed) - self.delta).clamp(0, 1)
+        return ((1 + 2 * self.delta) * (log_alpha.float() - self._closed).sigmoid() - self.delta).clamp(0, 1)
 
     def expected_l0(self, log_alpha: Tensor) -> Tensor:
         """Expected number of open gates (Eq. 4), a scalar: the sum of `prob_open`."""
@@ -86,5 +87,5 @@ class HardConcrete:
         return self.temperature * math.log((1 - self.gamma) / (self.zeta - 1))
 
     def _gate(self, location: Tensor) -> Tensor:
-        s = torch.sigmoid(location / self.temperature)
+        s = (location / self.temperature).sigmoid()
         return (s * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)

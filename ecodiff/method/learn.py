@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.forward_hooks import Hooks, hooked, never_ran, replaced_forward
-from ecodiff.pipelines.identity import describe_run
+from ecodiff.pipelines.identity import Identity, describe_run
 from ecodiff.pipelines.parts import denoiser as find_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, epoch_batch, mix
 from ecodiff.pipelines.running import in_words, not_half, on_device
@@ -91,7 +91,7 @@ def learn(
         task = _Task(encoding_once(pipe), prompts, config, device)
         folder = None
         if resume_dir is not None:
-            run = describe_run(pipe, prompts, config)
+            run = describe_run(Identity.of(pipe, vae=False), prompts, config)
             folder = resume.Folder(resume_dir, run | {"exclude": sorted(exclude)} if exclude else run)
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)

@@ -22,7 +22,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.forward_hooks import hooked
 from ecodiff.pipelines.parts import plain_name
 
-KINDS = ("attention", "feed_forward", "modulation")
+from .config import KINDS
 
 _INPUT_LAYERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _QUERY_LAYERS = ("to_q", "add_q_proj")

@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 
+if TYPE_CHECKING:  # recorded rows are lists: whoever compares them waits for no torch
+    from torch import Tensor
 
-def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> metrics.Interval:
+
+def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Interval:
     """Mean difference first - second with its 95 % interval over seeds and pictures, paired by both.
 
     Where no picture differs at all in a measure that is 0 or 1, resampling can only give an interval of no width. Then
@@ -22,7 +24,7 @@ def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float
     about 3/n, could differ with a chance of 5 % (Hanley & Lippman-Hand 1983).
     """
     pairs = [[a - b for a, b in zip(xs, ys, strict=True)] for xs, ys in zip(first, second, strict=True)]
-    interval = metrics.nested_interval(pairs)
+    interval = nested_interval(pairs)
     values = {value for group in (*first, *second) for value in group}
     if interval.low == interval.high == 0 and values <= {0, 1}:
         unseen = 1 - 0.05 ** (1 / len(pairs[0]))
@@ -173,7 +175,7 @@ def mean_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> Inte
 
 
 def _numbers(values, level: float) -> np.ndarray:
-    values = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=float).ravel()
+    values = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=float).ravel()
     if not len(values) or not np.isfinite(values).all():
         raise EcoDiffError("An interval needs at least one value, and all of them finite.")
     if not 0 < level < 1:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.paths import data_dir
+from ecodiff.storage.paths import data_dir, embedded
 from ecodiff.storage.saving import finish_interrupted
 
 DTYPES = {
@@ -68,11 +68,6 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
 def load_once(id_or_path: str):
     """`load`, the same pipeline again for the same name: for readers of many cells, who leave it as it is."""
     return load(id_or_path)
-
-
-def embedded() -> list[str]:
-    """Names of the embedded pipelines that are trained: folders of ``data/models``."""
-    return sorted(path.parent.name for path in (data_dir() / "models").glob("*/model_index.json"))
 
 
 def align(module: nn.Module) -> None:

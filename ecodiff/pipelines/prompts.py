@@ -21,7 +21,7 @@ from torch import Tensor
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage.fingerprint import canonical
 
-from .identity import Undescribed, describe
+from .contents import Undescribed, describe
 
 
 def checked_prompts(prompts, caller: str) -> list:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.sites import KINDS
+from ecodiff.method.config import KINDS
 from ecodiff.pipelines.checks import checked_call, checked_seed
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,27 +54,16 @@ def _read(path: Path, name: str) -> Tensor:
     return result
 
 
-def cache_folder(name: str) -> Path | None:
-    """Where pictures and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off. With
-    ECODIFF_RECOMPUTE=1 and inside ``anew`` a folder of this process, which goes when it ends."""
+def cache_folder(name: str, anew: bool = False) -> Path | None:
+    """Where images and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off.
+
+    ``anew``, or ECODIFF_RECOMPUTE=1: a folder of this process, which goes when the process ends. So what is measured
+    again is generated again, once.
+    """
     if not records.enabled():
         return None
-    own = records.recompute_asked() or _anew.get()
+    own = anew or records.recompute_asked()
     return (Path(_own_folder().name) if own else data_dir() / ".cache") / name
-
-
-@contextmanager
-def anew(asked: bool = True) -> Iterator[None]:
-    """Inside, if ``asked``, only pictures and scores that this process made are read: what is measured again is drawn
-    again."""
-    token = _anew.set(asked or _anew.get())
-    try:
-        yield
-    finally:
-        _anew.reset(token)
-
-
-_anew: ContextVar[bool] = ContextVar("anew", default=False)
 
 
 @lru_cache(maxsize=1)

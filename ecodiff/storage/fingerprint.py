@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
+
+if TYPE_CHECKING:  # keys of plain values need no torch
+    from torch import Tensor
 
 
 def tensor_hash(value: Tensor) -> str:
@@ -40,24 +42,30 @@ def key(value) -> str:
 
 
 def raw_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor, in order."""
+    import torch
+
     return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _plain(value):
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, Tensor):
-        return {
-            "shape": list(value.shape),
-            "dtype": str(value.dtype),
-            "sha256": hashlib.sha256(raw_bytes(value)).hexdigest(),
-        }
+    """What JSON cannot hold, as plain values."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
+    import torch
+
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        return {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype),
+            "sha256": hashlib.sha256(raw_bytes(value)).hexdigest(),
+        }
     if isinstance(value, torch.dtype):
         return str(value)
     raise EcoDiffError(

@@ -9,8 +9,6 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from .paths import root
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "ecodiff")
@@ -49,6 +47,8 @@ def machine() -> dict:
     found = {"cpu": _processor(), "cores": os.cpu_count(), "system": platform.system()}
     if hasattr(os, "sysconf"):
         found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    import torch
+
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found

@@ -30,9 +30,6 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
-
 from ecodiff.errors import EcoDiffError
 
 from .files import write_whole
@@ -132,17 +129,18 @@ def _read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        content = path.read_bytes()
-        return list(_parsed(str(path), content))
+        found = path.stat()
+        return list(_parsed(path, found.st_ino, found.st_size, found.st_mtime_ns))
     except (OSError, UnicodeDecodeError) as error:
         raise EcoDiffError(f"{path} cannot be read ({error}): restore it, or delete it to measure again.") from error
 
 
 @lru_cache(maxsize=8)
-def _parsed(path: str, content: bytes) -> list[dict]:
-    """Rows of a file; equal content is parsed once, since pages look up hundreds of rows in the same file."""
+def _parsed(path: Path, number: int, size: int, changed: int) -> list[dict]:
+    """Rows of a file that is parsed once as it is now, since pages look up hundreds of rows in the same file. A file is
+    replaced whole when a row is written (``write_whole``), so that another content has another number and time."""
     found = []
-    lines = content.decode("utf-8").split("\n")  # splitlines also splits at separators that prompts may hold
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits at separators that prompts may hold
     if not lines[-1]:
         lines.pop()
     for number, line in enumerate(lines, 1):
@@ -198,7 +196,7 @@ def _values(values, name: str) -> dict:
         raise EcoDiffError(f"{name}: a measurement returns a mapping of names to values, not {type(values).__name__}.")
 
     def plain(value):
-        if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        if hasattr(value, "tolist"):  # tensors, arrays, numpy's numbers
             return value.tolist()
         raise TypeError(f"{type(value).__name__} is no plain value")
 

@@ -27,7 +27,7 @@ from ecodiff.lab.studies.redundancy import in_bf16
 from ecodiff.lab.zoo import store
 from ecodiff.lab.zoo.card import SECONDS_FOR_512
 from ecodiff.method.generate import generate
-from ecodiff.pipelines.identity import weights_hash
+from ecodiff.pipelines.contents import weights_hash
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.storage import provenance, records
 

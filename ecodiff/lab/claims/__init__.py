@@ -15,8 +15,8 @@ from .comparisons import COMPARISONS
 from .cost import COST
 from .memory import MEMORY
 from .method import METHOD
-from .on_embedded import FAMILY, read_once
-from .on_full_size import PRESETS, only
+from .on_embedded import FAMILY
+from .on_full_size import PRESETS
 from .results import RESULTS
 from .reviewers import REVIEWERS
 from .rules import AGAINST, DECIDED, IN_FAVOUR, VERDICTS, Claim, Decision
@@ -32,8 +32,7 @@ CLAIMS = tuple(claim for group in GROUPS.values() for claim in group)
 
 def check(claims: Iterable[Callable[[], Claim]] = CLAIMS, presets: Sequence[str] = PRESETS) -> list[Claim]:
     """Decide them all, in order. ``presets``: the full-size models that are counted where no count is recorded."""
-    with read_once(), only(presets):
-        return [claim() for claim in claims]
+    return [claim().answered(presets) for claim in claims]
 
 
 def tally(claims: Iterable[Claim]) -> dict[str, int]:

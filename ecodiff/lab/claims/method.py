@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from ecodiff.baselines.deepcache import deep_blocks
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab.errata import algebra
 from ecodiff.lab.paper import setting
@@ -17,6 +14,8 @@ from .rules import MISSING, NOT_REPRODUCED, REPRODUCED, Claim, Decision, contrad
 
 
 def exact_gates() -> Claim:
+    import torch
+
     gates = torch.tensor([algebra.gate(algebra.noise(u, 0.0)) for u in algebra.U])
     closed, opened = (gates == 0).float().mean().item(), (gates == 1).float().mean().item()
     evidence = f"at λ = 0: {closed:.3f} of the draws are 0, {opened:.3f} are 1, {1 - closed - opened:.3f} lie between"
@@ -151,6 +150,8 @@ def _learned_on_both() -> Decision:
 
 def deepcache_needs_a_unet() -> Claim:
     def refused(unet, transformer) -> tuple[bool, str]:
+        from ecodiff.baselines.deepcache import deep_blocks
+
         deep = len(deep_blocks(unet, depth=1))
         try:
             deep_blocks(transformer, depth=1)

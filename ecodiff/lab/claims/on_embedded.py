@@ -7,19 +7,16 @@ the command that would measure it. With ECODIFF_RECORDS=off there are no rows.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
-from ecodiff.lab.studies.measure import compare
+from ecodiff.lab.identities import identity
+from ecodiff.lab.studies.cell import Cell
 from ecodiff.lab.studies.plan import DEV, SCHNELL, SD2, SDXL
+from ecodiff.lab.studies.results import find
 from ecodiff.metrics.intervals import SMALLEST_EFFECT, Interval, difference, mean_interval
-from ecodiff.pipelines.identity import hashed_once, weights_hash
-from ecodiff.pipelines.loading import load_once
-from ecodiff.pipelines.parts import denoiser
 from ecodiff.storage import records
 from ecodiff.storage.paths import data_dir
 
@@ -107,18 +104,13 @@ def recorded(model: str, *places: Place, seeds: int = studies.SEEDS) -> list[tup
 
 
 def _values(model: str, place: Place, seed: int) -> dict | None:
-    seen = _seen.get()
-    if seen is None or (model, place, seed) not in seen:
-        cell = _cell(model, place, seed)
-        found = cell is not None and readable(model)
-        values = compare(load_once(model), cell, only_recorded=True) if found else None
-        if seen is None:
-            return values
-        seen[model, place, seed] = values
-    return seen[model, place, seed]
+    cell = _cell(model, place, seed)
+    if cell is None or not readable(model):
+        return None
+    return find(cell, identity(model))
 
 
-def _cell(model: str, place: Place, seed: int) -> studies.Cell | None:
+def _cell(model: str, place: Place, seed: int) -> Cell | None:
     """The cell of a row; None for a seed that the study does not measure of it, EcoDiffError for no such row."""
     study, row = place
     rows = studies.cells(study, model, seed)
@@ -139,20 +131,6 @@ def varied(model: str, first: Place, second: Place) -> tuple[str, ...]:
             f"{first} and {second} of {model} differ in {', '.join(others)}, which no study says it varies."
         )
     return tuple(found)
-
-
-_seen: ContextVar[dict | None] = ContextVar("seen", default=None)
-
-
-@contextmanager
-def read_once() -> Iterator[None]:
-    """Inside, each row is looked up once, and weights are read once: many claims ask for the same rows."""
-    token = _seen.set({})
-    try:
-        with hashed_once():
-            yield
-    finally:
-        _seen.reset(token)
 
 
 def quality(values: Sequence[tuple[dict, ...]]) -> str:
@@ -245,6 +223,6 @@ def updates(model: str = SDXL) -> dict[int, dict[str, dict]]:
     """Recorded mask updates of an embedded model as it is now (``benchmark mask-update``): {T: {variant: values}}."""
     if not readable(model) or not (rows := records.rows("mask_step")):
         return {}
-    weights = weights_hash(denoiser(load_once(model)))
+    weights = identity(model).denoiser
     mine = [row for row in rows if row["config"]["weights"] == weights]
     return {row["config"]["T"]: {v["variant"]: v for v in row["values"]["variants"]} for row in mine}

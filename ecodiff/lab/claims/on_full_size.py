@@ -3,55 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib.metadata import version
 
-import torch
-from torch import nn
-
-from ecodiff.cost import presets
-from ecodiff.cost.counting import cost
-from ecodiff.method.sites import find_sites
-from ecodiff.method.surgery import prune_denoiser
 from ecodiff.storage import records
 
-from .rules import COUNTED, MISSING, NOT_COUNTED, UNDECIDED, Decision
+from .rules import COUNTED, MISSING, NOT_COUNTED, UNDECIDED, Decision, Question
 
 PRESETS = ("sd2", "sdxl", "flux-schnell")
 ONE = {"guidance": 1.0, "steps": 1, "inner": False}
 """One forward pass of one sample, as chapter 7 counts it."""
 SD2_UPDATE = ("sd2", {"inner": False})
 """Preset and options of SD2's mask update, one guided sample."""
-_allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=PRESETS)
 
 
-@contextmanager
-def only(presets: Sequence[str]):
-    """Inside, only these models are counted; claims about others say that they are not."""
-    token = _allowed.set(tuple(presets))
-    try:
-        yield
-    finally:
-        _allowed.reset(token)
-
-
-def counted(preset: str, **options) -> dict | None:
-    """`cost(preset, **options)` as a dictionary, recorded or counted now (seconds); None for a model left out."""
-    if preset not in _allowed.get():
+def counted(preset: str, presets: Sequence[str] = PRESETS, **options) -> dict | None:
+    """`cost(preset, **options)` as a dictionary, recorded or counted now (seconds); None for a model that is none of
+    ``presets``."""
+    if preset not in presets:
         return None
     settings = {"what": "cost", "version": 1, "preset": preset, **options}
     settings |= {name: version(name).split("+")[0] for name in ("torch", "diffusers")}
-    return records.measure(settings, lambda: cost(preset, **options).to_dict(), name="cost")["values"]
+
+    def count() -> dict:
+        from ecodiff.cost.counting import cost
+
+        return cost(preset, **options).to_dict()
+
+    return records.measure(settings, count, name="cost")["values"]
 
 
-def by_count(on: str, test: Callable[..., tuple[bool | None, str]], *settings: tuple[str, dict]) -> Decision:
+def by_count(on: str, test: Callable[..., tuple[bool | None, str]], *settings: tuple[str, dict]) -> Question:
     """A decision on counts: ``test`` takes them in order and says whether the claim holds (None: readings of it
     differ), and by which numbers. ``settings``: preset and options of each count."""
-    found = [counted(preset, **options) for preset, options in settings]
-    if None in found:
-        return _left_out(on, settings[0][0])
-    return decided(on, *test(*found))
+
+    def decide(presets: Sequence[str]) -> Decision:
+        counts = [counted(preset, presets, **options) for preset, options in settings]
+        if None in counts:
+            return _left_out(on, settings[0][0])
+        return decided(on, *test(*counts))
+
+    return Question(decide)
 
 
 def decided(on: str, holds: bool | None, evidence: str) -> Decision:
@@ -63,15 +54,26 @@ def _left_out(on: str, preset: str) -> Decision:
     return Decision(on, MISSING, command=f"python -m ecodiff cost {preset}")
 
 
-def by_structure(on: str, test: Callable[..., tuple[bool, str]], *names: str) -> Decision:
+def by_structure(on: str, test: Callable[..., tuple[bool, str]], *names: str) -> Question:
     """A decision on denoisers built without weights: ``test`` takes them in order."""
-    if not set(names) <= set(_allowed.get()):
-        return _left_out(on, names[0])
-    return decided(on, *test(*(presets.preset(name).build() for name in names)))
+
+    def decide(presets: Sequence[str]) -> Decision:
+        if not set(names) <= set(presets):
+            return _left_out(on, names[0])
+        from ecodiff.cost.presets import preset
+
+        return decided(on, *test(*(preset(name).build() for name in names)))
+
+    return Question(decide)
 
 
 def widths_stay(*networks) -> tuple[bool, str]:
     """Whether, with every second unit gone, all linear layers keep their widths, but for the inner ones of sites."""
+    from torch import nn
+
+    from ecodiff.method.sites import find_sites
+    from ecodiff.method.surgery import prune_denoiser
+
     changed = sites_seen = 0
     for network in networks:
         sites = find_sites(network)
@@ -90,7 +92,9 @@ def widths_stay(*networks) -> tuple[bool, str]:
     return not changed, f"{changed} outer widths change at {sites_seen} sites that lose every second unit"
 
 
-def _every_second(units: int) -> torch.Tensor:
+def _every_second(units: int):
+    import torch
+
     return torch.arange(units) % 2 == 0
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ecodiff.lab import studies
 from ecodiff.lab.errata import algebra
-from ecodiff.lab.studies.measure import gates_file
-from ecodiff.method.gates import Gates
-from ecodiff.pipelines.parts import denoiser
+from ecodiff.lab.identities import identity
+from ecodiff.lab.studies.results import gates_file
 
 from . import on_embedded
 from .method import l1_against_l0
@@ -49,9 +46,16 @@ def binary() -> Claim:
 def _between(model: str) -> Decision:
     """Share of gates of kept λ that are neither 0 nor 1 without noise. Nothing is learned here."""
     files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)] if on_embedded.readable(model) else []
-    gates = [Gates.load(path, denoiser(on_embedded.load_once(model))) for path in files if path.is_file()]
-    if not gates:
+    files = [path for path in files if path.is_file()]
+    if not files:
         return on_embedded.missing(model, "main", "learned gates")
+    import torch
+
+    from ecodiff.method.gates import Gates
+    from ecodiff.pipelines.loading import load_once
+    from ecodiff.pipelines.parts import denoiser
+
+    gates = [Gates.load(path, denoiser(load_once(model))) for path in files]
     values = [torch.cat(list(one.deterministic().values())) for one in gates]
     shares = [((v > 0) & (v < 1)).float().mean().item() for v in values]
     closed = [(v == 0).float().mean().item() for v in values]
@@ -63,7 +67,7 @@ def _between(model: str) -> Decision:
 def _kept_gates(model: str, seed: int) -> Path:
     """The file with λ of the main study."""
     study, row = LEARNED
-    return gates_file(on_embedded.load_once(model), studies.cells(study, model, seed)[row])
+    return gates_file(studies.cells(study, model, seed)[row], identity(model))
 
 
 def baselines() -> Claim:

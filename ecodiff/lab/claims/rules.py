@@ -8,8 +8,8 @@ can be a gain for one claim and nothing for another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab.errata import Erratum
@@ -51,6 +51,13 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A decision that depends on which full-size models may be counted: ``decide(presets)``."""
+
+    decide: Callable[[Sequence[str]], Decision]
+
+
+@dataclass(frozen=True)
 class Claim:
     """Something that the paper says, in our words: where it stands, what decides it, and what was decided.
 
@@ -61,7 +68,12 @@ class Claim:
     says: str
     test: str
     shown: tuple[str, ...]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision | Question, ...]
+
+    def answered(self, presets: Sequence[str]) -> Claim:
+        """The same claim with every question answered, these full-size models being counted."""
+        answers = [each.decide(presets) if isinstance(each, Question) else each for each in self.decisions]
+        return replace(self, decisions=tuple(answers))
 
     @property
     def decided(self) -> bool:

@@ -3,6 +3,7 @@
 from ecodiff.lazy import names_of
 
 _HOMES = {
+    "measure": ("measured",),
     "plan": (
         "ADAPTED",
         "DEV",

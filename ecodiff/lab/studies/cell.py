@@ -8,11 +8,9 @@ from functools import lru_cache
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.judges import judge
-from ecodiff.method.learn import LearnConfig
-from ecodiff.pipelines.identity import conditions, describe_run, weights_hash
-from ecodiff.pipelines.loading import load_once
-from ecodiff.pipelines.parts import denoiser
+from ecodiff.lab.identities import identity, judge_hash
+from ecodiff.method.config import LearnConfig
+from ecodiff.pipelines.identity import Identity, describe_run
 from ecodiff.retraining.config import RetrainConfig
 from ecodiff.storage.fingerprint import key
 
@@ -92,16 +90,15 @@ def sampling_of(config: LearnConfig, seed: int) -> dict:
     }
 
 
-def describe_cell(pipe, cell: Cell) -> dict:
-    """Everything that the values of a cell depend on: what its row is found by."""
+def describe_cell(model: Identity, cell: Cell) -> dict:
+    """Everything that the values of a cell of a model depend on: what its row is found by. No model is loaded."""
     captions, config = cell.captions(), cell.seeded
-    (base, extras), judged_by = apart(cell.method), judge()
-    source = source_of(pipe, cell)
+    base, extras = apart(cell.method)
     described = {
-        "weights": weights_hash(denoiser(pipe)),
-        "vae": weights_hash(pipe.vae),
-        "conditions": key(conditions(pipe)),
-        "judge": weights_hash(judged_by.model) if judged_by else None,
+        "weights": model.denoiser,
+        "vae": model.vae,
+        "conditions": key(model.conditions),
+        "judge": judge_hash(),
         "method": cell.method,
         "ratio": 0.0 if base == "original" else cell.ratio,
         "scope": cell.scope,
@@ -112,9 +109,9 @@ def describe_cell(pipe, cell: Cell) -> dict:
     if base in UNSEEING and config.kinds != LearnConfig().kinds:
         described["kinds"] = config.kinds
     if base == "learned":
-        described["learned"] = {**describe_run(source, captions, config), "updates": config.updates}
+        described["learned"] = describe_learning(model, cell)
     elif cell.learned_on:
-        described["scores of"] = weights_hash(denoiser(source))
+        described["scores of"] = identity(cell.learned_on).denoiser
     if cell.retrain:
         described["retrain"] = {**asdict(cell.retrain), "captions": key(captions)}
     if "compensation" in extras or base not in ("original", "learned", *UNSEEING):
@@ -127,9 +124,10 @@ def describe_cell(pipe, cell: Cell) -> dict:
     return described
 
 
-def source_of(pipe, cell: Cell):
-    """The pipeline whose units are scored."""
-    return load_once(cell.learned_on) if cell.learned_on else pipe
+def describe_learning(model: Identity, cell: Cell) -> dict:
+    """Everything that the learned gates of a cell depend on: what their file is named by."""
+    source = identity(cell.learned_on) if cell.learned_on else model
+    return {**describe_run(source, cell.captions(), cell.seeded), "updates": cell.seeded.updates}
 
 
 BLOCKS = ("blocks", "blocks-clip")  # whole blocks by the prediction's error (LAPTOP-Diff), by CLIP score (SnapFusion)

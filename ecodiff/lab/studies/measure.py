@@ -1,4 +1,4 @@
-"""What chapters measure and share: learned gates kept as files, methods under one protocol, latency in turns.
+"""Measuring cells: units are scored, removed, and the smaller model's images are judged. `results` reads what is there.
 
 A cell of a comparison is a recorded row (``storage/records.py``). Its configuration names everything that its values
 depend on, weights included, so a row is read where nothing has changed and measured again where anything has.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,19 +27,73 @@ from ecodiff.method.learn import LearnConfig, learn
 from ecodiff.method.mask import make_mask
 from ecodiff.method.sites import find_sites
 from ecodiff.method.surgery import fold_gates, prune
-from ecodiff.pipelines.identity import describe_run, weights_hash
+from ecodiff.pipelines.contents import weights_hash
+from ecodiff.pipelines.identity import Identity, describe_run
+from ecodiff.pipelines.loading import load_once
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import mix
 from ecodiff.retraining import two_four
 from ecodiff.retraining.retrain import retrain
 from ecodiff.scores import METHODS, prune_adapted
 from ecodiff.storage import records
-from ecodiff.storage.cache import anew, cache_folder, cached
-from ecodiff.storage.fingerprint import key
-from ecodiff.storage.paths import data_dir
+from ecodiff.storage.cache import cache_folder, cached
 
-from .cell import BLOCKS, Cell, apart, calibration, describe_cell, sampling_of, source_of
-from .protocol import Protocol, draw, judge_pictures
+from .cell import BLOCKS, Cell, apart, calibration, describe_cell, sampling_of
+from .images import draw, judge_pictures
+from .plan import SEEDS
+from .protocol import Protocol
+from .results import as_it_is, asked, describe_removed, describe_sparing, file_of_gates
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept from earlier measurements and may be read: learned gates; scores and images."""
+
+    gates: bool = True
+    images: bool = True
+
+
+NOTHING = Kept(gates=False, images=False)
+
+
+def run(cell: Cell, pipe=None, *, recompute: bool = False, identity: Identity | None = None) -> dict:
+    """What one cell comes to, recorded or measured now.
+
+    Returns lists with one entry an image: ``ssim`` (to the original's image of the same caption and noise), ``colour``
+    (1 where the background has the named colour); with ``protocol.features`` also ``object`` (1 where the probe names
+    the one object) and the numbers ``fid`` and ``kid`` to the real scenes of the same captions; with a trained judge
+    ``clip`` (100 times the cosine with the caption), ``found`` (1 where all objects are there) and ``facts`` (1 where
+    all that the caption says is); and the denoiser's number of ``parameters`` and its ``gflop`` for an image
+    (``picture_gflop``).
+
+    Args:
+        cell: what is measured.
+        pipe: the model; by default that of the cell's protocol.
+        recompute: measure again, from nothing that is kept, and replace the row.
+        identity: of ``pipe``, where it is known already.
+    """
+    pipe = load_once(cell.protocol.model) if pipe is None else pipe
+    described = describe_cell(identity or Identity.of(pipe), cell)
+    kept = NOTHING if recompute else Kept()
+    row = records.measure(described, lambda: measure_cell(pipe, cell, kept), name="compare", recompute=recompute)
+    return row["values"]
+
+
+def measured(
+    study: str,
+    model: str,
+    seeds: int = SEEDS,
+    *,
+    only: Sequence[str] = (),
+    adjust: Callable[[Cell], Cell] = as_it_is,
+) -> dict[str, list[dict]]:
+    """A study as `results.recorded` returns it, with what is not recorded measured now."""
+    found: dict[str, list[dict]] = {}
+    pipe = load_once(model)
+    identity = Identity.of(pipe)
+    for _, name, cell in asked(study, model, seeds, only):
+        found.setdefault(name, []).append(run(adjust(cell), pipe, identity=identity))
+    return found
 
 
 def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompute: bool = False) -> Gates:
@@ -48,7 +102,8 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     The file's name is the hash of configuration, captions, scheduler and the denoiser's weights. ECODIFF_RECORDS=off
     neither reads nor writes.
     """
-    path = _kept_gates(pipe, captions, config)
+    described = describe_run(Identity.of(pipe, vae=False), list(captions), config)
+    path = file_of_gates({**described, "updates": config.updates})
     if path in _learned_here:
         return _learned_here[path]
     kept = records.enabled()
@@ -61,16 +116,10 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     return gates
 
 
-def _kept_gates(pipe, captions: Sequence[str], config: LearnConfig) -> Path:
-    """The file in which ``learned_gates`` keeps the gates of this configuration."""
-    name = key({**describe_run(pipe, list(captions), config), "updates": config.updates})
-    return data_dir() / "results" / "gates" / f"{name[:16]}.safetensors"
-
-
 _learned_here: dict[Path, Gates] = {}  # so that a process that recomputes learns each mask once
 
 
-def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, recompute: bool = False):
+def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, kept: Kept = Kept()):
     """Scores {site: [units]} of a method by name: "learned" (with this seed), or one of ``ecodiff.scores``.
 
     Methods that watch the model draw see the first captions (``calibration``), with the steps, guidance, kinds and call
@@ -78,7 +127,7 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
     """
     method, _ = apart(method)
     if method == "learned":
-        return learned_gates(pipe, captions, replace(config, seed=seed), recompute=recompute).scores()
+        return learned_gates(pipe, captions, replace(config, seed=seed), recompute=not kept.gates).scores()
     if method not in METHODS:
         raise EcoDiffError(f"Unknown method {method!r}: take learned, {', '.join(METHODS)}.")
     seen, settings = calibration(method, captions), {"kinds": config.kinds, **sampling_of(config, seed)}
@@ -88,16 +137,16 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
         return torch.cat([found[name] for name in sorted(found)])
 
     sites = find_sites(denoiser(pipe), config.kinds)
-    scores = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute)
+    scores = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute, kept)
     return dict(zip(sorted(sites), scores.split([sites[name].units for name in sorted(sites)]), strict=True))
 
 
-def _computed_once(pipe, request: dict, compute: Callable[[], Tensor]) -> Tensor:
+def _computed_once(pipe, request: dict, compute: Callable[[], Tensor], kept: Kept) -> Tensor:
     """Scores, kept beside pictures: other ratios and evaluation sets need the same ones."""
     request = {**request, "version": 1}
     request |= {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     request |= {"scheduler": json.loads(json.dumps(dict(pipe.scheduler.config), default=repr))}
-    return cached(cache_folder("scores"), "scores", request, compute)
+    return cached(cache_folder("scores", anew=not kept.images), "scores", request, compute)
 
 
 def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[str], config: LearnConfig, seed: int):
@@ -109,44 +158,21 @@ def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[
     return prune_adapted(pipe, mask, seen, kinds=kinds, progress=False, **sampling_of(config, seed))
 
 
-def compare(pipe, cell: Cell, *, recompute: bool = False, only_recorded: bool = False) -> dict | None:
-    """What one cell comes to, recorded or measured now; with ``only_recorded`` None where it is not recorded.
-
-    Returns lists with one entry a picture: ``ssim`` (to the original's picture of the same caption and noise),
-    ``colour`` (1 where the background has the named colour); with ``protocol.features`` also ``object`` (1 where the
-    probe names the one object) and the numbers ``fid`` and ``kid`` to the real scenes of the same captions; with a
-    trained judge ``clip`` (100 times the cosine with the caption), ``found`` (1 where all objects are there) and
-    ``facts`` (1 where all that the caption says is); and the denoiser's number of ``parameters`` and its ``gflop`` for
-    a picture (``picture_gflop``).
-    """
-    described = describe_cell(pipe, cell)
-    if only_recorded:
-        row = records.find(described, name="compare")
-        return row and row["values"]
-    return records.measure(described, lambda: measure_cell(pipe, cell, recompute), name="compare", recompute=recompute)[
-        "values"
-    ]
-
-
-def gates_file(pipe, cell: Cell) -> Path:
-    """Where the gates of a cell of learned masks are kept once they are learned."""
-    return _kept_gates(source_of(pipe, cell), cell.captions(), cell.seeded)
-
-
-def smaller_model(pipe, cell: Cell, recompute: bool = False):
+def smaller_model(pipe, cell: Cell, kept: Kept = Kept()):
     """The pipeline that a cell judges; for "original" ``pipe`` itself."""
-    smaller = _pruned(pipe, cell, recompute)
+    smaller = _pruned(pipe, cell, kept)
     if not cell.retrain:
         return smaller
     captions, settings = cell.captions(), cell.protocol.sampling
     seeds = [mix(cell.seed, i) for i in range(len(captions))]
-    pictures = generate(pipe, captions, seeds, cache_dir=cache_folder("pictures"), progress=False, **settings)
+    folder = cache_folder("pictures", anew=not kept.images)
+    pictures = generate(pipe, captions, seeds, cache_dir=folder, progress=False, **settings)
     call = {name: value for name, value in settings.items() if name != "num_inference_steps"}
     config = replace(cell.retrain, seed=cell.seed, call=call)
     return retrain(smaller, pictures, captions, config, progress=False)
 
 
-def _pruned(pipe, cell: Cell, recompute: bool):
+def _pruned(pipe, cell: Cell, kept: Kept):
     method, extras = apart(cell.method)
     if method == "original":
         return pipe
@@ -154,31 +180,32 @@ def _pruned(pipe, cell: Cell, recompute: bool):
         return two_four.sparsify(pipe)
     captions = cell.captions()
     if method in BLOCKS:
-        return _without_blocks(pipe, method, calibration(method, captions), cell)
-    mask = _mask(pipe, cell, recompute)
+        return _without_blocks(pipe, method, calibration(method, captions), cell, kept)
+    mask = _mask(pipe, cell, kept)
     if "soft" in extras:
         gates = learned_gates(source_of(pipe, cell), captions, cell.seeded)
         pipe = fold_gates(pipe, gates.deterministic())
     return pruned_by(pipe, cell.method, mask, captions, cell.config, cell.seed)
 
 
-def _mask(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
+def source_of(pipe, cell: Cell):
+    """The pipeline whose units are scored."""
+    return load_once(cell.learned_on) if cell.learned_on else pipe
+
+
+def _mask(pipe, cell: Cell, kept: Kept = Kept()) -> dict[str, Tensor]:
     """The mask {site: bool [units]} of a cell whose method scores units."""
     method, _ = apart(cell.method)
-    scores = scores_of(source_of(pipe, cell), method, cell.captions(), cell.config, cell.seed, recompute)
+    scores = scores_of(source_of(pipe, cell), method, cell.captions(), cell.config, cell.seed, kept)
     return make_mask(scores, find_sites(denoiser(pipe)), cell.ratio, scope=cell.scope, count=cell.count)
 
 
-def removed_units(pipe, cell: Cell, *, only_recorded: bool = False) -> dict[str, dict] | None:
-    """How many units of each site a cell's mask removes, recorded or computed now; None where it is not recorded.
+def removed_units(pipe, cell: Cell) -> dict[str, dict]:
+    """How many units of each site a cell's mask removes, recorded or computed now.
 
     Returns {site: {"kind", "units", "removed", "params_per_unit"}}. The mask depends on no image that is judged, so the
     row does not depend on the protocol.
     """
-    described = describe_cell(pipe, cell)
-    for judging in ("protocol", "judge", "vae"):
-        del described[judging]
-    described |= {"what": "removed_units", "version": 1}
 
     def count() -> dict:
         mask, sites = _mask(pipe, cell), find_sites(denoiser(pipe))
@@ -192,37 +219,29 @@ def removed_units(pipe, cell: Cell, *, only_recorded: bool = False) -> dict[str,
             for name, site in sites.items()
         }
 
-    if only_recorded:
-        row = records.find(described, name="removed_units")
-        return row and row["values"]
-    return records.measure(described, count, name="removed_units")["values"]
+    return records.measure(describe_removed(Identity.of(pipe), cell), count, name="removed_units")["values"]
 
 
-def compare_sparing(pipe, cell: Cell, sites: Sequence[str], *, only_recorded: bool = False) -> dict | None:
-    """What a cell comes to if no unit of these sites may go, recorded or measured now; as ``compare`` otherwise.
+def sparing(pipe, cell: Cell, sites: Sequence[str]) -> dict:
+    """What a cell comes to if no unit of these sites may go, recorded or measured now; as ``run`` otherwise.
 
     The next units of the cell's own order go in their place, so that as much is removed. Raises EcoDiffError for a name
     that is no site.
     """
-    sites = sorted(sites)
     known = find_sites(denoiser(pipe))
     if unknown := [name for name in sites if name not in known]:
         raise EcoDiffError(f"{unknown[0]!r} is no site of this model: take some of {', '.join(known)}.")
-    described = {**describe_cell(pipe, cell), "spared": sites}
 
-    def measured() -> dict:
+    def measure() -> dict:
         scores = dict(scores_of(pipe, cell.method, cell.captions(), cell.config, cell.seed))
         scores |= {name: torch.full_like(scores[name], float("inf")) for name in sites}
         mask = make_mask(scores, known, cell.ratio, scope=cell.scope, count=cell.count)
         return _judged(pipe, prune(pipe, mask), cell)
 
-    if only_recorded:
-        row = records.find(described, name="spared")
-        return row and row["values"]
-    return records.measure(described, measured, name="spared")["values"]
+    return records.measure(describe_sparing(Identity.of(pipe), cell, sites), measure, name="spared")["values"]
 
 
-def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
+def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell, kept: Kept):
     model, settings = denoiser(pipe), sampling_of(cell.config, cell.seed)
     sizes = blocks.candidates(model)
     if method == "blocks-clip" and judge() is None:
@@ -236,26 +255,26 @@ def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell):
         return torch.tensor([found[name] for name in sizes], dtype=torch.float64)
 
     by = {"judge": weights_hash(judge().model)} if method == "blocks-clip" else {}
-    values = _computed_once(pipe, {"method": method, "captions": captions, **by, **settings}, compute)
+    values = _computed_once(pipe, {"method": method, "captions": captions, **by, **settings}, compute, kept)
     scores = dict(zip(sizes, values.tolist(), strict=True))
     choose = blocks.choose if method == "blocks" else blocks.choose_in_order
     return blocks.remove(pipe, choose(scores, sizes, cell.ratio))
 
 
-def measure_cell(pipe, cell: Cell, recompute: bool = False) -> dict:
-    """The values of a cell, measured now; gates, scores and pictures that are kept are read, unless ``recompute``."""
-    with anew(recompute):
-        return _judged(pipe, smaller_model(pipe, cell, recompute), cell)
+def measure_cell(pipe, cell: Cell, kept: Kept = Kept()) -> dict:
+    """The values of a cell, measured now."""
+    return _judged(pipe, smaller_model(pipe, cell, kept), cell, kept)
 
 
-def _judged(pipe, smaller, cell: Cell) -> dict:
-    """What ``compare`` returns of a smaller pipeline, drawn and judged now."""
+def _judged(pipe, smaller, cell: Cell, kept: Kept = Kept()) -> dict:
+    """What ``run`` returns of a smaller pipeline, generated and judged now."""
+    anew = not kept.images
     protocol, scenes = cell.protocol, cell.protocol.scenes()
     reused = "deepcache" in apart(cell.method)[1]
-    drawn = original = draw(pipe, scenes, cell.seed, protocol)
+    drawn = original = draw(pipe, scenes, cell.seed, protocol, anew=anew)
     with deepcache(smaller, interval=2) if reused else nullcontext():
         if reused or smaller is not pipe:
-            drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused)
+            drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused, anew=anew)
         gflop = picture_gflop(smaller, protocol)
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),

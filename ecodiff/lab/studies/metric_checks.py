@@ -18,11 +18,12 @@ from ecodiff.lab import openmoji
 from ecodiff.lab.openmoji.judges import judge, probe, real_features
 from ecodiff.metrics.clip import clip_score
 from ecodiff.pipelines.conditioning import through_vae
+from ecodiff.pipelines.identity import Identity
 from ecodiff.storage import records
 
 from .cell import Cell, describe_cell
-from .measure import smaller_model
-from .protocol import draw
+from .images import draw
+from .measure import NOTHING, Kept, smaller_model
 
 NETWORK = "inception-2015-12-05"
 
@@ -109,7 +110,7 @@ def known_sets(pipe, cell: Cell, recompute: bool = False) -> dict:
     is independent of what is measured, as KID wants it). SSIM is to the prompts' real scenes for ``vae``, and to
     ``original`` for what is drawn.
     """
-    described = describe_cell(pipe, cell)
+    described = describe_cell(Identity.of(pipe), cell)
     described.pop("judge")  # not asked here
     config = {"measurement": "known sets", "cell": described, "seed": cell.seed, **_judged_by()}
     return records.measure(config, lambda: _known_sets(pipe, cell, recompute), name="quality", recompute=recompute)
@@ -151,7 +152,7 @@ def drawn_sets(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
     return {
         "original": draw(pipe, scenes, cell.seed, cell.protocol),
         "again": draw(pipe, scenes, cell.seed + 1, cell.protocol),
-        "pruned": draw(smaller_model(pipe, cell, recompute), scenes, cell.seed, cell.protocol),
+        "pruned": draw(smaller_model(pipe, cell, NOTHING if recompute else Kept()), scenes, cell.seed, cell.protocol),
     }
 
 
@@ -162,7 +163,12 @@ def judged_sets(pipe, cell: Cell, recompute: bool = False) -> dict | None:
     """
     if judge() is None:
         return None
-    config = {"measurement": "judged sets", "cell": describe_cell(pipe, cell), "seed": cell.seed, "version": 1}
+    config = {
+        "measurement": "judged sets",
+        "cell": describe_cell(Identity.of(pipe), cell),
+        "seed": cell.seed,
+        "version": 1,
+    }
 
     def measured() -> dict:
         scenes = cell.protocol.scenes()

@@ -18,16 +18,18 @@ its intervals over seeds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.config import LearnConfig
-from ecodiff.pipelines.loading import embedded
 from ecodiff.retraining.config import RetrainConfig
+from ecodiff.storage.paths import is_embedded
 
 from .cell import Cell
-from .protocol import Protocol
+from .protocol import Protocol, recommended
 
 SEEDS = 3
 SD2, SDXL, DEV, SCHNELL = "openmoji-sd2", "openmoji-sdxl", "openmoji-flux-dev", "openmoji-flux-schnell"
@@ -42,7 +44,7 @@ def base(model: str, **changes) -> Cell:
     """The cell all studies vary: our defaults for learning, the model's own way of drawing, 20 % of the units."""
     protocol = Protocol.of(model)
     config = LearnConfig(guidance_scale=protocol.guidance_scale, call=protocol.call)
-    if model in embedded():  # there is memory for all steps: a quarter less time, the same result to the bit
+    if is_embedded(model):  # there is memory for all steps: a quarter less time, the same result to the bit
         config = replace(config, keep_last=config.num_inference_steps)
     steps = protocol.num_inference_steps
     if steps and steps < config.num_inference_steps:  # a step-distilled model has only so many
@@ -270,7 +272,7 @@ def _retraining(model: str) -> dict[str, Cell]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """A table of this project: what varies, what the rows are compared with, and where the paper has the like.
 
@@ -499,13 +501,21 @@ def planned(study: str, model: str) -> int:
     return SEEDS
 
 
+@lru_cache(maxsize=64)
+def _checked_rows(study: Study, model: str, drawn: str, stored: bool) -> dict[str, Cell]:
+    """All rows of a study, built and checked once: claims ask for them hundreds of times. They depend on how the model
+    is drawn and on whether it is stored (see ``base``)."""
+    rows = study.rows(model)
+    check(study, rows)
+    return rows
+
+
 def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
     """The rows of a study for one seed, {name: cell}. ``STUDIES[study].rows(model)`` has the rows that the plan leaves
     out of a model, too. Raises EcoDiffError for a study that is none, and for rows that do not test what it says."""
     if study not in STUDIES:
         raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
-    rows = STUDIES[study].rows(model)
-    check(STUDIES[study], rows)
+    rows = _checked_rows(STUDIES[study], model, json.dumps(recommended(model)), is_embedded(model))
     names = STUDIES[study].short.get(model) or rows
     further = STUDIES[study].further.get(model)
     if seed > 0 and further is not None:

@@ -1,4 +1,4 @@
-"""How a model is judged: which prompts, which noise, and what is measured on the pictures (§3.1, App. E.1).
+"""How a model is judged: which prompts, and which noise (§3.1, App. E.1). `images` generates and judges by it.
 
 One protocol for all methods: the same captions, and for each caption and seed the same initial noise.
 """
@@ -6,19 +6,12 @@ One protocol for all methods: the same captions, and for each caption and seed t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from torch import Tensor
-
-from ecodiff import metrics
 from ecodiff.lab import openmoji
-from ecodiff.lab.openmoji.facts import verdicts
-from ecodiff.lab.openmoji.judges import judge, probe, real_features
-from ecodiff.method.generate import generate
-from ecodiff.storage.cache import cache_folder
 from ecodiff.storage.paths import data_dir
 
 
@@ -70,36 +63,3 @@ def recommended(model: str) -> dict:
 def sampling_of(recipe: Path, changed: int) -> dict:
     """What a recipe, last changed at this time, says of drawing: read once, since studies ask for it in every row."""
     return json.loads(recipe.read_text())["recipe"]["sampling"]
-
-
-def judge_pictures(drawn: Tensor, scenes: Sequence[openmoji.Scene], features: bool = True) -> dict[str, list | float]:
-    """What ``compare`` returns about pictures uint8 [N, 3, 64, 64] of scenes, without a reference."""
-    found = {"colour": openmoji.background_correct(drawn, [scene.colour for scene in scenes], openmoji.COLOURS)}
-    sets = {}
-    if features:
-        seen = metrics.inception_features(drawn, progress=False)
-        real = real_features(scenes)
-        sets = {"fid": metrics.fid(real, seen), "kid": metrics.kid(real, seen)[0]}
-        if all(len(scene.objects) == 1 for scene in scenes):
-            found["object"] = probe().correct(seen, [scene.objects[0] for scene in scenes], progress=False)
-    if judge():
-        shown = verdicts(judge(), drawn, scenes)
-        found |= {"found": shown["objects"], "facts": shown["all"]}
-        likeness = judge().image_features(drawn) * judge().text_features([scene.caption for scene in scenes])
-        sets["clip"] = [round(100 * value, 2) for value in likeness.sum(-1).tolist()]
-    return {**{name: [int(hit) for hit in hits] for name, hits in found.items()}, **sets}
-
-
-def draw(pipe, scenes: Sequence[openmoji.Scene], seed: int, protocol: Protocol, keep: bool = True) -> Tensor:
-    """Pictures uint8 [N, 3, 64, 64] of the scenes' captions; the noise of each is fixed by ``seed`` and its scene.
-
-    ``keep``: look for them in ``data/.cache`` first, and leave them there.
-    """
-    return generate(
-        pipe,
-        [scene.caption for scene in scenes],
-        [1_000_000 * (seed + 1) + scene.index for scene in scenes],
-        cache_dir=cache_folder("pictures") if keep else None,
-        progress=False,
-        **protocol.sampling,
-    )

@@ -16,7 +16,7 @@ from ecodiff.method.hard_concrete import HardConcrete
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import find_sites
 from ecodiff.method.trajectory import final_latents
-from ecodiff.pipelines.identity import conditions, weights_hash
+from ecodiff.pipelines.identity import Identity
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import collate
 from ecodiff.storage import records
@@ -50,11 +50,12 @@ def cosines(
     settings = {"num_inference_steps": steps, **(call or {})}
     if guidance_scale is not None:
         settings["guidance_scale"] = guidance_scale
+    model = Identity.of(pipe, vae=False)
     config = {
         "what": "redrawn_gradient",
         "version": 1,
-        "weights": weights_hash(denoiser(pipe)),
-        "conditions": key(conditions(pipe)),
+        "weights": model.denoiser,
+        "conditions": key(model.conditions),
         "captions": key(captions),
         "log_alpha": log_alpha,
         "delta": delta,

@@ -27,7 +27,7 @@ from ecodiff.lab import openmoji
 from ecodiff.method.generate import generate
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import Site, find_sites
-from ecodiff.pipelines.identity import conditions, weights_hash
+from ecodiff.pipelines.identity import Identity
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.storage import records
 from ecodiff.storage.fingerprint import key
@@ -88,12 +88,13 @@ def measure(
     """
     scenes = list(openmoji.scenes("seen", prompts, start=_FIRST_SCENE))
     captions, noise = [scene.caption for scene in scenes], list(range(prompts))
+    model = Identity.of(pipe)
     config = {
         "what": "single removals",
         "model": protocol.model,
-        "weights": weights_hash(denoiser(pipe)),
-        "vae": weights_hash(pipe.vae),
-        "conditions": key(conditions(pipe)),
+        "weights": model.denoiser,
+        "vae": model.vae,
+        "conditions": key(model.conditions),
         "per_kind": per_kind,
         "captions": captions,
         "sampling": protocol.sampling,

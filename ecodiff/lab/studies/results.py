@@ -1,17 +1,19 @@
-"""Recorded rows of the studies as tables, differences and sentences."""
+"""Recorded rows: found without a model, and shown as tables, differences and sentences. `measure` measures them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from ecodiff import metrics
-from ecodiff.metrics.intervals import EFFECTS, Interval, difference
-from ecodiff.pipelines.identity import hashed_once
+from ecodiff.lab.identities import identity
+from ecodiff.metrics.intervals import EFFECTS, Interval, difference, nested_interval
+from ecodiff.pipelines.identity import Identity
+from ecodiff.storage import records
+from ecodiff.storage.fingerprint import key
+from ecodiff.storage.paths import data_dir
 
-from .cell import Cell
-from .measure import compare
+from .cell import Cell, describe_cell, describe_learning
 from .plan import SEEDS, cells, planned
 
 
@@ -21,7 +23,7 @@ def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digit
     values = [[scale * value for value in seed_values] for seed_values in per_seed if seed_values]
     if not values:
         return "–"
-    interval = metrics.nested_interval(values)
+    interval = nested_interval(values)
     if digits is None:
         digits = 1 if scale > 1 else 3
     return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
@@ -43,35 +45,86 @@ def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: 
     return "\n".join(lines)
 
 
+def find(cell: Cell, of: Identity | None = None) -> dict | None:
+    """The recorded values of a cell (see `measure.run`), or None. Loads no model and needs no torch.
+
+    ``of``: what the model is, where its id in the protocol does not say.
+    """
+    return _values(describe_cell(of or identity(cell.protocol.model), cell), "compare")
+
+
+def find_removed(cell: Cell, of: Identity | None = None) -> dict[str, dict] | None:
+    """How many units of each site a cell's mask removes (see `measure.removed_units`), or None."""
+    return _values(describe_removed(of or identity(cell.protocol.model), cell), "removed_units")
+
+
+def find_sparing(cell: Cell, sites: Sequence[str], of: Identity | None = None) -> dict | None:
+    """The recorded values of a cell that spares these sites (see `measure.sparing`), or None."""
+    return _values(describe_sparing(of or identity(cell.protocol.model), cell, sites), "spared")
+
+
+def _values(described: dict, name: str) -> dict | None:
+    row = records.find(described, name=name)
+    return row["values"] if row else None
+
+
+def describe_removed(model: Identity, cell: Cell) -> dict:
+    """What a cell's mask depends on: no image that is judged."""
+    described = describe_cell(model, cell)
+    for judging in ("protocol", "judge", "vae"):
+        del described[judging]
+    return {**described, "what": "removed_units", "version": 1}
+
+
+def describe_sparing(model: Identity, cell: Cell, sites: Sequence[str]) -> dict:
+    """What the values of a cell that spares sites depend on."""
+    return {**describe_cell(model, cell), "spared": sorted(sites)}
+
+
+def gates_file(cell: Cell, of: Identity | None = None) -> Path:
+    """Where the gates of a cell of learned masks are kept once they are learned."""
+    return file_of_gates(describe_learning(of or identity(cell.protocol.model), cell))
+
+
+def file_of_gates(learning: Mapping) -> Path:
+    """The file of the gates of a run of learning: its name is the hash of all that the run depends on."""
+    return data_dir() / "results" / "gates" / f"{key(learning)[:16]}.safetensors"
+
+
+def as_it_is(cell: Cell) -> Cell:
+    """No change."""
+    return cell
+
+
+def asked(study: str, model: str, seeds: int, only: Sequence[str]) -> Iterator[tuple[int, str, Cell]]:
+    """The cells of a study, (seed, row, cell), seed by seed; ``only``: these rows."""
+    for seed in range(seeds):
+        for name, cell in cells(study, model, seed).items():
+            if not only or name in only:
+                yield seed, name, cell
+
+
 def recorded(
-    pipe,
     study: str,
     model: str,
     seeds: int = SEEDS,
     *,
     only: Sequence[str] = (),
-    adjust: Callable[[Cell], Cell] = lambda cell: cell,
-    measure: bool = False,
+    adjust: Callable[[Cell], Cell] = as_it_is,
+    of: Identity | None = None,
 ) -> dict[str, list[dict]]:
-    """What is recorded of a study, {row: values of each seed}; rows without seed 0 are left out.
+    """What is recorded of a study, {row: values of each seed}; rows without seed 0 are left out. Loads no model.
 
     Seeds are those from 0 to the first that is missing, so that place s of every row is seed s.
-    ``only``: these rows. ``adjust`` changes each cell first, such as to fewer pictures. ``measure``: measure what is
-    not recorded, instead of leaving it out.
+    ``only``: these rows. ``adjust`` changes each cell first, such as to fewer images. ``of``: what the model is,
+    where its id does not say.
     """
     found: dict[str, list[dict]] = {}
-    asked = (
-        (seed, name, cell)
-        for seed in range(seeds)
-        for name, cell in cells(study, model, seed).items()
-        if not only or name in only
-    )
-    with nullcontext() if measure else hashed_once():  # looking up changes no weights
-        for seed, name, cell in asked:
-            if len(found.get(name, [])) < seed:
-                continue
-            if values := compare(pipe, adjust(cell), only_recorded=not measure):
-                found.setdefault(name, []).append(values)
+    for seed, name, cell in asked(study, model, seeds, only):
+        if len(found.get(name, [])) < seed:
+            continue
+        if values := find(adjust(cell), of):
+            found.setdefault(name, []).append(values)
     return found
 
 

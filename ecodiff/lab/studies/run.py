@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
-from ecodiff.pipelines.identity import hashed_once
-from ecodiff.pipelines.loading import embedded, load_once
+from ecodiff.lab.identities import identity
+from ecodiff.pipelines.identity import Identity
 from ecodiff.storage import records
-from ecodiff.storage.cache import anew
 from ecodiff.storage.fingerprint import key
+from ecodiff.storage.paths import embedded
 
 from .cell import Cell, apart, describe_cell
-from .measure import compare, gates_file, measure_cell
 from .plan import cells, planned
+from .results import find, gates_file
 
 
 def seeds_of(names: Sequence[str], model: str, most: int | None = None) -> dict[str, int]:
@@ -30,7 +30,7 @@ def seeds_of(names: Sequence[str], model: str, most: int | None = None) -> dict[
     return {name: seeds for name, seeds in plan.items() if seeds}
 
 
-def missing(pipe, seeds: Mapping[str, int], model: str) -> list[tuple[str, str, Cell]]:
+def missing(seeds: Mapping[str, int], model: str) -> list[tuple[str, str, Cell]]:
     """Cells of these studies, {study: seeds}, that are not recorded, (study, row, cell): seed 0 of all studies, then
     seed 1, ... Each cell once."""
     todo, known = [], set()
@@ -41,12 +41,12 @@ def missing(pipe, seeds: Mapping[str, int], model: str) -> list[tuple[str, str, 
         if seed < number
         for item in cells(study, model, seed).items()
     ]
-    with hashed_once():
-        for study, row, cell in asked:
-            name = key(describe_cell(pipe, cell))
-            if name not in known and compare(pipe, cell, only_recorded=True) is None:
-                todo.append((study, row, cell))
-            known.add(name)
+    of = identity(model)
+    for study, row, cell in asked:
+        name = key(describe_cell(of, cell))
+        if name not in known and find(cell, of) is None:
+            todo.append((study, row, cell))
+        known.add(name)
     return todo
 
 
@@ -57,17 +57,16 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
     share differs by more than 0.02, parameters or operations by more than 1 %: another processor rounds otherwise, and
     a picture or a unit near a threshold may fall to its other side.
     """
+    from .measure import Kept, measure_cell
+
+    of = Identity.of(pipe)
     found = [
-        (study, row, cell)
-        for study in names
-        for row, cell in cells(study, model).items()
-        if compare(pipe, cell, only_recorded=True)
+        (study, row, cell) for study in names for row, cell in cells(study, model).items() if find(cell, of) is not None
     ]
     lines = []
     for study, row, cell in random.Random(seed).sample(found, min(number, len(found))):
-        before = compare(pipe, cell, only_recorded=True)
-        with anew():
-            after = measure_cell(pipe, cell)
+        before = find(cell, of)
+        after = measure_cell(pipe, cell, Kept(gates=True, images=False))
         means = {
             name: [statistics.mean(values[name]) for values in (before, after)]
             for name in ("ssim", "object", "found", "facts", "colour")
@@ -85,7 +84,7 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
     return lines
 
 
-def _estimate(pipe, todo: Sequence) -> float:
+def _estimate(todo: Sequence) -> float:
     """Seconds, from the longest that recorded cells of the same method took, on the same model where there are any.
 
     The longest one found no scores kept. A cell that finds its learned mask kept takes what others take.
@@ -97,12 +96,11 @@ def _estimate(pipe, todo: Sequence) -> float:
 
     def seconds(cell: Cell) -> float:
         method = apart(cell.method)[0]
-        if method == "learned" and gates_file(pipe, cell).is_file():
+        if method == "learned" and gates_file(cell).is_file():
             method = "original"
         return max(took.get(method, [180.0 if method == "learned" else 45.0]))
 
-    with hashed_once():
-        return sum(seconds(cell) for _, _, cell in todo)
+    return sum(seconds(cell) for _, _, cell in todo)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,22 +113,23 @@ def run(options: argparse.Namespace) -> int:
         raise EcoDiffError("No embedded pipeline is trained here: run python -m ecodiff zoo train all.")
     for name in names:
         cells(name, models[0])
-    pipes = {model: load_once(model) for model in models}
     if options.verify:
+        from ecodiff.pipelines.loading import load_once
+
         found = [
             line
-            for model, pipe in pipes.items()
-            for line in verify(pipe, names or list(studies.STUDIES), model, options.verify, options.draw)
+            for model in models
+            for line in verify(load_once(model), names or list(studies.STUDIES), model, options.verify, options.draw)
         ]
         print("\n".join(found) or "nothing is recorded")
         return 0
     todo, seconds = [], 0.0
-    for model, pipe in pipes.items():
+    for model in models:
         seeds = seeds_of(names, model, options.seeds)
-        left = missing(pipe, seeds, model)
+        left = missing(seeds, model)
         if options.list:
-            _list(pipe, seeds, left)
-        took = _estimate(pipe, left)
+            _list(seeds, left)
+        took = _estimate(left)
         print(f"{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
         todo, seconds = todo + left, seconds + took
     if len(models) > 1:
@@ -163,14 +162,16 @@ def _measure_all(todo: Sequence, end: float, told: Callable) -> int:
 
 def _measured(cell: Cell) -> tuple[float, float]:
     """Measure a cell; its mean SSIM and the seconds it took."""
+    from . import measure  # whoever only lists waits for no torch
+
     started = time.perf_counter()
-    values = compare(load_once(cell.protocol.model), cell)
+    values = measure.run(cell)
     return statistics.mean(values["ssim"]), time.perf_counter() - started
 
 
-def _list(pipe, seeds: Mapping[str, int], todo: Sequence) -> None:
+def _list(seeds: Mapping[str, int], todo: Sequence) -> None:
     for name, number in seeds.items():
         left = [item for item in todo if item[0] == name]
-        minutes = _estimate(pipe, left) / 60
+        minutes = _estimate(left) / 60
         title = studies.STUDIES[name].title
         print(f"{name:12} {title:52} seeds {number}, {len(left):3} cells to go, {minutes:4.0f} minutes")

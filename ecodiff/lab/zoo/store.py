@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,22 @@ import torch
 from PIL import Image
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.lab import openmoji
+from ecodiff.lab import identities, openmoji
 from ecodiff.metrics.clip import Judge
+from ecodiff.pipelines.contents import weights_hash
+from ecodiff.pipelines.identity import Identity
 from ecodiff.pipelines.loading import load
 from ecodiff.storage.paths import data_dir
 from ecodiff.storage.saving import replaced_files
 
 MANIFEST = "checksums.sha256"
-EVALUATED = ("README.md", "measured.json", "fixed.png", "fixed.json")  # what ``evaluate`` writes about one model
+EVALUATED = (
+    "README.md",
+    "measured.json",
+    "fixed.png",
+    "fixed.json",
+    identities.FILE,
+)  # what ``evaluate`` writes about one model
 FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
 
 
@@ -127,7 +136,15 @@ def check(name: str) -> str:
     recipe, folder = recipe_of(name)["recipe"], data_dir() / "models" / name
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     same = _check_judge(folder) if is_judge(recipe) else _check_pipeline(folder, recipe["sampling"])
+    identities.check(folder, identity_of_weights(name))
     return f"ok, {weights / 1e6:.1f} MB of weights, {same}"
+
+
+def identity_of_weights(name: str) -> dict:
+    """What ``identity.json`` of a stored model holds, found in its weights."""
+    if is_judge(recipe_of(name)["recipe"]):
+        return {"weights": weights_hash(Judge.load(name).model)}
+    return asdict(Identity.of(load(name)))
 
 
 def _check_pipeline(folder: Path, sampling: dict) -> str:
@@ -175,6 +192,7 @@ def evaluate(name: str, prompts: int = 500, seeds: int = 3) -> dict:
         pipe, sampling = load(name), trained["recipe"]["sampling"]
         Image.fromarray(fixed_picture(pipe, sampling)).save(folder / "fixed.png")
         measured = measure_pipeline(pipe, sampling, prompts, seeds)
+    identities.write(folder, identity_of_weights(name))
     write_card(folder, trained, measured)
     write_measured(folder, measured)
     write_checksums()

@@ -9,7 +9,7 @@ import torch
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.metrics.clip import Judge
-from ecodiff.pipelines.identity import weights_hash
+from ecodiff.pipelines.contents import weights_hash
 from ecodiff.pipelines.loading import load
 from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import data_dir

@@ -1,0 +1,111 @@
+"""Identities of models by their id: stored beside the weights of each embedded model, hashed once for any other.
+
+So whoever looks recorded results up needs no model. ``python -m ecodiff zoo check`` and the tests compare what is
+stored with the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.identity import Identity
+from ecodiff.storage.files import write_whole
+from ecodiff.storage.fingerprint import key
+from ecodiff.storage.paths import data_dir
+
+FILE = "identity.json"
+JUDGE = "openmoji-clip"
+
+
+def identity(model: str) -> Identity:
+    """The identity of an embedded model, of a folder or of a Hub id.
+
+    Raises EcoDiffError for an embedded model whose weights are not of the size that its identity names, and for a
+    model that cannot be loaded where that is needed.
+    """
+    folder = data_dir() / "models" / model
+    if (folder / FILE).is_file():
+        return Identity(**_stored(folder))
+    return _hashed(model, _files_of(model))
+
+
+def judge_hash() -> str | None:
+    """The hash of the embedded judge's weights; None where it is not trained."""
+    folder = data_dir() / "models" / JUDGE
+    return _stored(folder)["weights"] if (folder / FILE).is_file() else None
+
+
+def write(folder: Path, found: dict) -> None:
+    """Store the identity of a model in its folder: ``found``, and the sizes of its weights."""
+    written = json.dumps({**found, "bytes": _sizes(folder)}, indent=1, sort_keys=True)
+    write_whole(folder / FILE, (written + "\n").encode())
+
+
+def check(folder: Path, found: dict) -> None:
+    """Compare what is stored with what was ``found`` in the weights; raises EcoDiffError where they differ."""
+    stored = _stored(folder)
+    if wrong := [name for name in found if stored.get(name) != json.loads(json.dumps(found[name]))]:
+        raise EcoDiffError(
+            f"{folder / FILE} names another {wrong[0]} than the model has: restore both with git checkout data."
+        )
+
+
+def _stored(folder: Path) -> dict:
+    path = folder / FILE
+    if not path.is_file():
+        raise EcoDiffError(f"{folder.name} has no {FILE} yet: run python -m ecodiff zoo evaluate {folder.name}.")
+    stored = dict(_parsed(path, path.stat().st_mtime_ns))
+    if stored.pop("bytes") != _sizes(folder):
+        raise EcoDiffError(
+            f"The weights in {folder} are not those that its {FILE} describes: restore both with git checkout data, or "
+            f"run `python -m ecodiff zoo evaluate {folder.name}` for weights of your own."
+        )
+    return stored
+
+
+@lru_cache(maxsize=16)
+def _parsed(path: Path, changed: int) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EcoDiffError(f"{path} is damaged ({error}): restore it with git checkout data.") from error
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of weights."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _files_of(model: str) -> tuple | None:
+    """Files of a model outside the repository, with size and time; None where they are not known before loading."""
+    folder = data_dir() / "models" / model
+    folder = folder if folder.is_dir() else Path(model)
+    if not folder.is_dir():
+        try:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except Exception:  # not here yet, or no id at all: loading says so
+            return None
+    found = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+
+
+@lru_cache(maxsize=16)
+def _hashed(model: str, files: tuple | None) -> Identity:
+    """Hashed once, and remembered in ``data/.cache/identities`` by the paths, sizes and times of its files."""
+    from ecodiff.pipelines.loading import load_once
+
+    kept = data_dir() / ".cache" / "identities" / f"{key(files)[:16]}.json"
+    if files is not None and kept.is_file():
+        return Identity.read(kept)
+    found = Identity.of(load_once(model))
+    if files is not None and os.environ.get("ECODIFF_RECORDS", "").lower() not in ("off", "0", "no"):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        found.write(kept)
+    return found
