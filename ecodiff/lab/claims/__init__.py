@@ -27,18 +27,23 @@ GROUPS: dict[str, tuple[Callable[[], Claim], ...]] = {
     "ablations": ABLATIONS,
     "cost": COST + MEMORY,
 }
-CLAIMS = tuple(claim for group in GROUPS.values() for claim in group)
+CLAIMS: tuple[Callable[[], Claim], ...] = sum(GROUPS.values(), ())
 
 
 def check(claims: Iterable[Callable[[], Claim]] = CLAIMS, presets: Sequence[str] = PRESETS) -> list[Claim]:
-    """Decide them all, in order. ``presets``: the full-size models that are counted where no count is recorded."""
+    """The claims with all their decisions, in order.
+
+    ``presets`` names the full-size models that may be counted; what needs others stays open.
+    """
     return [claim().answered(presets) for claim in claims]
 
 
 def tally(claims: Iterable[Claim]) -> dict[str, int]:
     """Number of decisions for each verdict, in the order of ``VERDICTS``."""
-    found = Counter(decision.verdict for claim in claims for decision in claim.decisions)
-    return {verdict: found[verdict] for verdict in VERDICTS}
+    counts: Counter[str] = Counter()
+    for claim in claims:
+        counts.update(decision.verdict for decision in claim.decisions)
+    return {verdict: counts[verdict] for verdict in VERDICTS}
 
 
 __all__ = [

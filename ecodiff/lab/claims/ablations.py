@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ecodiff.lab.paper import row, table
 
 from .on_embedded import BOTH, DEV, FLUX, LEARNED, ORIGINAL, SCHNELL, SDXL, better, kept, on, real
-from .rules import Claim, printed, together
+from .rules import Claim, Decision, printed, together
 
 
 def middle_beta() -> Claim:
-    def beats_ends(model: str):
-        middle, ends = ("beta", "β = 2"), (("beta", "β = 0.5"), ("beta", "β = 8"))
-        return together([better(model, middle, end) for end in ends], on(model))
-
-    def best_of(name: str, column: str) -> tuple[bool, str]:
-        entries = table(name)
-        best = min(entries, key=lambda entry: entry[column])
-        shown = f"lowest FID at β = {best['beta']:g}, tried {entries[0]['beta']:g} to {entries[-1]['beta']:g}"
-        return best not in (entries[0], entries[-1]), shown
-
     return Claim(
         "App. G.2, K.3, Tables 4, 9",
         "β has a best value in the middle, such as 0.5; a much larger one fails, and FLUX behaves alike.",
@@ -26,25 +18,32 @@ def middle_beta() -> Claim:
         "update is better than 0.5 and than 8.",
         ("12_settings",),
         (
-            printed("Table 4, SDXL", *best_of("table4", "coco_fid")),
-            printed("Table 9, FLUX", *best_of("table9", "flickr_fid")),
-            *(beats_ends(model) for model in (SDXL, SCHNELL)),
-            real(SDXL, "beta", beats_ends),
+            printed("Table 4, SDXL", *_lowest_in_the_middle("table4", "coco_fid")),
+            printed("Table 9, FLUX", *_lowest_in_the_middle("table9", "flickr_fid")),
+            _middle_beats_ends(SDXL),
+            _middle_beats_ends(SCHNELL),
+            real(SDXL, "beta", _middle_beats_ends),
         ),
     )
 
 
+def _lowest_in_the_middle(name: str, column: str) -> tuple[bool, str]:
+    """Whether the lowest FID of a table, whose rows are in the order of β, is at neither end."""
+    entries = table(name)
+    fids = [entry[column] for entry in entries]
+    best = fids.index(min(fids))
+    betas = [entry["beta"] for entry in entries]
+    evidence = f"lowest FID at β = {betas[best]:g}, tried {betas[0]:g} to {betas[-1]:g}"
+    return 0 < best < len(entries) - 1, evidence
+
+
+def _middle_beats_ends(model: str) -> Decision:
+    middle = ("beta", "β = 2")
+    decisions = [better(model, middle, ("beta", "β = 0.5")), better(model, middle, ("beta", "β = 8"))]
+    return together(decisions, on(model))
+
+
 def a_hundred_prompts() -> Claim:
-    def fewer_prompts(model: str, few: int, many: int):
-        places = (("data_size", f"{number} prompts") for number in (few, many))
-        return kept(model, *places, BOTH, f"{few} against {many}")
-
-    def by_table(name: str, model: str, column: str):
-        fid = {entry["size"]: entry[column] for entry in table(name)}
-        rise = {size: fid[size] / fid[512] - 1 for size in (1, 100)}
-        shown = ", ".join(f"{share:+.1%} with {size}" for size, share in rise.items())
-        return printed(f"{name.replace('table', 'Table ')}, {model}", max(rise.values()) < 0.1, f"FID {shown}")
-
     return Claim(
         "App. G.2, K.3, Tables 5, 10",
         "A hundred prompts suffice for learning; even a single one costs little, for SDXL and for FLUX.",
@@ -52,12 +51,27 @@ def a_hundred_prompts() -> Claim:
         "images are kept, against more prompts.",
         ("12_settings", "15_errata"),
         (
-            by_table("table5", "SDXL", "coco_fid"),
-            by_table("table10", "FLUX", "coco_fid"),
-            *(fewer_prompts(model, few, many) for model in (SDXL, SCHNELL) for few, many in ((100, 512), (1, 100))),
-            real(SDXL, "data_size", lambda model: fewer_prompts(model, 100, 512)),
+            _fid_with_fewer("table5", "SDXL"),
+            _fid_with_fewer("table10", "FLUX"),
+            _fewer_prompts(SDXL, few=100, many=512),
+            _fewer_prompts(SDXL, few=1, many=100),
+            _fewer_prompts(SCHNELL, few=100, many=512),
+            _fewer_prompts(SCHNELL, few=1, many=100),
+            real(SDXL, "data_size", partial(_fewer_prompts, few=100, many=512)),
         ),
     )
+
+
+def _fid_with_fewer(name: str, model: str) -> Decision:
+    fid = {entry["size"]: entry["coco_fid"] for entry in table(name)}
+    one, hundred = fid[1] / fid[512] - 1, fid[100] / fid[512] - 1
+    evidence = f"FID {one:+.1%} with 1, {hundred:+.1%} with 100"
+    return printed(f"{name.replace('table', 'Table ')}, {model}", max(one, hundred) < 0.1, evidence)
+
+
+def _fewer_prompts(model: str, few: int, many: int) -> Decision:
+    places = ("data_size", f"{few} prompts"), ("data_size", f"{many} prompts")
+    return kept(model, *places, BOTH, f"{few} against {many}")
 
 
 def any_prompts() -> Claim:
@@ -72,9 +86,11 @@ def any_prompts() -> Claim:
 
 
 def one_threshold() -> Claim:
-    wide, narrow = (row("table11", scope=scope) for scope in ("global", "local"))
-    fid = [(wide[c], narrow[c]) for c in ("coco_fid", "flickr_fid")]
-    shown = ", ".join(f"{a:g} against {b:g}" for a, b in fid)
+    wide, narrow = row("table11", scope="global"), row("table11", scope="local")
+    fids = [(wide["coco_fid"], narrow["coco_fid"]), (wide["flickr_fid"], narrow["flickr_fid"])]
+    evidence = "FID " + ", ".join(f"{ours:g} against {theirs:g}" for ours, theirs in fids)
+    one_a_kind = partial(better, first=("scope", "kind"), second=("scope", "local"))
+    one_for_all = partial(better, first=("scope", "global"), second=("scope", "local"))
     return Claim(
         "App. K.2, Table 11, Fig. 12",
         "One threshold for all modules is better than one in each.",
@@ -82,21 +98,17 @@ def one_threshold() -> Claim:
         "each better than one a module.",
         ("12_settings",),
         (
-            printed("Table 11", all(a < b for a, b in fid), f"FID {shown}"),
-            *(
-                better(model, ("scope", scope), ("scope", "local"), label=words)
-                for model in (SDXL, DEV)
-                for scope, words in (("kind", "one a kind"), ("global", "one for all"))
-            ),
-            real(SDXL, "scope", lambda model: better(model, ("scope", "kind"), ("scope", "local"))),
+            printed("Table 11", all(ours < theirs for ours, theirs in fids), evidence),
+            one_a_kind(SDXL, label="one a kind"),
+            one_for_all(SDXL, label="one for all"),
+            one_a_kind(DEV, label="one a kind"),
+            one_for_all(DEV, label="one for all"),
+            real(SDXL, "scope", one_a_kind),
         ),
     )
 
 
 def one_kind_alone() -> Claim:
-    def either_way(model: str):
-        return [kept(model, ("kinds", name), ORIGINAL, label=name) for name in ("heads only", "neurons only")]
-
     return Claim(
         "App. K.1, Fig. 13",
         "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
@@ -104,22 +116,33 @@ def one_kind_alone() -> Claim:
         "smallest effect.",
         ("12_settings",),
         (
-            *(decision for model in (SDXL, DEV) for decision in either_way(model)),
-            real(SDXL, "kinds", lambda model: together(either_way(model), on(model))),
+            *_either_way(SDXL),
+            *_either_way(DEV),
+            real(SDXL, "kinds", _both_ways),
         ),
     )
 
 
+def _either_way(model: str) -> list[Decision]:
+    return [kept(model, ("kinds", name), ORIGINAL, label=name) for name in ("heads only", "neurons only")]
+
+
+def _both_ways(model: str) -> Decision:
+    return together(_either_way(model), on(model))
+
+
 def one_mask_for_all_ratios() -> Claim:
     modules = table("sdxl_lambda")
-    nested = all(m["kept_20"] <= m["kept_10"] <= m["units"] for m in modules)
-    gone = [sum(m["units"] - m[f"kept_{percent}"] for m in modules) for percent in (10, 20)]
+    nested = all(module["kept_20"] <= module["kept_10"] <= module["units"] for module in modules)
+    gone_10 = sum(module["units"] - module["kept_10"] for module in modules)
+    gone_20 = sum(module["units"] - module["kept_20"] for module in modules)
+    evidence = f"{len(modules)} modules; {gone_10:,} and {gone_20:,} units go"
     return Claim(
         "App. G.2, Fig. 7",
         "One learning gives masks of every ratio: only the threshold changes.",
         "The authors' published λ of SDXL, cut at 10 and 20 %: no module keeps more at 20 % than at 10 %.",
         ("05_a_smaller_model", "07_what_it_costs"),
-        (printed("published λ of SDXL", nested, f"{len(modules)} modules; {gone[0]:,} and {gone[1]:,} units go"),),
+        (printed("published λ of SDXL", nested, evidence),),
     )
 
 

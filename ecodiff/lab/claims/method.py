@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab.errata import algebra
 from ecodiff.lab.paper import setting
@@ -17,14 +19,16 @@ def exact_gates() -> Claim:
     import torch
 
     gates = torch.tensor([algebra.gate(algebra.noise(u, 0.0)) for u in algebra.U])
-    closed, opened = (gates == 0).float().mean().item(), (gates == 1).float().mean().item()
-    evidence = f"at λ = 0: {closed:.3f} of the draws are 0, {opened:.3f} are 1, {1 - closed - opened:.3f} lie between"
+    closed = (gates == 0).float().mean().item()
+    opened = (gates == 1).float().mean().item()
+    between = 1 - closed - opened
+    evidence = f"at λ = 0: {closed:.3f} of the draws are 0, {opened:.3f} are 1, {between:.3f} lie between"
     return Claim(
         "§2.2, Fig. 4",
         "Hard concrete gates are exactly 0 or 1 with positive chance and can still be learned by gradients.",
         "Shares of draws at 0, at 1, and between (only there is a gradient), with Figure 4's constants: all positive.",
         ("01_hard_concrete",),
-        (printed("formulas of §2.2", min(closed, opened, 1 - closed - opened) > 0, evidence),),
+        (printed("formulas of §2.2", min(closed, opened, between) > 0, evidence),),
     )
 
 
@@ -39,7 +43,10 @@ def steeper_by_delta() -> Claim:
 
 
 def l1_against_l0(model: str) -> Decision:
-    """L1 with the best β of several, chosen on captions of no table, against the closed form of our defaults."""
+    """The decision on "L1 loses nothing" against the closed form of L0, our default.
+
+    L1 has the best β of several, chosen on captions of no table.
+    """
     places = ("choices", "L1 in place of L0"), ("choices", "corrected")
     return kept(model, *places, BOTH, label=f"β = {tuned_l1(model):g}")
 
@@ -54,37 +61,38 @@ def l1_for_l0() -> Claim:
         (
             contradicted(algebra.constant_factor()),
             contradicted(algebra.log_of_lambda()),
-            *(l1_against_l0(model) for model in (SDXL, DEV)),
+            l1_against_l0(SDXL),
+            l1_against_l0(DEV),
         ),
     )
 
 
 def start_at_five() -> Claim:
-    def from_five(delta: str) -> Decision:
-        three = f"L1, δ = {delta}"
-        return kept(DEV, ("relaxation", f"{three}, λ starts at 5"), ("relaxation", three), BOTH, label=f"δ = {delta}")
-
     return Claim(
         "App. E",
         "Starting all λ at 5 makes training smooth.",
         "Some gate has a gradient at the start; with the paper's δ of 0.5 and 0.1, masks learned from 5 keep SSIM and "
         "right images of those learned from 3 (with L1 in every update, as published).",
         ("12_settings", "01_hard_concrete"),
-        (contradicted(algebra.start_value()), from_five("0.5"), from_five("0.1")),
+        (contradicted(algebra.start_value()), _from_five("0.5"), _from_five("0.1")),
     )
 
 
-def end_to_end() -> Claim:
-    def ends(model: str):
-        return better(model, ("choices", "corrected"), ("choices", "one step at a time"))
+def _from_five(delta: str) -> Decision:
+    from_three = f"L1, δ = {delta}"
+    places = ("relaxation", f"{from_three}, λ starts at 5"), ("relaxation", from_three)
+    return kept(DEV, *places, BOTH, label=f"δ = {delta}")
 
+
+def end_to_end() -> Claim:
+    by_final_latents = partial(better, first=("choices", "corrected"), second=("choices", "one step at a time"))
     return Claim(
         "§1, §2.1",
         "A mask learned from the final latents is better than one learned from the error of each step, which adds up.",
         "The same gates learned from the final latents, minus those learned from the error of single steps: more SSIM "
         "or more right pictures, less of neither.",
         ("12_settings", "04_learning_a_mask"),
-        (*(ends(model) for model in (SDXL, DEV)), real(SDXL, "choices", ends)),
+        (by_final_latents(SDXL), by_final_latents(DEV), real(SDXL, "choices", by_final_latents)),
     )
 
 
@@ -99,11 +107,13 @@ def exact_gradient() -> Claim:
 
 
 def _bit_equal() -> Decision:
-    found = {steps: variants["checkpointed"]["bit_equal"] for steps, variants in sorted(on_embedded.updates().items())}
-    if not found:
+    updates = on_embedded.updates()
+    if not updates:
         return Decision(on_embedded.on(SDXL), MISSING, command=on_embedded.command_of_updates())
-    evidence = f"equal bit for bit at {sum(found.values())} of {len(found)} values of T ({', '.join(map(str, found))})"
-    return Decision(on_embedded.on(SDXL), REPRODUCED if all(found.values()) else NOT_REPRODUCED, evidence)
+    equal = [variants["checkpointed"]["bit_equal"] for variants in updates.values()]
+    steps = ", ".join(str(number) for number in sorted(updates))
+    evidence = f"equal bit for bit at {sum(equal)} of {len(equal)} values of T ({steps})"
+    return Decision(on_embedded.on(SDXL), REPRODUCED if all(equal) else NOT_REPRODUCED, evidence)
 
 
 def outer_widths() -> Claim:
@@ -112,18 +122,15 @@ def outer_widths() -> Claim:
         "Removing heads and neurons leaves what goes in and out of a module as wide as it was.",
         "Every second unit of every site removed from the real configurations: no outer width changes.",
         ("03_where_masks_go",),
-        tuple(
-            by_structure(f"{title}, built without weights", on_full_size.widths_stay, preset)
-            for title, preset in (("Stable Diffusion 2", "sd2"), ("SDXL", "sdxl"), ("FLUX.1", "flux-schnell"))
+        (
+            by_structure("Stable Diffusion 2, built without weights", on_full_size.widths_stay, "sd2"),
+            by_structure("SDXL, built without weights", on_full_size.widths_stay, "sdxl"),
+            by_structure("FLUX.1, built without weights", on_full_size.widths_stay, "flux-schnell"),
         ),
     )
 
 
 def any_architecture() -> Claim:
-    def has_units(*found: dict) -> tuple[bool, str]:
-        shown = [f"{c['units']['attention']:,} heads, {c['units']['feed_forward']:,} neurons" for c in found]
-        return all(min(c["units"]["attention"], c["units"]["feed_forward"]) > 0 for c in found), "; ".join(shown)
-
     return Claim(
         "§1, §4, App. H",
         "One method, without code for each model, prunes U-Nets and diffusion transformers.",
@@ -131,59 +138,71 @@ def any_architecture() -> Claim:
         "and on a transformer.",
         ("03_where_masks_go",),
         (
-            by_count("SD2, SDXL, FLUX.1, counted", has_units, SD2_UPDATE, ("sdxl", ONE), ("flux-schnell", ONE)),
+            by_count("SD2, SDXL, FLUX.1, counted", _has_units, SD2_UPDATE, ("sdxl", ONE), ("flux-schnell", ONE)),
             _learned_on_both(),
         ),
     )
 
 
+def _has_units(*counts: dict) -> tuple[bool, str]:
+    units = [count["units"] for count in counts]
+    parts = [f"{one['attention']:,} heads, {one['feed_forward']:,} neurons" for one in units]
+    return all(one["attention"] > 0 and one["feed_forward"] > 0 for one in units), "; ".join(parts)
+
+
 def _learned_on_both() -> Decision:
-    """One code path on a U-Net and a transformer: rows of learned masks of both are recorded."""
-    nets = {"U-Net": (SDXL, SD2), "transformer": (DEV, SCHNELL)}
-    done = {kind: [model for model in models if on_embedded.recorded(model, LEARNED)] for kind, models in nets.items()}
-    evidence = "; ".join(f"learned on {', '.join(models)} ({kind})" for kind, models in done.items() if models)
-    if all(done.values()):
-        return Decision("the embedded models", REPRODUCED, evidence)
-    lacking = next(nets[kind][0] for kind, models in done.items() if not models)
-    return Decision("the embedded models", MISSING, evidence, on_embedded.command(lacking, "main"))
+    """The decision on one code path for a U-Net and a transformer: rows of learned masks of both are recorded."""
+    evidence, lacking = [], []
+    for kind, models in (("U-Net", (SDXL, SD2)), ("transformer", (DEV, SCHNELL))):
+        learned = [model for model in models if on_embedded.recorded(model, LEARNED)]
+        if learned:
+            evidence.append(f"learned on {', '.join(learned)} ({kind})")
+        else:
+            lacking.append(models[0])
+    if lacking:
+        command = on_embedded.command(lacking[0], "main")
+        return Decision("the embedded models", MISSING, "; ".join(evidence), command)
+    return Decision("the embedded models", REPRODUCED, "; ".join(evidence))
 
 
 def deepcache_needs_a_unet() -> Claim:
-    def refused(unet, transformer) -> tuple[bool, str]:
-        from ecodiff.baselines.deepcache import deep_blocks
-
-        deep = len(deep_blocks(unet, depth=1))
-        try:
-            deep_blocks(transformer, depth=1)
-        except EcoDiffError:
-            return True, f"SD2 has {deep} blocks inside its skip connections, FLUX.1 has no skip connections to reuse"
-        return False, "FLUX.1 has blocks to reuse"
-
     return Claim(
         "§3.2, Table 1",
         "DeepCache fits only U-Nets, so it cannot be used on FLUX.",
         "The function that looks for the deep part finds one in SD2's denoiser and none in FLUX's.",
         ("11_every_method",),
-        (by_structure("SD2 and FLUX.1, built without weights", refused, "sd2", "flux-schnell"),),
+        (by_structure("SD2 and FLUX.1, built without weights", _only_the_unet, "sd2", "flux-schnell"),),
     )
 
 
-def occlusion_is_slow() -> Claim:
-    def compare(c: dict) -> tuple[bool, str]:
-        units = c["units"]["attention"] + c["units"]["feed_forward"]
-        updates = setting("table3", "training_steps") * setting("table3", "batch_size")
-        passes = 3 * updates  # forward, recomputed, backward; the teacher's trajectories are fewer
-        shown = f"{units:,} units to occlude, the work of {passes:,} trajectories to learn: {units / passes:.0f} times"
-        return units > 10 * passes, shown
+def _only_the_unet(unet, transformer) -> tuple[bool, str]:
+    from ecodiff.baselines.deepcache import deep_blocks
 
+    deep = len(deep_blocks(unet, depth=1))
+    try:
+        deep_blocks(transformer, depth=1)
+    except EcoDiffError:
+        return True, f"SD2 has {deep} blocks inside its skip connections, FLUX.1 has no skip connections to reuse"
+    return False, "FLUX.1 has blocks to reuse"
+
+
+def occlusion_is_slow() -> Claim:
     return Claim(
         "App. A",
         "Scoring parts by leaving each out does not scale to many candidates.",
         "Trajectories that occluding each head and neuron of SDXL takes, against those of Table 3's 400 updates: over "
         "ten times.",
         ("11_every_method",),
-        (by_count("SDXL, counted", compare, ("sdxl", ONE)),),
+        (by_count("SDXL, counted", _occluding_against_learning, ("sdxl", ONE)),),
     )
+
+
+def _occluding_against_learning(count: dict) -> tuple[bool, str]:
+    units = count["units"]["attention"] + count["units"]["feed_forward"]
+    trajectories = setting("table3", "training_steps") * setting("table3", "batch_size")
+    work = 3 * trajectories  # forward, recomputed, backward; the teacher's trajectories are fewer
+    evidence = f"{units:,} units to occlude, the work of {work:,} trajectories to learn: {units / work:.0f} times"
+    return units > 10 * work, evidence
 
 
 METHOD = (

@@ -1,6 +1,6 @@
 """Decisions from recorded rows of the embedded models. A place is a row of a study: ("main", "learned, 20%").
 
-Rows are compared seed by seed and picture by picture, where both are recorded. Where nothing is, the decision names
+Rows are compared seed by seed and image by image, where both are recorded. Where nothing is, the decision names
 the command that would measure it. With ECODIFF_RECORDS=off there are no rows.
 """
 
@@ -55,7 +55,7 @@ BOTH = ("ssim", "quality")
 WORDS = {"ssim": "SSIM", "facts": "all facts right", "object": "object named", "found": "all objects found"}
 Place = tuple[str, str]
 FLOOR = 4
-"""Shares of right pictures below so many smallest effects are too low to lose one."""
+"""Shares of right images below so many smallest effects are too low to lose one."""
 
 
 def trained(model: str) -> bool:
@@ -75,32 +75,47 @@ def _measured(checkpoint: str) -> bool:
 
 def on(model: str, label: str = "") -> str:
     """An embedded model with what it stands for, or a checkpoint, in words."""
-    name = f"`{model}` (small, for {FAMILY[model]})" if model in FAMILY else f"`{model}`"
-    return name + (f": {label}" if label else "")
+    name = f"`{model}`"
+    if model in FAMILY:
+        name += f" (small, for {FAMILY[model]})"
+    if label:
+        name += f": {label}"
+    return name
 
 
 def command(model: str, study: str) -> str:
-    """What measures the rows of a study, the training of the model first where it is not there."""
-    train = "" if trained(model) or model not in FAMILY else f"python -m ecodiff zoo train {model} && "
-    return f"{train}python -m ecodiff study {study} --model {model}"
+    """The command that measures the rows of a study; it trains the model first where it is not there."""
+    measure = f"python -m ecodiff study {study} --model {model}"
+    if model in FAMILY and not trained(model):
+        return f"python -m ecodiff zoo train {model} && {measure}"
+    return measure
 
 
 def real(model: str, study: str, rule: Callable[[str], Decision]) -> Decision:
-    """The same study on the checkpoint that an embedded model stands for: ``rule`` of its id where its rows are
-    recorded, else the command that records them."""
+    """The decision by the same study on the checkpoint that an embedded model stands for.
+
+    It is that of ``rule``, called with the checkpoint's id, where the rows are recorded; else it is open and names the
+    command that records them.
+    """
     checkpoint = HUB[model]
-    if readable(checkpoint) and (decision := rule(checkpoint)).verdict in AT_FULL_SIZE:
-        return replace(decision, verdict=AT_FULL_SIZE[decision.verdict])
+    if readable(checkpoint):
+        decision = rule(checkpoint)
+        if decision.verdict in AT_FULL_SIZE:
+            return replace(decision, verdict=AT_FULL_SIZE[decision.verdict])
     return rules.checkpoint(FAMILY[model], command(checkpoint, study))
 
 
 def recorded(model: str, *places: Place, seeds: int = studies.SEEDS) -> list[tuple[dict, ...]]:
-    """Values of these rows for each seed for which all are recorded; EcoDiffError for a row that the study lacks."""
-    found = []
+    """Values of these rows, a tuple for each seed for which all are recorded.
+
+    Raises EcoDiffError for a row that the study does not have.
+    """
+    seeds_recorded = []
     for seed in range(seeds):
         values = tuple(_values(model, place, seed) for place in places)
-        found += [values] if all(values) else []
-    return found
+        if all(values):
+            seeds_recorded.append(values)
+    return seeds_recorded
 
 
 def _values(model: str, place: Place, seed: int) -> dict | None:
@@ -114,51 +129,70 @@ def _cell(model: str, place: Place, seed: int) -> Cell | None:
     """The cell of a row; None for a seed that the study does not measure of it, EcoDiffError for no such row."""
     study, row = place
     rows = studies.cells(study, model, seed)
-    if row not in rows and row not in studies.cells(study, model):
+    if row not in rows and row not in studies.cells(study, model):  # some rows have seed 0 alone
         raise EcoDiffError(f"Study {study!r} of {model} has no row {row!r}.")
     return rows.get(row)
 
 
 def varied(model: str, first: Place, second: Place) -> tuple[str, ...]:
-    """The fields in which two rows differ. Raises EcoDiffError where there are none, and where their studies do not say
-    that they vary them: such a comparison would not test what its claim says."""
-    found = studies.changed(_cell(model, first, 0), _cell(model, second, 0))
-    if not found:
+    """The fields in which two rows differ.
+
+    Raises EcoDiffError where there are none, and where the studies of the rows do not say that they vary them: such a
+    comparison would not test what its claim says.
+    """
+    differing = studies.changed(_cell(model, first, 0), _cell(model, second, 0))
+    if not differing:
         raise EcoDiffError(f"{first} and {second} of {model} are the same cell: comparing them tests nothing.")
-    stated = {name for study, _ in (first, second) for name in studies.STUDIES[study].varies}
-    if others := [name for name in found if name not in stated]:
+    stated = {*studies.STUDIES[first[0]].varies, *studies.STUDIES[second[0]].varies}
+    others = [name for name in differing if name not in stated]
+    if others:
         raise EcoDiffError(
             f"{first} and {second} of {model} differ in {', '.join(others)}, which no study says it varies."
         )
-    return tuple(found)
+    return tuple(differing)
 
 
 def quality(values: Sequence[tuple[dict, ...]]) -> str:
-    """The measure of what a picture shows: facts by the judge where recorded, else the object by the probe, else
-    closeness to the original's picture."""
-    return next((m for m in ("facts", "object") if all(v.get(m) for seed in values for v in seed)), "ssim")
+    """The measure of what an image shows that all these rows have.
+
+    That is the facts by the judge where they are recorded, else the object by the probe, else closeness to the
+    original's image.
+    """
+    rows = [row for seed in values for row in seed]
+    for measure in ("facts", "object"):
+        if all(row.get(measure) for row in rows):
+            return measure
+    return "ssim"
 
 
 def differences(values: Sequence[tuple[dict, dict]], measures: Sequence[str]) -> dict[str, Interval]:
     """Paired differences first - second of these measures; "quality" stands for ``quality``."""
-    names = dict.fromkeys(quality(values) if name == "quality" else name for name in measures)
-    return {name: difference([a[name] for a, _ in values], [b[name] for _, b in values]) for name in names}
+    names = [quality(values) if name == "quality" else name for name in measures]
+    intervals = {}
+    for name in dict.fromkeys(names):  # "quality" may be SSIM, which is then compared once
+        first = [a[name] for a, _ in values]
+        second = [b[name] for _, b in values]
+        intervals[name] = difference(first, second)
+    return intervals
 
 
-def told(found: dict[str, Interval], values: Sequence[tuple[dict, ...]]) -> str:
-    """Intervals as text."""
+def in_words(intervals: dict[str, Interval], values: Sequence[tuple[dict, ...]]) -> str:
+    """Intervals {measure: interval} as text, with the number of images and seeds behind them."""
     parts = []
-    for name, d in found.items():
-        scale, digits, unit = (1, 3, "") if name == "ssim" else (100, 1, " of 100")
+    for name, d in intervals.items():
+        scale, digits, unit = 100, 1, " of 100"  # shares of images
+        if name == "ssim":
+            scale, digits, unit = 1, 3, ""
         ends = f"{scale * d.low:+.{digits}f} to {scale * d.high:+.{digits}f}"
         parts.append(f"{WORDS.get(name, name)} {scale * d.mean:+.{digits}f}{unit} ({ends})")
     return f"{', '.join(parts)}; {number_of(values)}"
 
 
 def number_of(values: Sequence[tuple[dict, ...]]) -> str:
-    """How many pictures and seeds."""
-    pictures = sum(len(first["ssim"]) for first, *_ in values)
-    return f"{pictures} pictures, {len(values)} seed{'s' if len(values) > 1 else ''}"
+    """How many images and seeds, as text."""
+    images = sum(len(first["ssim"]) for first, *_ in values)
+    plural = "s" if len(values) > 1 else ""
+    return f"{images} pictures, {len(values)} seed{plural}"
 
 
 def _decide(
@@ -170,59 +204,78 @@ def _decide(
     label: str,
     least: float = 0.0,
 ) -> Decision:
-    """By a rule for intervals. What it takes for reproduced cannot be told where less than the share ``least`` of the
-    second row's images is right."""
-    differs = varied(model, first, second)
+    """The decision by a rule for intervals.
+
+    It stays undecided where the rule says "reproduced" but less than the share ``least`` of the second row's images is
+    right: there is too little to lose.
+    """
+    fields = varied(model, first, second)
     values = recorded(model, first, second)
     if not values:
         return missing(model, first[0], label)
-    found = differences(values, measures)
-    outcome, evidence = rule(list(found.values())), f"{first[1]} minus {second[1]}: {told(found, values)}"
-    shares = [statistics.mean(hit for _, seed in values for hit in seed[name]) for name in found if name != "ssim"]
-    right = min(shares, default=1)
-    if outcome == REPRODUCED and right < least:
-        outcome, evidence = UNDECIDED, f"{evidence}; {second[1]} itself is right in {100 * right:.1f} of 100 only"
-    return Decision(on(model, label), outcome, evidence, varies=differs)
+    intervals = differences(values, measures)
+    verdict = rule(list(intervals.values()))
+    evidence = f"{first[1]} minus {second[1]}: {in_words(intervals, values)}"
+    right = 1.0
+    for name in intervals:
+        if name != "ssim":
+            hits = [hit for _, row in values for hit in row[name]]
+            right = min(right, statistics.mean(hits))
+    if verdict == REPRODUCED and right < least:
+        verdict = UNDECIDED
+        evidence += f"; {second[1]} itself is right in {100 * right:.1f} of 100 only"
+    return Decision(on(model, label), verdict, evidence, varies=fields)
 
 
 def missing(model: str, study: str, label: str = "") -> Decision:
-    """Not recorded, and what would measure it."""
+    """The decision on what is not recorded, with the command that would measure it."""
     return Decision(on(model, label), MISSING, command=command(model, study))
 
 
 def better(model: str, first: Place, second: Place, measures: Sequence[str] = BOTH, label: str = "") -> Decision:
-    """Is the first row better than the second? More by some measure, less by none, each by the smallest effect."""
+    """The decision on "the first row is better": more by some measure, less by none, each by the smallest effect."""
     return _decide(rules.better, model, first, second, measures, label)
 
 
 def kept(model: str, first: Place, second: Place, measures: Sequence[str] = ("quality",), label: str = "") -> Decision:
-    """Does the first row lose nothing against the second, or less than the smallest effect? Undecided where the second
-    is right so rarely that there is hardly more than that to lose, unless something else is lost."""
+    """The decision on "the first row loses nothing against the second", or less than the smallest effect.
+
+    It stays undecided where the second is right so rarely that there is hardly more than that to lose, unless something
+    else is lost.
+    """
     least = FLOOR * SMALLEST_EFFECT
     return _decide(rules.kept, model, first, second, measures, label, least)
 
 
 def lower_fid(model: str, first: Place, second: Place, label: str = "") -> Decision:
-    """Is the first row's FID lower? Student's interval over seeds, since a FID is one number per seed."""
-    differs = varied(model, first, second)
-    values = [seed for seed in recorded(model, first, second) if all("fid" in v for v in seed)]
+    """The decision on "the first row's FID is lower", by Student's interval over seeds: a FID is one number a seed."""
+    fields = varied(model, first, second)
+    values = [(a, b) for a, b in recorded(model, first, second) if "fid" in a and "fid" in b]
     if not values:
         return missing(model, first[0], label)
     d = mean_interval([a["fid"] - b["fid"] for a, b in values])
-    ends = f"{d.low:+.1f} to {d.high:+.1f}" if len(values) > 1 else "one seed has no interval"
+    ends = "one seed has no interval"
+    if len(values) > 1:
+        ends = f"{d.low:+.1f} to {d.high:+.1f}"
     evidence = f"FID, {first[1]} minus {second[1]}: {d.mean:+.1f} ({ends}); {number_of(values)}"
-    return Decision(on(model, label), rules.lower(d), evidence, varies=differs)
+    return Decision(on(model, label), rules.lower(d), evidence, varies=fields)
 
 
 def command_of_updates(model: str = SDXL) -> str:
-    """What measures the rows of ``updates``."""
+    """The command that measures the rows of ``updates``."""
     return f"papermill notebooks/06_memory_and_time.ipynb out.ipynb -p model {model}"
 
 
 def updates(model: str = SDXL) -> dict[int, dict[str, dict]]:
     """Recorded mask updates of an embedded model as it is now (``benchmark mask-update``): {T: {variant: values}}."""
-    if not readable(model) or not (rows := records.rows("mask_step")):
+    if not readable(model):
+        return {}
+    rows = records.rows("mask_step")
+    if not rows:  # then the model need not be identified, which hashes its weights
         return {}
     weights = identity(model).denoiser
-    mine = [row for row in rows if row["config"]["weights"] == weights]
-    return {row["config"]["T"]: {v["variant"]: v for v in row["values"]["variants"]} for row in mine}
+    by_steps = {}
+    for row in rows:
+        if row["config"]["weights"] == weights:
+            by_steps[row["config"]["T"]] = {values["variant"]: values for values in row["values"]["variants"]}
+    return by_steps

@@ -17,12 +17,15 @@ SD2_UPDATE = ("sd2", {"inner": False})
 
 
 def counted(preset: str, presets: Sequence[str] = PRESETS, **options) -> dict | None:
-    """`cost(preset, **options)` as a dictionary, recorded or counted now (seconds); None for a model that is none of
-    ``presets``."""
+    """`cost(preset, **options)` as a dictionary, recorded or counted now (which takes seconds).
+
+    None for a model that is none of ``presets``.
+    """
     if preset not in presets:
         return None
     settings = {"what": "cost", "version": 1, "preset": preset, **options}
-    settings |= {name: version(name).split("+")[0] for name in ("torch", "diffusers")}
+    for library in ("torch", "diffusers"):
+        settings[library] = version(library).split("+")[0]  # without the build, such as "+cpu": it changes no count
 
     def count() -> dict:
         from ecodiff.cost.counting import cost
@@ -33,8 +36,11 @@ def counted(preset: str, presets: Sequence[str] = PRESETS, **options) -> dict | 
 
 
 def by_count(on: str, test: Callable[..., tuple[bool | None, str]], *settings: tuple[str, dict]) -> Question:
-    """A decision on counts: ``test`` takes them in order and says whether the claim holds (None: readings of it
-    differ), and by which numbers. ``settings``: preset and options of each count."""
+    """A decision on counts, reached once it is known which models may be counted.
+
+    ``test`` takes the counts in order and says whether the claim holds (None: readings of it differ), and by which
+    numbers. ``settings`` are preset and options of each count.
+    """
 
     def decide(presets: Sequence[str]) -> Decision:
         counts = [counted(preset, presets, **options) for preset, options in settings]
@@ -46,8 +52,9 @@ def by_count(on: str, test: Callable[..., tuple[bool | None, str]], *settings: t
 
 
 def decided(on: str, holds: bool | None, evidence: str) -> Decision:
-    """A decision at full size."""
-    return Decision(on, UNDECIDED if holds is None else COUNTED if holds else NOT_COUNTED, evidence)
+    """A decision at full size; ``holds`` is None where the numbers do not decide."""
+    verdict = {True: COUNTED, False: NOT_COUNTED, None: UNDECIDED}[holds]
+    return Decision(on, verdict, evidence)
 
 
 def _left_out(on: str, preset: str) -> Decision:
@@ -55,7 +62,7 @@ def _left_out(on: str, preset: str) -> Decision:
 
 
 def by_structure(on: str, test: Callable[..., tuple[bool, str]], *names: str) -> Question:
-    """A decision on denoisers built without weights: ``test`` takes them in order."""
+    """A decision on denoisers that are built without weights; ``test`` takes them in order."""
 
     def decide(presets: Sequence[str]) -> Decision:
         if not set(names) <= set(presets):
@@ -68,7 +75,7 @@ def by_structure(on: str, test: Callable[..., tuple[bool, str]], *names: str) ->
 
 
 def widths_stay(*networks) -> tuple[bool, str]:
-    """Whether, with every second unit gone, all linear layers keep their widths, but for the inner ones of sites."""
+    """Whether all linear layers keep their widths, but for the inner ones of sites, when every second unit goes."""
     from torch import nn
 
     from ecodiff.method.sites import find_sites
@@ -84,10 +91,11 @@ def widths_stay(*networks) -> tuple[bool, str]:
             inner |= {span.layer: "in_features" for span in site.readers}
         before, after = (dict(model.named_modules()) for model in (network, smaller))
         for name, layer in before.items():
-            widths = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ()
-            changed += sum(
-                getattr(layer, width) != getattr(after[name], width) for width in widths if inner.get(name) != width
-            )
+            if not isinstance(layer, nn.Linear):
+                continue
+            for width in ("in_features", "out_features"):
+                if inner.get(name) != width:  # the inner width has to change: the units are gone
+                    changed += getattr(layer, width) != getattr(after[name], width)
         sites_seen += len(sites)
     return not changed, f"{changed} outer widths change at {sites_seen} sites that lose every second unit"
 
@@ -99,13 +107,16 @@ def _every_second(units: int):
 
 
 def measured(what: str, *, on_gpu: bool = False, **config) -> list[dict]:
-    """Recorded rows of full-size denoisers with random weights (``benchmark full-size``) with this configuration, of a
-    CPU or of GPUs."""
-    rows = records.rows("full_size") if records.enabled() else []
+    """Recorded rows of full-size denoisers with random weights (``benchmark full-size``), of a CPU or of GPUs.
+
+    ``config`` holds the values that their configuration must have.
+    """
+    if not records.enabled():
+        return []
     wanted = {"what": f"full_size_{what}", **config}
-    return [
-        row
-        for row in rows
-        if (row["config"]["device"] != "cpu") == on_gpu
-        and all(row["config"].get(name) == value for name, value in wanted.items())
-    ]
+    rows = []
+    for row in records.rows("full_size"):
+        same_kind_of_device = (row["config"]["device"] != "cpu") == on_gpu
+        if same_kind_of_device and wanted.items() <= row["config"].items():
+            rows.append(row)
+    return rows

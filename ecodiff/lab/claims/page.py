@@ -17,12 +17,18 @@ def lines(claims: Sequence[Claim], first: int = 1) -> list[dict[str, str]]:
     """
     table = []
     for number, claim in enumerate(claims, first):
-        where = "; ".join(filter(None, (claim.where, _link(claim.shown))))
-        head = {"no.": str(number), "claim": f"{claim.says} *Decided by:* {claim.test}", "where": where}
+        places = [place for place in (claim.where, _link(claim.shown)) if place]
+        head = {
+            "no.": str(number),
+            "claim": f"{claim.says} *Decided by:* {claim.test}",
+            "where": "; ".join(places),
+        }
         for on, verdict, evidence, varies in _grouped(claim):
-            told = _spaced(f"*{on}:* {evidence}{varies}" if evidence else f"*{on}*")
-            table.append({**head, "verdict": f"**{verdict}**", "evidence": told})
-            head = dict.fromkeys(head, "")  # said once
+            text = f"*{on}*"
+            if evidence:
+                text = f"*{on}:* {evidence}{varies}"
+            table.append({**head, "verdict": f"**{verdict}**", "evidence": _spaced(text)})
+            head = dict.fromkeys(head, "")  # further decisions of a claim stand below its first, without its text
     return table
 
 
@@ -30,29 +36,37 @@ def waiting(claims: Sequence[Claim], first: int = 1) -> list[dict[str, str]]:
     """Commands that would decide what is open, each with the numbers of the claims that wait for it."""
     numbers: dict[str, list[str]] = {}
     for number, claim in enumerate(claims, first):
-        for command in dict.fromkeys(decision.command for decision in claim.decisions if decision.command):
+        commands = dict.fromkeys(decision.command for decision in claim.decisions if decision.command)
+        for command in commands:
             numbers.setdefault(command, []).append(str(number))
-    return [{"command": f"`{command}`", "decides claims": ", ".join(found)} for command, found in numbers.items()]
+    return [{"command": f"`{command}`", "decides claims": ", ".join(those)} for command, those in numbers.items()]
 
 
 def _grouped(claim: Claim) -> list[tuple[str, str, str, str]]:
     """Decisions as (on, verdict, evidence, what is varied); those that are open for the same reason are one."""
     groups: dict[tuple, list[str]] = {}
-    for i, decision in enumerate(claim.decisions):
-        own = i if decision.verdict in DECIDED else -1
-        varies = f" (varied: {', '.join(decision.varies)})" if decision.varies else ""
-        groups.setdefault((decision.verdict, decision.evidence, varies, own), []).append(decision.on)
-    return [
-        ("; ".join(dict.fromkeys(on)), verdict, evidence, varies)
-        for (verdict, evidence, varies, _), on in groups.items()
-    ]
+    for number, decision in enumerate(claim.decisions):
+        varies = ""
+        if decision.varies:
+            varies = f" (varied: {', '.join(decision.varies)})"
+        group: tuple = (decision.verdict, decision.evidence, varies)
+        if decision.verdict in DECIDED:
+            group += (number,)  # its own number keeps a decided one apart from all others
+        groups.setdefault(group, []).append(decision.on)
+    rows = []
+    for (verdict, evidence, varies, *_), on in groups.items():
+        rows.append(("; ".join(dict.fromkeys(on)), verdict, evidence, varies))
+    return rows
 
 
 def _link(stems: Sequence[str]) -> str:
-    """A link to the first of these chapters that is there."""
-    found = next((stem for stem in stems if (root() / "notebooks" / f"{stem}.md").is_file()), None)
-    return f"[]({found}.ipynb)" if found else ""
+    """A link to the first of these chapters that is there, without a text: the book puts the chapter's title there."""
+    for stem in stems:
+        if (root() / "notebooks" / f"{stem}.md").is_file():
+            return f"[]({stem}.ipynb)"
+    return ""
 
 
 def _spaced(text: str) -> str:
+    """The text with a space between each number and its percent sign, as in the book's prose."""
     return re.sub(r"(\d)%", r"\1 %", text)

@@ -22,7 +22,7 @@ def rigour() -> Claim:
         "Appendix D's step with its own constants; masks learned with L1, at the best of several β, keep SSIM and "
         "right images of those learned with the closed form σ(λ + c), which needs no such step.",
         ("02_l0_to_l1", "12_settings"),
-        (contradicted(algebra.constant_factor()), *(l1_against_l0(model) for model in (SDXL, DEV))),
+        (contradicted(algebra.constant_factor()), l1_against_l0(SDXL), l1_against_l0(DEV)),
     )
 
 
@@ -35,18 +35,23 @@ def binary() -> Claim:
         ("12_settings", "03_where_masks_go"),
         (
             _between(SDXL),
-            *(
-                kept(model, ("soft", "cut"), ("soft", "cut, the rest times its gates"), BOTH, "0 and 1 against gates")
-                for model in (SDXL, DEV)
-            ),
+            _cut_against_gates(SDXL),
+            _cut_against_gates(DEV),
         ),
     )
 
 
+def _cut_against_gates(model: str) -> Decision:
+    places = ("soft", "cut"), ("soft", "cut, the rest times its gates")
+    return kept(model, *places, BOTH, "0 and 1 against gates")
+
+
 def _between(model: str) -> Decision:
-    """Share of gates of kept λ that are neither 0 nor 1 without noise. Nothing is learned here."""
-    files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)] if on_embedded.readable(model) else []
-    files = [path for path in files if path.is_file()]
+    """The decision on the share of stored gates that are neither 0 nor 1 without noise. Nothing is learned here."""
+    files = []
+    if on_embedded.readable(model):
+        files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)]
+        files = [path for path in files if path.is_file()]
     if not files:
         return on_embedded.missing(model, "main", "learned gates")
     import torch
@@ -55,13 +60,16 @@ def _between(model: str) -> Decision:
     from ecodiff.pipelines.loading import load_once
     from ecodiff.pipelines.parts import denoiser
 
-    gates = [Gates.load(path, denoiser(load_once(model))) for path in files]
-    values = [torch.cat(list(one.deterministic().values())) for one in gates]
-    shares = [((v > 0) & (v < 1)).float().mean().item() for v in values]
-    closed = [(v == 0).float().mean().item() for v in values]
-    shown = f"{min(shares):.1%} to {max(shares):.1%} between 0 and 1, {min(closed):.1%} to {max(closed):.1%} at 0"
-    outcome = REPRODUCED if min(shares) > 0 else NOT_REPRODUCED
-    return Decision(on_embedded.on(model, "learned gates"), outcome, f"{shown}; seeds: {len(gates)}")
+    between, closed = [], []
+    for path in files:
+        gates = Gates.load(path, denoiser(load_once(model)))
+        values = torch.cat(list(gates.deterministic().values()))
+        between.append(((values > 0) & (values < 1)).float().mean().item())
+        closed.append((values == 0).float().mean().item())
+    evidence = f"{min(between):.1%} to {max(between):.1%} between 0 and 1, "
+    evidence += f"{min(closed):.1%} to {max(closed):.1%} at 0; seeds: {len(files)}"
+    verdict = REPRODUCED if min(between) > 0 else NOT_REPRODUCED
+    return Decision(on_embedded.on(model, "learned gates"), verdict, evidence)
 
 
 def _kept_gates(model: str, seed: int) -> Path:
@@ -71,17 +79,17 @@ def _kept_gates(model: str, seed: int) -> Path:
 
 
 def baselines() -> Claim:
-    asked = {"magnitude": "magnitude", "wanda": "WANDA", "occlusion": "LD-Pruner's occlusion"}
+    rivals = {"magnitude": "magnitude", "wanda": "WANDA", "occlusion": "LD-Pruner's occlusion"}
+    decisions = []
+    for model in (SDXL, DEV):
+        for method, name in rivals.items():
+            decisions.append(better(model, LEARNED, ("main", f"{method}, 20%"), label=f"against {name}"))
     return Claim(
         "missing baselines",
         "Learned masks are better than magnitude, WANDA and LD-Pruner's criterion.",
         "Learned minus each of them at 20 %, paired: more SSIM or more right images, less of neither.",
         ("11_every_method",),
-        tuple(
-            better(model, LEARNED, ("main", f"{method}, 20%"), label=f"against {words}")
-            for model in (SDXL, DEV)
-            for method, words in asked.items()
-        ),
+        tuple(decisions),
     )
 
 

@@ -33,8 +33,11 @@ VERDICTS = (*DECIDED, CHECKPOINT, MISSING)
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict, one of ``VERDICTS``, on something: with its evidence in numbers where it is decided, and where it is
-    not with the ``command`` that would decide it, or the reason why there is none."""
+    """A verdict on one thing that the claim was decided on.
+
+    ``verdict`` is one of ``VERDICTS``. A verdict from numbers comes with its ``evidence``; an open one comes with the
+    ``command`` that would decide it, or with the reason why there is none. Raises EcoDiffError otherwise.
+    """
 
     on: str
     verdict: str
@@ -52,7 +55,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Question:
-    """A decision that depends on which full-size models may be counted: ``decide(presets)``."""
+    """A decision that depends on which full-size models may be counted: ``decide(presets)`` returns it."""
 
     decide: Callable[[Sequence[str]], Decision]
 
@@ -72,8 +75,12 @@ class Claim:
 
     def answered(self, presets: Sequence[str]) -> Claim:
         """The same claim with every question answered, these full-size models being counted."""
-        answers = [each.decide(presets) if isinstance(each, Question) else each for each in self.decisions]
-        return replace(self, decisions=tuple(answers))
+        decisions = []
+        for decision in self.decisions:
+            if isinstance(decision, Question):
+                decision = decision.decide(presets)
+            decisions.append(decision)
+        return replace(self, decisions=tuple(decisions))
 
     @property
     def decided(self) -> bool:
@@ -82,10 +89,11 @@ class Claim:
 
 
 def better(differences: Sequence[Interval], smallest: float = SMALLEST_EFFECT) -> str:
-    """Verdict on "the first is better", by intervals of first - second: more by some measure and less by none.
+    """Verdict on "the first is better": it has more by some measure and less by none.
 
-    "More" is an interval wholly above ``smallest``, "not less" one wholly above ``-smallest``. Where one measure has
-    more and another less, they disagree. It is not better where some measure has less, or where none can have more.
+    ``differences`` are intervals of first - second, one a measure. "More" is an interval wholly above ``smallest``,
+    "not less" one wholly above ``-smallest``. Where one measure has more and another less, they disagree. The first is
+    not better where some measure has less, or where none can have more.
     """
     more = any(d.low > smallest for d in differences)
     less = any(d.high < -smallest for d in differences)
@@ -99,7 +107,7 @@ def better(differences: Sequence[Interval], smallest: float = SMALLEST_EFFECT) -
 
 
 def kept(differences: Sequence[Interval], smallest: float = SMALLEST_EFFECT) -> str:
-    """Verdict on "the first loses nothing", by intervals of first - second: all lie wholly above ``-smallest``.
+    """Verdict on "the first loses nothing": all intervals of first - second lie wholly above ``-smallest``.
 
     It loses where one lies wholly below; where another lies wholly above ``smallest``, the measures disagree.
     """
@@ -120,13 +128,21 @@ def lower(difference: Interval) -> str:
 
 
 def together(decisions: Sequence[Decision], on: str) -> Decision:
-    """One decision on "all of these": as bad as the worst; missing where one is missing and none contradicts."""
-    verdicts = [decision.verdict for decision in decisions]
-    worst = next((v for v in (NOT_REPRODUCED, DISAGREE, MISSING, UNDECIDED) if v in verdicts), REPRODUCED)
+    """One decision on "all of these hold": as bad as the worst; missing where one is missing and none contradicts."""
+    verdicts = {decision.verdict for decision in decisions}
+    worst = REPRODUCED
+    for verdict in (NOT_REPRODUCED, DISAGREE, MISSING, UNDECIDED):  # the worst first
+        if verdict in verdicts:
+            worst = verdict
+            break
     evidence = "; ".join(decision.evidence for decision in decisions if decision.evidence)
-    command = next((decision.command for decision in decisions if decision.command), "")
-    varies = tuple(dict.fromkeys(name for decision in decisions for name in decision.varies))
-    return Decision(on, worst, evidence, command if worst == MISSING else "", varies)
+    varies: dict[str, None] = {}  # a set that keeps its order
+    for decision in decisions:
+        varies |= dict.fromkeys(decision.varies)
+    command = ""
+    if worst == MISSING:
+        command = next((decision.command for decision in decisions if decision.command), "")
+    return Decision(on, worst, evidence, command, tuple(varies))
 
 
 def printed(on: str, holds: bool, evidence: str) -> Decision:
@@ -136,11 +152,13 @@ def printed(on: str, holds: bool, evidence: str) -> Decision:
 
 def contradicted(erratum: Erratum) -> Decision:
     """A decision on the paper's own numbers by an erratum, whose lines that disagree are the evidence."""
-    wrong = [line for line in erratum.lines if not line.agrees] or erratum.lines
-    evidence = "; ".join(f"{line.what}: printed {line.published}, computed {line.computed}" for line in wrong)
+    lines = [line for line in erratum.lines if not line.agrees]
+    if not lines:  # then the lines that agree say why the paper is right
+        lines = list(erratum.lines)
+    evidence = "; ".join(f"{line.what}: printed {line.published}, computed {line.computed}" for line in lines)
     return printed(erratum.where, not erratum.confirmed, evidence)
 
 
 def checkpoint(model: str, command: str) -> Decision:
-    """What only a published checkpoint can decide, and the command that would."""
+    """A decision that waits for a published checkpoint, with the command that would reach it."""
     return Decision(model, CHECKPOINT, command=command)

@@ -18,7 +18,7 @@ def fid_differences() -> Erratum:
             for ratio in ratios:
                 pruned = row("table1", model=model, method="EcoDiff", ratio=ratio)[f"{data}_fid"]
                 published = claim(f"{model.lower()}_{data}_fid_{word}_{ratio * 100:.0f}")
-                digits = 0 if published == 8 else 1 if published == 6.7 else 2  # as many as are printed
+                digits = {8: 0, 6.7: 1}.get(published, 2)  # as many as the paper prints of this one
                 computed = sign * (pruned - base[f"{data}_fid"])
                 lines.append(number(f"{model} {ratio:.0%}, {data}: FID {word}", published, computed, digits))
     return Erratum("§3.2", "Two of eight differences are not those of Table 1.", tuple(lines))
@@ -27,7 +27,9 @@ def fid_differences() -> Erratum:
 def ssim_comparison() -> Erratum:
     """SSIM 'low compared to conventional pruning methods'."""
     lines = []
-    for ours in (entry for entry in table("table1") if entry["method"] == "EcoDiff"):
+    for ours in table("table1"):
+        if ours["method"] != "EcoDiff":
+            continue
         theirs = row("table1", model=ours["model"], ratio=ours["ratio"], method="DiffPruning")
         for data in ("coco", "flickr"):
             a, b = ours[f"{data}_ssim"], theirs[f"{data}_ssim"]
@@ -41,11 +43,11 @@ def memory() -> Erratum:
     plain, gpu = claim("sdxl_plain_memory"), claim("gpu_memory")
     measured = row("table12", model="SDXL")["vram_gb"]
     given, needed = claim("sdxl_plain_h100"), math.ceil(plain / gpu)
+    factor, saving = claim("memory_factor"), plain / measured
     lines = (
         Line("1400 GB in the paper's 80 GB GPUs", f"{given:.0f}", f"{plain / gpu:.1f}, so {needed}", given == needed),
-        Line("saving at Table 12's 22.9 GB", f"up to {claim('memory_factor'):.0f}", f"{plain / measured:.1f}",
-             plain / measured <= claim("memory_factor")),
-    )  # fmt: skip
+        Line("saving at Table 12's 22.9 GB", f"up to {factor:.0f}", f"{saving:.1f}", saving <= factor),
+    )
     text = (
         "1400 GB need 18 of the 80 GB GPUs that the paper uses (15 would do with the 94 GB of an H100 NVL); "
         "by Table 12 the saving is 61 times."
@@ -55,11 +57,12 @@ def memory() -> Erratum:
 
 def hours() -> Erratum:
     """Table 12: on one GPU, hours of training are GPU-hours."""
-    lines = [
-        Line(f"{r['model']}: GPU-hours on one GPU", f"{r['gpu_hours']:g}", f"{r['training_hours']:g}",
-             math.isclose(r["gpu_hours"], r["training_hours"]))
-        for r in table("table12")
-    ]  # fmt: skip
+    lines = []
+    for entry in table("table12"):
+        gpu_hours, training_hours = entry["gpu_hours"], entry["training_hours"]
+        what = f"{entry['model']}: GPU-hours on one GPU"
+        same = math.isclose(gpu_hours, training_hours)
+        lines.append(Line(what, f"{gpu_hours:g}", f"{training_hours:g}", same))
     return Erratum("Table 12", "Hours of training are 1.3 to 19 times the GPU-hours of the one GPU used.", tuple(lines))
 
 
@@ -79,19 +82,23 @@ def bold() -> Erratum:
     """Table 5 prints the best FID in bold."""
     marked = next(entry for entry in table("table5") if "fid" in (entry["bold"] or ""))
     best = min(table("table5"), key=lambda entry: entry["coco_fid"])
-    line = Line("number of prompts with the lowest FID", f"{marked['size']} ({marked['coco_fid']})",
-                f"{best['size']} ({best['coco_fid']})", marked["size"] == best["size"])  # fmt: skip
+    line = Line(
+        "number of prompts with the lowest FID",
+        f"{marked['size']} ({marked['coco_fid']})",
+        f"{best['size']} ({best['coco_fid']})",
+        marked["size"] == best["size"],
+    )
     return Erratum("Table 5", "The FID in bold is not the lowest.", (line,))
 
 
 def data_size() -> Erratum:
     """The FLUX ablation of data size is said to show what SDXL's shows: little dependence."""
-    spread = {name: [entry["coco_fid"] for entry in table(name)] for name in ("table5", "table10")}
-    lines = [
-        Line(f"{model}: largest FID over smallest", "about 1", f"{max(f) / min(f):.2f}", max(f) / min(f) < 1.2)
-        for model, f in zip(("SDXL", "FLUX"), spread.values(), strict=True)
-    ]
-    one, hundred = (row("table10", size=size)["coco_fid"] for size in (1, 100))
+    lines = []
+    for model, name in (("SDXL", "table5"), ("FLUX", "table10")):
+        fids = [entry["coco_fid"] for entry in table(name)]
+        spread = max(fids) / min(fids)
+        lines.append(Line(f"{model}: largest FID over smallest", "about 1", f"{spread:.2f}", spread < 1.2))
+    one, hundred = row("table10", size=1)["coco_fid"], row("table10", size=100)["coco_fid"]
     lines.append(Line("FLUX: FID of 1 prompt against 100", "higher", f"{one} against {hundred}", one > hundred))
     text = "FLUX does not repeat SDXL's result: 256 prompts give FID 77.48, and one beats 100, unexplained."
     return Erratum("Table 10, App. K.3", text, tuple(lines))
@@ -101,11 +108,12 @@ def beta_of_flux() -> Erratum:
     """Table 2's β against the ablation that contains the main result."""
     main = row("table1", model="FLUX", method="EcoDiff", ratio=0.15)["flickr_fid"]
     used = setting("table2", "beta")
-    lines = [
-        Line(f"FLUX 15 %, Flickr FID at β = {entry['beta']:g}", f"{main} (Table 1)", f"{entry['flickr_fid']} (Table 9)",
-             abs(entry["flickr_fid"] - main) < 0.1)
-        for entry in table("table9") if entry["beta"] in (used, 0.001, 0.01)
-    ]  # fmt: skip
+    lines = []
+    for entry in table("table9"):
+        if entry["beta"] in (used, 0.001, 0.01):
+            beta, fid = entry["beta"], entry["flickr_fid"]
+            what = f"FLUX 15 %, Flickr FID at β = {beta:g}"
+            lines.append(Line(what, f"{main} (Table 1)", f"{fid} (Table 9)", abs(fid - main) < 0.1))
     text = "Table 1's FLUX has the FID of β = 0.01 or 0.001, not of the β = 0.1 in Table 2."
     return Erratum("Table 2", text, tuple(lines))
 
@@ -121,8 +129,10 @@ def ssim_rises() -> Erratum:
     """Reusing or removing more should leave less of the original picture."""
     lines = []
     for method in ("DeepCache", "EcoDiff"):
+        tenth = row("table1", model="SDXL", method=method, ratio=0.1)
+        fifth = row("table1", model="SDXL", method=method, ratio=0.2)
         for data in ("coco", "flickr"):
-            low, high = (row("table1", model="SDXL", method=method, ratio=r)[f"{data}_ssim"] for r in (0.1, 0.2))
+            low, high = tenth[f"{data}_ssim"], fifth[f"{data}_ssim"]
             what = f"{method}, {data}: SSIM at 20 % against 10 %"
             lines.append(Line(what, "not higher", f"{high:g} against {low:g}", high <= low))
     text = "In Table 1, DeepCache keeps more of the original picture at the larger speed-up, without a word on why."
@@ -134,13 +144,14 @@ def flux_at_twenty() -> Erratum:
     promised = claim("ratio_without_retraining") / 100
     largest = {
         "SDXL": max(entry["ratio"] for entry in table("table1") if entry["model"] == "SDXL"),
-        "FLUX": max(e["ratio"] for name in ("table1", "table7") for e in table(name) if "FLUX" in e["model"]),
+        "FLUX": max(entry["ratio"] for entry in table("table1") + table("table7") if "FLUX" in entry["model"]),
     }
-    lines = [
-        Line(f"{model}: largest ratio in a table", f"{promised:.0%}", f"{ratio:.0%}", ratio >= promised)
-        for model, ratio in largest.items()
-    ]
-    degrades, what = claim("flux_degrades_at") / 100, "FLUX: ratio at which it degrades (Fig. 9)"
+    lines = []
+    for model, ratio in largest.items():
+        what = f"{model}: largest ratio in a table"
+        lines.append(Line(what, f"{promised:.0%}", f"{ratio:.0%}", ratio >= promised))
+    degrades = claim("flux_degrades_at") / 100
+    what = "FLUX: ratio at which it degrades (Fig. 9)"
     lines.append(Line(what, f"above {promised:.0%}", f"{degrades:.0%}", degrades > promised))
     text = "No table has FLUX beyond 15 %, and Figure 9 says that it degrades at 20 %."
     return Erratum("Abstract, §1, §4", text, tuple(lines))
@@ -150,22 +161,36 @@ def without_loss() -> Erratum:
     """'Up to 20 % of model parameters without performance loss': FID at the largest ratio of each model."""
     lines = []
     for name, model, ratio in (("table1", "SDXL", 0.2), ("table1", "FLUX", 0.15), ("table6", "SD2", 0.2)):
-        base, pruned = (row(name, model=model, method=m, ratio=r) for m, r in (("Original", 0.0), ("EcoDiff", ratio)))
-        change = [pruned[column] - base[column] for column in ("coco_fid", "flickr_fid")]
-        shown = f"{change[0]:+.2f} and {change[1]:+.2f}"
-        lines.append(Line(f"{model} {ratio:.0%}: change of FID, coco and flickr", "no loss", shown, max(change) <= 0))
+        original = row(name, model=model, method="Original", ratio=0.0)
+        pruned = row(name, model=model, method="EcoDiff", ratio=ratio)
+        coco, flickr = (pruned[column] - original[column] for column in ("coco_fid", "flickr_fid"))
+        what = f"{model} {ratio:.0%}: change of FID, coco and flickr"
+        lines.append(Line(what, "no loss", f"{coco:+.2f} and {flickr:+.2f}", max(coco, flickr) <= 0))
     return Erratum("§4", "By FID, FLUX and SD2 lose on both sets; SDXL does not.", tuple(lines))
 
 
 def table_of_retraining() -> Erratum:
     """App. J names Table 7 for ratios beyond 20 %."""
     beyond = claim("quality_drops_beyond") / 100
-    most = {name: max(entry["ratio"] for entry in table(name)) for name in ("table7", "table8")}
-    lines = [Line(f"{name}: largest ratio", f"above {beyond:.0%}", f"{r:.0%}", r > beyond) for name, r in most.items()]
+    lines = []
+    for name in ("table7", "table8"):
+        most = max(entry["ratio"] for entry in table(name))
+        lines.append(Line(f"{name}: largest ratio", f"above {beyond:.0%}", f"{most:.0%}", most > beyond))
     return Erratum("App. J", "The table that shows ratios beyond 20 % is Table 8, not Table 7.", tuple(lines))
 
 
 ARITHMETIC = (
-    fid_differences, ssim_comparison, memory, hours, one_cell, bold, data_size, beta_of_flux, weights_of_sdxl,
-    ssim_rises, flux_at_twenty, without_loss, table_of_retraining,
-)  # fmt: skip
+    fid_differences,
+    ssim_comparison,
+    memory,
+    hours,
+    one_cell,
+    bold,
+    data_size,
+    beta_of_flux,
+    weights_of_sdxl,
+    ssim_rises,
+    flux_at_twenty,
+    without_loss,
+    table_of_retraining,
+)
