@@ -66,6 +66,7 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
             raise EcoDiffError("deepcache: kept features have no gradient; learn the mask first, then draw with reuse.")
         reuse.call += 1
         reuse.calls += 1
+        # Nothing is known of a call that no refreshing step made, such as one of guidance that begins late.
         known = all((reuse.call, name) in reuse.kept for name in deep)
         refreshing = reuse.step % interval == 0
         reuse.running = refreshing or not known
@@ -82,7 +83,7 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
             yield reuse
     finally:
         pipe.scheduler.__class__ = scheduler_class
-        reuse.kept.clear()
+        reuse.kept.clear()  # features are large, and the caller may keep the counts
 
 
 def deep_blocks(model: nn.Module, depth: int) -> dict[str, nn.Module]:

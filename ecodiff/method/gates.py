@@ -74,6 +74,7 @@ class Gates:
 
         ``samples``: so many draws, one after the other: tensors [samples, units].
         """
+        # Drawn where the generator lies and sent to λ, so that the numbers do not depend on the device that learns.
         device = generator.device if generator is not None else "cpu"
         units = [site.units for site in self.sites.values()]
         shape = (sum(units),) if samples is None else (samples, sum(units))

@@ -161,6 +161,7 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
     for name, module in modules.items():
         parent = modules.get(name.rpartition(".")[0], denoiser)
         try:
+            # The attention of a parallel block (FLUX) has pre_only in the place of an output layer of its own.
             if hasattr(module, "to_q") and (hasattr(module, "to_out") or hasattr(module, "pre_only")):
                 yield _attention(name, module, parent)
             elif isinstance(getattr(module, "net", None), nn.ModuleList):

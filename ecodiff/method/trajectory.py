@@ -136,6 +136,7 @@ def final_latents(
     if not isinstance(latents, Tensor):
         raise EcoDiffError(f"{where} returned {type(latents).__name__}, not a tensor of latents.")
     if gradients and not latents.requires_grad:
+        # Predictions had gradients and the latents have none: the loop cut them off. Else no gate made a prediction.
         if watch["gradients"] or watch["without_grad"]:
             raise EcoDiffError(
                 f"The sampling loop of {where} is not differentiable: take another scheduler, or gradients=False."

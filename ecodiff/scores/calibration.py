@@ -112,6 +112,7 @@ def draw(
 
     def run(numbers: list[int]) -> None:
         clock.watch["steps"] = 0  # the count goes on from trajectory to trajectory
+        # A generator for each, so that neither batch size nor order changes the noise of a prompt.
         generators = [torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers]
         latents = runner(generator=generators, **collate([prompts[i] for i in numbers]), **settings)[0]
         if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():

@@ -90,7 +90,7 @@ def prune_compensated(pipe, mask: Mapping[str, Tensor], moments: Mapping[str, Te
     """
     small, model = prune(pipe, mask), denoiser(pipe)
     for layer, keep in _kept_columns(model, mask).items():
-        if keep.all() or not keep.any():
+        if keep.all() or not keep.any():  # nothing has gone, or nothing is left to make up for it
             continue
         weight = model.get_submodule(layer).weight
         if layer not in moments or len(moments[layer]) != weight.shape[1]:

@@ -72,6 +72,7 @@ def scores(
             ).float()
             for probe in range(probes):
                 signs = torch.stack([_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
+                # Each sample has gates of its own, so one backward pass of the sum gives vᵀJ of every sample.
                 product = (latents * signs.to(latents.device)).sum()
                 is_last = probe == probes - 1
                 slopes = torch.autograd.grad(product, gates.values(), retain_graph=not is_last, allow_unused=True)

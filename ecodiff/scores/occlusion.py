@@ -76,6 +76,7 @@ def scores(
             moved = _DISTANCES[distance](whole, draw(pipe, prompts, Sampling(**quiet))).item()
         weight = wanda[name][units] if name in wanda else torch.ones(len(units))
         total = weight.sum()
+        # WANDA's scores of a whole group can be zero, as its inputs can: then its units share the distance equally.
         if total > 0:
             result[name][units] = moved * (weight / total)
         else:
