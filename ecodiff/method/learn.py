@@ -113,7 +113,7 @@ def learn(
 
 
 def _descend(task: _Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:
-    """Take the updates that follow the first ``done`` (Alg. 1, lines 4 to 7); λ, history and snapshots go to ``gates``.
+    """Take the updates that follow the first ``done`` (the loop of Alg. 1); λ, history and snapshots go to ``gates``.
 
     Raises EcoDiffError for a loss, gradient or λ that is not finite.
     """
