@@ -10,7 +10,7 @@ prediction at the states the whole model visits,
 and the criterion rests on *additivity*: that error(S) is close to the sum of its blocks' errors. Then the best set for
 a share of parameters is a knapsack. `errors` measures any sets, so additivity can be tested and not assumed.
 
-SnapFusion's looks at pictures: `clip_scores`, what the CLIP score loses without a block for the work that it saves.
+SnapFusion's looks at images: `clip_scores`, what the CLIP score loses without a block for the work that it saves.
 """
 
 from __future__ import annotations
@@ -48,15 +48,20 @@ def candidates(model: nn.Module) -> dict[str, int]:
     They add to what they are given: residual blocks that keep the number of channels and transformer blocks, except a
     last joint block that drops its text stream.
     """
-    return {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if type(module).__name__ in _BLOCKS
-        and getattr(module, "conv_shortcut", None) is None
-        and not getattr(module, "context_pre_only", False)
-        and getattr(module, "in_channels", None) == getattr(module, "out_channels", None)
-        and not (getattr(module, "up", False) or getattr(module, "down", False))
-    }
+    sizes = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in _BLOCKS and _adds_to_its_input(module):
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    return sizes
+
+
+def _adds_to_its_input(block: nn.Module) -> bool:
+    if getattr(block, "context_pre_only", False):  # the last joint block of SD3 returns no text
+        return False
+    if getattr(block, "up", False) or getattr(block, "down", False):  # another height and width
+        return False
+    same_channels = getattr(block, "in_channels", None) == getattr(block, "out_channels", None)
+    return same_channels and getattr(block, "conv_shortcut", None) is None
 
 
 @contextmanager
@@ -78,26 +83,27 @@ def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling)
     model, settings = denoiser(pipe), Sampling(**sampling)
     for names in sets:
         _check(model, names)
-    totals, calls = torch.zeros(len(sets), dtype=torch.float64), 0
+    totals, predictions = torch.zeros(len(sets), dtype=torch.float64), 0
     if settings.progress:
         tqdm.write(f"blocks: {len(prompts)} prompts, {1 + len(sets)} times the work of drawing them")
 
     def see(call: Call) -> None:
-        nonlocal calls
+        nonlocal predictions
         whole, batch = call.output[0].float(), len(call.output[0])
         for i, names in enumerate(sets):
             with left_out(model, names):
+                # Not the module itself, whose hooks would see this call and call `see` again.
                 other = call.network.forward(*call.args, **call.kwargs)[0].float()
             totals[i] += batch * (other - whole).square().mean().item()
-        calls += batch
+        predictions += batch
 
     draw(pipe, prompts, settings, label="blocks", each_call=see)
-    return (totals / calls).tolist()
+    return (totals / predictions).tolist()
 
 
 def scores(pipe, prompts: Sequence, **sampling) -> dict[str, float]:
     """error({b}) of every candidate b, {block name: error}; the lower, the earlier it goes."""
-    names = list(_some(denoiser(pipe)))
+    names = list(_candidates_of(denoiser(pipe)))
     return dict(zip(names, errors(pipe, prompts, [(name,) for name in names], **sampling), strict=True))
 
 
@@ -105,38 +111,43 @@ def scores(pipe, prompts: Sequence, **sampling) -> dict[str, float]:
 def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[str, float]:
     """SnapFusion's score of every candidate: the CLIP score lost without it, for each GFLOP of a call that it costs.
 
-    {block name: score}; the lower, the earlier it goes. Negative where pictures fit their captions better without it.
-    All drawings start from the same noise. Two things differ from the published search: work is counted, where that one
+    {block name: score}; the lower, the earlier it goes. Negative where images fit their prompts better without it. All
+    images start from the same noise. Two things differ from the published search: work is counted, where that one
     measures milliseconds on a phone, and the model is taken as it is, where that one first trains it with blocks left
-    out at random. Costs drawing the prompts once more for each candidate. ``sampling``: fields of ``Sampling``.
+    out at random. It generates images of the prompts once more for each candidate. ``sampling``: fields of
+    ``Sampling``.
     """
     model, settings, pipe = one_denoiser(pipe, "blocks.clip_scores"), Sampling(**sampling), encoding_once(pipe)
-    names = list(_some(model))
-    calls: list[Call] = []
-    steps: dict[str, Any] = {
+    names = list(_candidates_of(model))
+    arguments: dict[str, Any] = {
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
+        "batch_size": settings.batch_size,
+        "progress": False,
     }
     seeds = [mix(settings.seed, i) for i in range(len(prompts))]
-    captions = judge.text_features(list(prompts))
+    prompt_features = judge.text_features(list(prompts))
 
-    def likeness() -> float:
-        drawn = generate(pipe, prompts, seeds, batch_size=settings.batch_size, progress=False, **steps, **settings.call)
-        return 100 * (judge.image_features(drawn) * captions).sum(-1).mean().item()
+    def clip_score() -> float:
+        images = generate(pipe, prompts, seeds, **arguments, **settings.call)
+        return 100 * (judge.image_features(images) * prompt_features).sum(-1).mean().item()
 
+    calls: list[Call] = []
     draw(pipe, prompts[:1], settings, label="blocks", each_call=calls.append)
-    given = inspect.signature(model.forward).bind(*calls[0].args, **calls[0].kwargs).arguments
+    inputs = inspect.signature(model.forward).bind(*calls[0].args, **calls[0].kwargs).arguments
 
-    def work(network: nn.Module) -> int:
-        inputs = {name: Given(value) for name, value in given.items()}
-        return trace(network, inputs, dtype=next(network.parameters()).dtype).flops.total
+    def flops(network: nn.Module) -> int:
+        given = {name: Given(value) for name, value in inputs.items()}
+        return trace(network, given, dtype=next(network.parameters()).dtype).flops.total
 
-    whole, cost, found = likeness(), work(model), {}
+    whole_score, whole_flops = clip_score(), flops(model)
+    result = {}
     for name in tqdm(names, desc="blocks without", disable=not settings.progress):
         with left_out(model, [name]):
-            lost = whole - likeness()
-        found[name] = lost / ((cost - work(denoiser(remove(pipe, [name])))) / 1e9)
-    return found
+            lost = whole_score - clip_score()
+        saved = whole_flops - flops(denoiser(remove(pipe, [name])))
+        result[name] = lost / (saved / 1e9)
+    return result
 
 
 def choose_in_order(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: float) -> list[str]:
@@ -145,7 +156,8 @@ def choose_in_order(scores: Mapping[str, float], parameters: Mapping[str, int], 
     Raises EcoDiffError for a ratio outside [0, 1).
     """
     _check_ratio(ratio)
-    total, gone, removed = sum(parameters[name] for name in scores), 0, []
+    total = sum(parameters[name] for name in scores)
+    gone, removed = 0, []
     for name in sorted(scores, key=scores.__getitem__):
         if gone >= ratio * total:
             break
@@ -163,11 +175,14 @@ def choose(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: fl
     _check_ratio(ratio)
     names, total = list(scores), sum(parameters[name] for name in scores)
     # Turned round: of all sets that stay and fit into the rest, the one whose scores sum up to the most.
-    sizes = [-(-parameters[name] * _RESOLUTION // total) for name in names]
-    room = int((1 - ratio) * _RESOLUTION + 1e-9) if ratio else sum(sizes)
+    sizes = [-(-parameters[name] * _RESOLUTION // total) for name in names]  # rounded up
+    room = sum(sizes)
+    if ratio:
+        room = int((1 - ratio) * _RESOLUTION + 1e-9)
+    # best[space]: the most that the blocks so far give in that much space; stays[i][space]: whether i is among them.
     best, stays = [0.0] * (room + 1), [[False] * (room + 1) for _ in names]
     for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        for space in range(room, size - 1, -1):
+        for space in range(room, size - 1, -1):  # downwards, so that no block is taken twice
             if best[space - size] + scores[name] >= best[space]:
                 best[space], stays[i][space] = best[space - size] + scores[name], True
     removed, space = [], room
@@ -182,7 +197,7 @@ def choose(scores: Mapping[str, float], parameters: Mapping[str, int], ratio: fl
 def remove(pipe, names: Collection[str]):
     """A pipeline whose denoiser lacks these blocks (a copy); other components are shared.
 
-    It draws and is retrained like any other. `learn` and `prune` refuse it and diffusers cannot save it, since its
+    It generates and is retrained like any other. `learn` and `prune` refuse it and diffusers cannot save it, since its
     config has no word for a missing block.
     """
     _check(denoiser(pipe), names)
@@ -210,20 +225,26 @@ def _passing(forward):
 
 
 def _through(signature: inspect.Signature, kind: str):
+    """A forward with this signature that returns what it is given, as blocks of this kind return what they make of
+    it: hidden states, or those of text and image."""
     two_streams = kind in ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def passed(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-        given = signature.bind(*args, **kwargs).arguments
-        hidden = next(given[name] for name in _HIDDEN if name in given)
-        return (given["encoder_hidden_states"], hidden) if two_streams else hidden
+        arguments = signature.bind(*args, **kwargs).arguments
+        hidden = next(arguments[name] for name in _HIDDEN if name in arguments)
+        if two_streams:
+            return arguments["encoder_hidden_states"], hidden
+        return hidden
 
     return passed
 
 
-def _some(model: nn.Module) -> dict[str, int]:
-    if not (found := candidates(model)):
+def _candidates_of(model: nn.Module) -> dict[str, int]:
+    """`candidates`; raises EcoDiffError where there are none."""
+    blocks = candidates(model)
+    if not blocks:
         raise EcoDiffError(f"{type(model).__name__} has no blocks that are known here and can be left out.")
-    return found
+    return blocks
 
 
 def _check_ratio(ratio: float) -> None:

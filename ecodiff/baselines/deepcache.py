@@ -33,6 +33,7 @@ class Reuse:
     reused: int = 0
     step: int = 0
     call: int = 0  # number of the present call within its step; -1 before the first
+    running: bool = field(default=True, repr=False)  # whether deep blocks run in the present call
     kept: dict = field(default_factory=dict, repr=False)  # (call within its step, block) -> what the block returned
 
     def forget(self) -> None:
@@ -42,7 +43,7 @@ class Reuse:
 
 @contextmanager
 def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
-    """Inside, the pipeline draws with feature reuse; on leaving, it is as before.
+    """Inside, the pipeline generates with feature reuse; on leaving, it is as before.
 
     Args:
         pipe: a pipeline whose denoiser is a U-Net; pruned ones, too (App. I.2).
@@ -65,22 +66,24 @@ def deepcache(pipe, interval: int = 3, depth: int = 1) -> Iterator[Reuse]:
             raise EcoDiffError("deepcache: kept features have no gradient; learn the mask first, then draw with reuse.")
         reuse.call += 1
         reuse.calls += 1
+        # Nothing is known of a call that no refreshing step made, such as one of guidance that begins late.
         known = all((reuse.call, name) in reuse.kept for name in deep)
-        reuse.reused += (refreshing := reuse.step % interval == 0) is False and known
-        now["run"] = refreshing or not known
+        refreshing = reuse.step % interval == 0
+        reuse.running = refreshing or not known
+        if not reuse.running:
+            reuse.reused += 1
 
-    now = {"run": True}
     scheduler_class = type(pipe.scheduler)
     pipe.scheduler.__class__ = _counting(scheduler_class, reuse)
     try:
         with ExitStack() as stack:
             stack.enter_context(hooked(model, "deepcache")).before("", begin)
             for name, block in deep.items():
-                stack.enter_context(replaced_forward(block, partial(_kept_forward, name=name, reuse=reuse, now=now)))
+                stack.enter_context(replaced_forward(block, partial(_kept_forward, name=name, reuse=reuse)))
             yield reuse
     finally:
         pipe.scheduler.__class__ = scheduler_class
-        reuse.kept.clear()
+        reuse.kept.clear()  # features are large, and the caller may keep the counts
 
 
 def deep_blocks(model: nn.Module, depth: int) -> dict[str, nn.Module]:
@@ -93,15 +96,18 @@ def deep_blocks(model: nn.Module, depth: int) -> dict[str, nn.Module]:
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth < count:
         raise EcoDiffError(f"deepcache: depth={depth!r} must be from 1 to {count - 1} for a U-Net of {count} blocks.")
     deep = {f"down_blocks.{i}": model.down_blocks[i] for i in range(depth, count)}
-    deep |= {"mid_block": model.mid_block} if model.mid_block is not None else {}
+    if model.mid_block is not None:
+        deep["mid_block"] = model.mid_block
     return deep | {f"up_blocks.{i}": model.up_blocks[i] for i in range(count - depth)}
 
 
-def _kept_forward(forward, name: str, reuse: Reuse, now: dict):
+def _kept_forward(forward, name: str, reuse: Reuse):
+    """The block's forward, or in its place what it returned in the same call of an earlier step."""
+
     @wraps(forward)
     def kept(*args, **kwargs):
         place = reuse.call, name
-        if now["run"]:
+        if reuse.running:
             reuse.kept[place] = forward(*args, **kwargs)
         return reuse.kept[place]
 
@@ -109,8 +115,11 @@ def _kept_forward(forward, name: str, reuse: Reuse, now: dict):
 
 
 def _counting(cls: Any, reuse: Reuse) -> type:
-    """The scheduler's class, counting its steps. A class and not an attribute, so that copies of the scheduler (every
-    run may work on one) count themselves and not the original."""
+    """The scheduler's class, counting its steps.
+
+    A class and not an attribute, so that copies of the scheduler (every run may work on one) count themselves and not
+    the original.
+    """
 
     class Counting(cls):
         @wraps(cls.set_timesteps)  # pipelines look at the signatures

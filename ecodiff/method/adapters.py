@@ -2,7 +2,7 @@
 
 A LoRA holds matrices as wide as the layers it was trained beside, and an IP-Adapter is built for as many heads as the
 config says. On a pruned model the first raises from deep inside (or, for FLUX, silently widens the layers again), and
-the second silently draws another picture, since its processors reshape by the number of heads. So pruned classes check
+the second silently gives another image, since its processors reshape by the number of heads. So pruned classes check
 what they are given: the methods here stand before those of the same name of the diffusers class.
 """
 
@@ -108,13 +108,15 @@ def _before_lora(model, pretrained_model_name_or_path_or_dict, prefix="transform
     if not isinstance(state_dict, Mapping):
         from diffusers.loaders.lora_base import _fetch_state_dict
 
-        wanted = inspect.signature(_fetch_state_dict).parameters
-        given = dict.fromkeys(wanted)
-        given |= {key: value for key, value in kwargs.items() if key in wanted}
-        given |= {"pretrained_model_name_or_path_or_dict": state_dict, "allow_pickle": False}
-        given["user_agent"] = {"file_type": "attn_procs_weights", "framework": "pytorch"}
-        fetched = _fetch_state_dict(**given)
-        state_dict = fetched[0] if isinstance(fetched, tuple) else fetched
+        # A private function whose parameters change with versions of diffusers: None for those not known here.
+        parameters = inspect.signature(_fetch_state_dict).parameters
+        arguments = dict.fromkeys(parameters)
+        arguments |= {key: value for key, value in kwargs.items() if key in parameters}
+        arguments |= {"pretrained_model_name_or_path_or_dict": state_dict, "allow_pickle": False}
+        arguments["user_agent"] = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+        state_dict = _fetch_state_dict(**arguments)
+        if isinstance(state_dict, tuple):  # newer versions return metadata beside it
+            state_dict = state_dict[0]
     check_lora(model, _without_prefix(state_dict, prefix))
 
 
@@ -133,7 +135,8 @@ def _before_new_adapter(model, adapter_config, *args, **kwargs) -> None:
 
 
 def _before_ip_adapter(model, *args, **kwargs) -> None:
-    if (site := _pruned_attention(model)) is not None:
+    site = _pruned_attention(model)
+    if site is not None:
         raise EcoDiffError(
             f"An IP-Adapter of the original does not fit this {type(model).__name__}: it is built for all heads, and "
             f"{site!r} has fewer. Use it with the original model, or prune feed-forwards only."
@@ -141,7 +144,8 @@ def _before_ip_adapter(model, *args, **kwargs) -> None:
 
 
 def _before_processors_of_the_original(model, *args, **kwargs) -> None:
-    if (site := _pruned_attention(model)) is not None:
+    site = _pruned_attention(model)
+    if site is not None:
         raise EcoDiffError(
             f"load_attn_procs: attention processors of the original do not fit this {type(model).__name__}: they are "
             f"built for all heads, and {site!r} has fewer. For a LoRA that was trained for the pruned model take "
@@ -150,19 +154,23 @@ def _before_processors_of_the_original(model, *args, **kwargs) -> None:
 
 
 def _before_processors(model, processor, *args, **kwargs) -> None:
-    """Processors with weights of their own, such as those of IP-Adapters, must be as wide as the heads that are left:
-    wider ones would not raise but be split into wrong heads."""
-    given = processor if isinstance(processor, Mapping) else {}
-    for name, one in given.items():
+    """Raise EcoDiffError for processors with weights of their own that are not as wide as the heads that are left.
+
+    Those of IP-Adapters are such: wider ones would not raise but be split into wrong heads.
+    """
+    if not isinstance(processor, Mapping):
+        return
+    for name, one in processor.items():
         attention = _submodule(model, name.removesuffix(".processor"))
         if attention is None or not isinstance(one, nn.Module) or not hasattr(attention, "to_q"):
             continue
+        width = attention.to_q.out_features
         for part, layer in one.named_modules():
             splits = any(_SPLIT_INTO_HEADS.match(piece) for piece in part.split("."))
-            if splits and isinstance(layer, nn.Linear) and layer.out_features != attention.to_q.out_features:
+            if splits and isinstance(layer, nn.Linear) and layer.out_features != width:
                 raise EcoDiffError(
                     f"set_attn_processor: {part!r} of {type(one).__name__} for {name!r} gives {layer.out_features} "
-                    f"channels, but the heads left there have {attention.to_q.out_features}. {_UNTIL}"
+                    f"channels, but the heads left there have {width}. {_UNTIL}"
                 )
 
 
@@ -179,11 +187,11 @@ def _emptied(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The attention without heads whose layer this was, if it was and is no more."""
     if layer in modules:
         return None
-    parts = layer.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:length])
-        if name in modules:
-            return name if type(modules[name]).__name__ == "NoHeads" else None
+    name = layer
+    while "." in name and name not in modules:  # up to the nearest module that is there
+        name = name.rpartition(".")[0]
+    if name in modules and type(modules[name]).__name__ == "NoHeads":
+        return name
     return None
 
 
@@ -192,28 +200,34 @@ def _widths(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     widths: dict[str, dict[str, int]] = {}
     kronecker: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
-        if match := _FACTORS.match(key):
-            side, dimension = ("in", 1) if match["part"] == "lora_A" else ("out", 0)
-            widths.setdefault(match["layer"], {})[side] = value.shape[dimension]
-        elif match := _KRONECKER.match(key):
-            kronecker.setdefault(match["layer"], {})[match["part"]] = value
+        factor, part = _FACTORS.match(key), _KRONECKER.match(key)
+        if factor and factor["part"] == "lora_A":  # [rank, in]
+            widths.setdefault(factor["layer"], {})["in"] = value.shape[1]
+        elif factor:  # lora_B, [out, rank]
+            widths.setdefault(factor["layer"], {})["out"] = value.shape[0]
+        elif part:
+            kronecker.setdefault(part["layer"], {})[part["part"]] = value
+    # A layer's weight is the Kronecker product of w1 and w2, either of which may be a product w_a w_b itself.
     for layer, parts in kronecker.items():
         for side, dimension, half in (("out", 0, "a"), ("in", 1, "b")):
-            factors = [parts.get(name, parts.get(f"{name}_{half}")) for name in ("w1", "w2")]
-            first, second = factors
+            first = parts.get("w1", parts.get(f"w1_{half}"))
+            second = parts.get("w2", parts.get(f"w2_{half}"))
             if first is not None and second is not None:
                 widths.setdefault(layer, {})[side] = first.shape[dimension] * second.shape[dimension]
     return widths
 
 
 def _own_width(module: nn.Module, side: str) -> int | None:
+    """Channels of a linear layer or a convolution, ``side`` "in" or "out"; None for other modules."""
     for name in (f"{side}_features", f"{side}_channels"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name)
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
     return None
 
 
 def _peft_names(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights by peft's names, which older LoRA files do not have."""
     if not state_dict or any("lora_A" in key or "lokr_" in key for key in state_dict):
         return state_dict
     from diffusers.utils import convert_unet_state_dict_to_peft

@@ -68,6 +68,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors = {plain_name(name): tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
     tensors |= {plain_name(name): tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
+    # By identity, since tied weights are one tensor under several names.
     fetched_by_identity: dict[int, Tensor] = {}
     groups = {}
     for prefix, module in plain_modules(model):
@@ -186,11 +187,16 @@ class _Missing:
 def _on_the_whole(old: nn.Module) -> list[str]:
     """What the original has that acts on all of it and has to be switched on again, in words."""
     missing = []
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in old.modules()) or any(
-        "_orig_mod" in module._modules for module in old.modules()
-    ):
+    registered: set[str] = set()
+    accelerate_hooks = []
+    compiled = False
+    for module in old.modules():
+        registered.update(_registered(module))
+        accelerate_hooks += _accelerate_hooks(module)
+        # module.compile() leaves the first, torch.compile(module) the second
+        compiled |= getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
+    if compiled:
         missing.append(COMPILED)
-    registered = {name for module in old.modules() for name in _registered(module)}
     if _GROUP_OFFLOADING in registered:
         missing.append("group offloading (call enable_group_offload on the pruned denoiser)")
     if getattr(old, "_cache_config", None) is not None:
@@ -199,15 +205,14 @@ def _on_the_whole(old: nn.Module) -> list[str]:
     others = sorted(registered - ours)
     if others and getattr(old, "_cache_config", None) is None:
         missing.append(f"diffusers hooks {', '.join(others)} (apply them to the pruned denoiser)")
-    hooks = [hook for module in old.modules() for hook in _accelerate_hooks(module)]
-    if any(getattr(hook, "offload", False) for hook in hooks):
+    if any(getattr(hook, "offload", False) for hook in accelerate_hooks):
         missing.append(
             "sequential offload (its weights were fetched; call enable_sequential_cpu_offload on the pruned pipeline)"
         )
     elif getattr(old, "hf_device_map", None):
         missing.append("the device map (dispatch the pruned denoiser as you did the original)")
-    known = {"AlignDevicesHook", "CpuOffload"}
-    if strange := sorted({type(hook).__name__ for hook in hooks} - known):
+    strange = sorted({type(hook).__name__ for hook in accelerate_hooks} - {"AlignDevicesHook", "CpuOffload"})
+    if strange:
         missing.append(f"accelerate hooks {', '.join(strange)} (add them to the pruned denoiser)")
     return missing
 
@@ -228,8 +233,9 @@ def _carry_children(name: str, old: nn.Module, new: nn.Module, copier: _Copier, 
                 for part in module.modules():  # no counterparts: the copy takes its own place
                     copier.counterparts.pop(id(part), None)
                 new._modules[child] = copier.copy_module(module, place)
-    for child in [child for child in new._modules if child not in old._modules and child not in vars(old)]:
-        del new._modules[child]
+    for child in list(new._modules):
+        if child not in old._modules and child not in vars(old):
+            del new._modules[child]
 
 
 def _carry_class(name: str, old: nn.Module, new: nn.Module, root: bool, missing: _Missing) -> None:
@@ -247,7 +253,7 @@ def _carry_entries(name: str, old: nn.Module, new: nn.Module, copier: _Copier, m
     for key, value in vars(old).items():
         if key in _ELSEWHERE:
             continue
-        if key in _HOOKS:
+        if key in _HOOKS:  # gates and the like hold only while their context is open
             value = type(value)((number, hook) for number, hook in value.items() if not hasattr(hook, "of_ecodiff"))
         if key not in vars(new) or not _same(value, vars(new)[key], copier):
             new.__dict__[key] = copier.copy(value, f"{name}.{key}".lstrip("."))
@@ -258,8 +264,7 @@ def _carry_entries(name: str, old: nn.Module, new: nn.Module, copier: _Copier, m
 
 
 def _own_forward(module: nn.Module):
-    """The forward that a user set on this module, beneath the hooks of diffusers and accelerate; None if there is
-    none."""
+    """The forward that a user set on this module, beneath the hooks of diffusers and accelerate; None without one."""
     forward = vars(module).get("forward")
     while hasattr(forward, "in_place_of"):  # `replaced_forward` wraps it for the moment
         forward = forward.in_place_of
@@ -324,8 +329,7 @@ class _Copier:
         for key in ("_parameters", "_buffers"):
             made.__dict__[key] = dict(vars(module)[key])
         made.__dict__["_modules"] = {
-            name: None if child is None else self.copy(child, f"{place}.{name}")
-            for name, child in module._modules.items()
+            name: self.copy(child, f"{place}.{name}") for name, child in module._modules.items()
         }
         for key, value in vars(module).items():
             if key not in _ELSEWHERE:
@@ -348,9 +352,10 @@ class _Copier:
         after = [self._in_closure(part, place) for part in before]
         new_defaults = tuple(self._in_closure(part, place) for part in defaults)
         new_named = {key: self._in_closure(part, place) for key, part in named.items()}
-        new_wrapped = None if wrapped is None else self.copy(wrapped, place)
-        unchanged = all(a is b for a, b in zip(before + list(defaults), after + list(new_defaults), strict=True))
-        if unchanged and all(new_named[key] is named[key] for key in named) and new_wrapped is wrapped:
+        new_wrapped = self.copy(wrapped, place)
+        old_parts = [*before, *defaults, *named.values(), wrapped]
+        new_parts = [*after, *new_defaults, *new_named.values(), new_wrapped]
+        if all(a is b for a, b in zip(old_parts, new_parts, strict=True)):
             return function
         closure = tuple(types.CellType(part) if _full(cell) else cell for cell, part in zip(cells, after, strict=True))
         made = types.FunctionType(function.__code__, function.__globals__, function.__name__, new_defaults, closure)
@@ -360,13 +365,15 @@ class _Copier:
         if new_wrapped is not None:
             vars(made)["__wrapped__"] = new_wrapped
         for cell, part in zip(closure, before, strict=True):
-            if part is function:
+            if part is function:  # a recursive function calls its copy, which is there only now
                 cell.cell_contents = made
         return self._remember(function, made)
 
     def _in_closure(self, value, place: str):
         """What a function sees in the place of a value: the value itself, unless something of the original is in it.
-        Lists that a hook fills stay shared, so that whoever reads them goes on seeing what is filled in."""
+
+        So lists that a hook fills stay shared, and whoever reads them goes on seeing what is filled in.
+        """
         if self._holds_original(value):
             return self.copy(value, place)
         return value

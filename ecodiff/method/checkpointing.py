@@ -31,80 +31,91 @@ def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: b
     """
     leaves, structure = tree_flatten((args, kwargs))
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    places = len(gates.values), len(gates.learned)
+    # One flat list, since an autograd function sees gradients of its direct arguments only: gates that are given, what
+    # gates are drawn from, then the tensors among the arguments.
+    inputs = [*gates.values, *gates.learned, *(leaves[i] for i in moving)]
+    first_argument = len(gates.values) + len(gates.learned)
+    shape: dict = {}
 
     def run(inputs: list[Tensor]) -> list:
-        values, arguments = inputs[: places[0]], inputs[sum(places) :]
-        for i, argument in zip(moving, arguments, strict=True):
+        for i, argument in zip(moving, inputs[first_argument:], strict=True):
             leaves[i] = argument
         args, kwargs = tree_unflatten(leaves, structure)
         for i in moving:  # no tensor of the graph stays behind in this closure
             leaves[i] = None
-        with gates.replaced(values):
+        with gates.replaced(inputs[: len(gates.values)]):
             outputs, shape["of"] = tree_flatten(forward(*args, **kwargs))
         return outputs
 
-    shape: dict = {}
-    inputs = [*gates.values, *gates.learned, *(leaves[i] for i in moving)]
-    on_devices = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + inputs  # gates may lie elsewhere than the call
     if not inputs:  # nothing known needs a gradient here: then nothing else may
         outputs = run(inputs)
         _refuse_others([output for output in outputs if isinstance(output, Tensor)], inputs)
         return tree_unflatten(outputs, shape["of"])
-    before = (
-        [_autocast(kind) for kind in sorted({"cpu", *(tensor.device.type for tensor in on_devices)})],
-        (torch.get_rng_state(), *get_device_states(*on_devices)) if preserve_rng_state else None,
-    )
-    outputs = _Recomputed.apply(run, gates, before, *inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + inputs  # gates may lie elsewhere than the call
+    autocast = [_autocast(kind) for kind in sorted({"cpu", *(tensor.device.type for tensor in tensors)})]
+    random = None
+    if preserve_rng_state:
+        random = (torch.get_rng_state(), *get_device_states(*tensors))
+    outputs = _Recomputed.apply(run, gates, autocast, random, *inputs)
     return tree_unflatten(list(outputs), shape["of"])
 
 
 def kept(forward: Callable, gates: OpenGates, *args, **kwargs):
-    """``forward(*args, **kwargs)`` with its activations kept. Its inputs get a node of their own in this call, so that
-    gradients are summed in the same order as in `recomputed`: first inside a call, then over calls."""
+    """``forward(*args, **kwargs)`` with its activations kept.
+
+    Its inputs get a node of their own in this call, so that gradients are summed in the same order as in `recomputed`:
+    first inside a call, then over calls.
+    """
     with gates.replaced([value.view_as(value) for value in gates.values]):
         args, kwargs = tree_map(_with_a_node, (args, kwargs))
         return forward(*args, **kwargs)
 
 
 def _with_a_node(leaf):
-    return leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+    if isinstance(leaf, Tensor) and leaf.requires_grad:
+        return leaf.view_as(leaf)
+    return leaf
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, gates, before, *inputs):
-        ctx.run, ctx.gates = run, gates
-        ctx.autocast, ctx.random = before
+    def forward(ctx, run, gates, autocast, random, *inputs):
+        ctx.run, ctx.gates, ctx.autocast, ctx.random = run, gates, autocast, random
         ctx.save_for_backward(*inputs)
         return tuple(run(list(inputs)))
 
     @staticmethod
     def backward(ctx, *gradients):
+        not_differentiable = (None,) * 4  # run, gates, autocast, random
         values = len(ctx.gates.values)
         drawn_from = range(values, values + len(ctx.gates.learned))
-        # Copies without a past; only what gates are drawn from is read by the function that draws, as it is.
-        inputs = [
-            tensor if i in drawn_from else tensor.detach().requires_grad_(needed)
-            for i, (tensor, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True))
-        ]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        inputs = []
+        for i, (tensor, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)):
+            # Copies without a past; only what gates are drawn from is read by the function that draws, as it is.
+            if i not in drawn_from:
+                tensor = tensor.detach().requires_grad_(needed)
+            inputs.append(tensor)
+        learned = [tensor for tensor in inputs if tensor.requires_grad]
         with frozen(ctx.gates.denoiser):  # to the end: checkpoints inside the denoiser run it once more
             with torch.enable_grad(), _as_before(ctx.autocast, ctx.random):
                 # Not the copies themselves: autocast would cast a leaf once for all its uses, and round their sum.
                 outputs = ctx.run([_with_a_node(tensor) for tensor in inputs])
-            pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if isinstance(o, Tensor) and o.grad_fn]
-            if not pairs:  # a call of one expert, while gates are open on another
-                return None, None, None, *(None for _ in inputs)
+            ends, ends_gradients = [], []
+            for output, gradient in zip(outputs, gradients, strict=True):
+                if isinstance(output, Tensor) and output.grad_fn:
+                    ends.append(output)
+                    ends_gradients.append(gradient)
+            if not ends:  # a call of one expert, while gates are open on another
+                return *not_differentiable, *(None for _ in inputs)
             if not ctx.gates.checked:
-                _refuse_others([output for output, _ in pairs], wanted)
+                _refuse_others(ends, learned)
                 ctx.gates.checked = True
-            outputs, gradients = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        return None, None, None, *(next(found) if tensor.requires_grad else None for tensor in inputs)
+            results = iter(torch.autograd.grad(ends, learned, ends_gradients, allow_unused=True))
+        return *not_differentiable, *(next(results) if tensor.requires_grad else None for tensor in inputs)
 
 
 def _autocast(kind: str) -> dict:
+    """The present autocast settings of a kind of device, as arguments of ``torch.autocast``."""
     return {
         "device_type": kind,
         "dtype": torch.get_autocast_dtype(kind),
@@ -127,7 +138,7 @@ def _as_before(autocast: list[dict], random: tuple | None) -> Iterator[None]:
 
 
 def _refuse_others(outputs: list[Tensor], known: list[Tensor]) -> None:
-    """EcoDiffError if the outputs' graph ends in a tensor that is not among the known ones."""
+    """Raise EcoDiffError if the outputs' graph ends in a tensor that is not among the known ones."""
     leaves = {id(tensor) for tensor in known}
     waiting, seen = [output.grad_fn for output in outputs], set()
     while waiting:
@@ -135,7 +146,7 @@ def _refuse_others(outputs: list[Tensor], known: list[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
+        variable = getattr(node, "variable", None)  # only the nodes at a graph's ends have one: tensors like weights
         if variable is not None and id(variable) not in leaves:
             raise EcoDiffError(
                 f"A tensor of shape {list(variable.shape)} inside the denoiser requires gradients, and checkpointing "
@@ -147,8 +158,11 @@ def _refuse_others(outputs: list[Tensor], known: list[Tensor]) -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Inside, autocast is off and gradients can be recorded, whatever the caller has on (autocast, ``torch.no_grad``,
-    ``torch.inference_mode``): what is computed here depends on its own settings alone."""
+    """Inside, autocast is off and gradients can be recorded, whatever the caller has on.
+
+    That is autocast, ``torch.no_grad`` or ``torch.inference_mode``: what is computed here depends on its own settings
+    alone.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -24,6 +24,7 @@ _CHOICES = {
     "recompute": ("restore", "redraw"),
     "mixed_precision": ("no", "bf16"),
 }
+_COUNTS = ("updates", "batch_size", "num_inference_steps", "noises_per_prompt", "save_every", "snapshot_every")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class LearnConfig:
 
     ``loss = reconstruction + weight * regulariser``. With ``normalize`` the reconstruction is relative to the teacher
     latents' variance (mse: squared error / variance; norm: per sample, ‖error‖ / sqrt(size * variance)): 0 is the
-    unmasked model, a picture of another seed about 2 (mse), for any model and latent scale; so one ``weight`` fits
-    all models.
+    unmasked model, an image of another seed about 2 (mse), for any model and latent scale; so one ``weight`` fits all
+    models.
     """
 
     updates: int = 60
@@ -106,14 +107,7 @@ class LearnConfig:
                 raise EcoDiffError(f"LearnConfig: {name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
         if self.objective == "step" and self.reconstruction != "mse":
             raise EcoDiffError("LearnConfig: objective='step' takes reconstruction='mse'; set it so.")
-        for name in (
-            "updates",
-            "batch_size",
-            "num_inference_steps",
-            "noises_per_prompt",
-            "save_every",
-            "snapshot_every",
-        ):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise EcoDiffError(f"LearnConfig: {name}={getattr(self, name)} must be at least 1.")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
@@ -129,6 +123,7 @@ class LearnConfig:
             raise EcoDiffError(f"LearnConfig: clip_grad_norm={self.clip_grad_norm} must be positive, or None.")
         if self.target_open is not None and not 0 < self.target_open < 1:
             raise EcoDiffError(f"LearnConfig: target_open={self.target_open} must lie between 0 and 1, or be None.")
+        # The way to set a field of a frozen class: numpy's whole numbers become Python's, which JSON can hold.
         object.__setattr__(self, "seed", checked_seed(self.seed, "LearnConfig"))
         checked_guidance(self.guidance_scale, "LearnConfig")
         checked_call(self.call, "LearnConfig: call")
@@ -210,29 +205,36 @@ class LearnConfig:
             raise EcoDiffError(
                 f"LearnConfig.paper({model!r}, {source!r}): take 'sdxl' or 'flux', and 'paper' or 'code'."
             )
-        printed, sdxl = source == "paper", model == "sdxl"
-        rates = {("sdxl", True): (0.15, 0.15, 0.0), ("sdxl", False): (0.1, 0.1, 0.0)}
-        rates |= {("flux", True): (0.05, 1.0, 0.5), ("flux", False): (0.5, 0.1, 0.5)}
-        kinds = ("attention", "feed_forward", "modulation")
         config = cls(
-            updates=400 if printed else 100,
             batch_size=4,
-            num_inference_steps=50 if sdxl else 5,
-            guidance_scale=5.0 if sdxl else 3.5,
-            kinds=kinds,
-            reconstruction="norm" if printed else "mse",
+            kinds=KINDS,
             normalize=False,
             regulariser="l1",
-            weight=0.5 if sdxl else 0.1 if printed else 0.01,
             target_open=None,
-            lr=dict(zip(kinds, rates[model, printed], strict=True)),
-            optimizer="adam" if printed else "adamw",
             weight_decay=1e-2,
-            log_alpha_start=5.0 if printed else 3.0,
-            delta=0.5 if sdxl else 0.1,
             gate_draw="call",
             recompute="redraw",
             keep_last=0,
             fixed_noise=True,
+            **_OF_MODEL[model],
+            **_OF_SOURCE[source],
+            **_OF_BOTH[model, source],
         )
         return replace(config, **changes)
+
+
+# What `LearnConfig.paper` takes from the model, from the source, and from both.
+_OF_MODEL: dict[str, dict] = {
+    "sdxl": {"num_inference_steps": 50, "guidance_scale": 5.0, "delta": 0.5},
+    "flux": {"num_inference_steps": 5, "guidance_scale": 3.5, "delta": 0.1},
+}
+_OF_SOURCE: dict[str, dict] = {
+    "paper": {"updates": 400, "reconstruction": "norm", "optimizer": "adam", "log_alpha_start": 5.0},
+    "code": {"updates": 100, "reconstruction": "mse", "optimizer": "adamw", "log_alpha_start": 3.0},
+}
+_OF_BOTH: dict[tuple[str, str], dict] = {
+    ("sdxl", "paper"): {"weight": 0.5, "lr": {"attention": 0.15, "feed_forward": 0.15, "modulation": 0.0}},
+    ("sdxl", "code"): {"weight": 0.5, "lr": {"attention": 0.1, "feed_forward": 0.1, "modulation": 0.0}},
+    ("flux", "paper"): {"weight": 0.1, "lr": {"attention": 0.05, "feed_forward": 1.0, "modulation": 0.5}},
+    ("flux", "code"): {"weight": 0.01, "lr": {"attention": 0.5, "feed_forward": 0.1, "modulation": 0.5}},
+}

@@ -1,4 +1,4 @@
-"""Hard concrete gates (§2.2, App. F) and how they are put into a running denoiser.
+"""Hard concrete gates of all sites (§2.2, App. F): sampled, saved, read, and turned into a mask.
 
 A gate z in [0, 1] multiplies one unit. Its distribution is a stretched and clipped concrete variable (Louizos et al.,
 2018), so that z is exactly 0 and exactly 1 with positive probability and still has a gradient in between.
@@ -37,9 +37,10 @@ class Gates:
 
     def __post_init__(self):
         check_units(self.log_alpha, self.sites, "gates")
-        if set(self.log_alpha) != set(self.sites):
-            missing = next(name for name in self.sites if name not in self.log_alpha)
-            raise EcoDiffError(f"gates: no λ for site {missing!r}; λ of another model?")
+        for name in self.sites:
+            if name not in self.log_alpha:
+                raise EcoDiffError(f"gates: no λ for site {name!r}; λ of another model?")
+        # In the order of the sites, in which `sample` deals out its random numbers.
         self.log_alpha = {name: self.log_alpha[name].float() for name in self.sites}
 
     @classmethod
@@ -53,10 +54,10 @@ class Gates:
     @classmethod
     def from_tensors(cls, log_alpha: Mapping[str, Tensor], denoiser: nn.Module, distribution=None) -> "Gates":
         """Gates from λ of any origin, checked against the denoiser: every name must be a site, every size its units."""
-        found = find_sites(denoiser, KINDS)
-        check_units(log_alpha, found, "gates")
-        sites = {name: site for name, site in found.items() if name in log_alpha}
-        return cls(sites, {name: log_alpha[name] for name in sites}, distribution or HardConcrete())
+        all_sites = find_sites(denoiser, KINDS)
+        check_units(log_alpha, all_sites, "gates")
+        sites = {name: site for name, site in all_sites.items() if name in log_alpha}
+        return cls(sites, dict(log_alpha), distribution or HardConcrete())
 
     def scores(self) -> dict[str, Tensor]:
         """λ as scores (App. K.2): the higher, the more useful the unit."""
@@ -73,14 +74,15 @@ class Gates:
 
         ``samples``: so many draws, one after the other: tensors [samples, units].
         """
+        # Drawn where the generator lies and sent to λ, so that the numbers do not depend on the device that learns.
         device = generator.device if generator is not None else "cpu"
         units = [site.units for site in self.sites.values()]
         shape = (sum(units),) if samples is None else (samples, sum(units))
-        parts = torch.rand(shape, generator=generator, device=device).split(units, dim=-1)
-        return {
-            name: self.distribution.sample(value, u.to(value.device))
-            for (name, value), u in zip(self.log_alpha.items(), parts, strict=True)
-        }
+        uniform = torch.rand(shape, generator=generator, device=device).split(units, dim=-1)
+        gates = {}
+        for (name, value), u in zip(self.log_alpha.items(), uniform, strict=True):
+            gates[name] = self.distribution.sample(value, u.to(value.device))
+        return gates
 
     def deterministic(self) -> dict[str, Tensor]:
         """The gates without noise, {site name: fp32 tensor [units]}."""
@@ -134,8 +136,11 @@ class Gates:
 
 
 def fresh_gates(gates: Gates, samples: int) -> Callable[[str], Tensor]:
-    """A gate sample for each sample of the batch, drawn anew each time a site's module runs, from torch's own CPU
-    random state (as published): ``values`` for `apply_gates`."""
+    """A function that draws gates [samples, units] for the site of a name: ``values`` for `apply_gates`.
+
+    So each sample of the batch has gates of its own, drawn anew each time a site's module runs (as published), from
+    torch's own CPU random state, which checkpointing can restore.
+    """
 
     def draw(name: str) -> Tensor:
         value = gates.log_alpha[name]
@@ -145,6 +150,7 @@ def fresh_gates(gates: Gates, samples: int) -> Callable[[str], Tensor]:
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over metadata and tensors, each in the order of their names."""
     digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())

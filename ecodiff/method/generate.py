@@ -1,9 +1,9 @@
-"""Pictures of any diffusers pipeline, each a function of its own prompt and seed.
+"""Images of any diffusers pipeline, each a function of its own prompt and seed.
 
-A picture's noise comes from a generator of its own, and each prompt is encoded alone, so neither the batch size nor the
-order nor the other prompts change what is drawn. What remains is float rounding: libraries sum in another order for
-another batch shape. In fp32 the tests hold that to 1/255 on tiny pipelines; half precision can give more. Pictures of
-the same set in another order are equal bit for bit, because they are drawn in one fixed order.
+An image's noise comes from a generator of its own, and each prompt is encoded alone, so neither the batch size nor the
+order nor the other prompts change the image. What remains is float rounding: libraries sum in another order for another
+batch shape. In fp32 the tests hold that to 1/255 on tiny pipelines; half precision can give more. Images of the same
+set in another order are equal bit for bit, because they are generated in one fixed order.
 """
 
 from __future__ import annotations
@@ -40,90 +40,96 @@ def generate(
     progress: bool = True,
     **call_kwargs,
 ) -> Tensor:
-    """Draw one picture for each prompt and its seed; ``pipe`` is left as it was.
+    """One image for each prompt and its seed, uint8 [N, 3, height, width]; ``pipe`` is left as it was.
 
     Args:
         pipe: a diffusers text-to-image pipeline; it runs on the device it is on.
-        prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one
-            picture (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
+        prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one image
+            (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
         seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.
-        batch_size: pictures in one call of the pipeline; changes time and memory, not the pictures (see above). Where
-            the pipeline does not treat the pictures of a batch as it does single ones, they are drawn one by one.
+        batch_size: images in one call of the pipeline; changes time and memory, not the images (see above). Where the
+            pipeline does not treat the images of a batch as it does single ones, they are generated one by one.
         num_inference_steps, guidance_scale: left out, the pipeline's own defaults.
-        cache_dir: folder for finished pictures, filed under all that they depend on: prompts, seeds, settings, versions
+        cache_dir: folder for finished images, filed under all that they depend on: prompts, seeds, settings, versions
             and, of the pipeline and its components, classes, configurations, weights and all that is set on their
             modules (adapters and their scales, FreeU, attention processors). Code of one's own (a hook, a processor, a
-            callback) shows in none of these: then nothing is kept, and a warning says what it is.
-        progress: show a bar, counted in pictures; the pipeline's own bar is silent either way.
-        **call_kwargs: further arguments of the pipeline's call, the same for all pictures (``height``,
+            callback) shows in none of these: then nothing is cached, and a warning says what it is.
+        progress: show a bar, counted in images; the pipeline's own bar is silent either way.
+        **call_kwargs: further arguments of the pipeline's call, the same for all images (``height``,
             ``negative_prompt``).
-
-    Returns:
-        uint8 pictures, [N, 3, height, width].
 
     Raises:
         EcoDiffError: no prompts, an empty prompt, numbers of prompts and seeds that differ, an argument that is set
-            here, pictures with values that are not finite, or a damaged cache file.
+            here, images with values that are not finite, or a damaged cache file.
     """
     prompts, seeds = _checked(prompts, seeds)
     if batch_size < 1:
         raise EcoDiffError(f"batch_size={batch_size}: a call of the pipeline needs at least one picture.")
-    if taken := sorted(set(_OURS) & call_kwargs.keys()):
-        raise EcoDiffError(f"generate sets {taken[0]!r} itself: leave it out of the arguments.")
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    doubled = sorted(set(_OURS) & call_kwargs.keys())
+    if doubled:
+        raise EcoDiffError(f"generate sets {doubled[0]!r} itself: leave it out of the arguments.")
     checked_guidance(guidance_scale, "generate")
     checked_call(call_kwargs, "generate")
-    settings = call_kwargs | {name: value for name, value in given.items() if value is not None}
+    settings = dict(call_kwargs)
+    if num_inference_steps is not None:
+        settings["num_inference_steps"] = num_inference_steps
+    if guidance_scale is not None:
+        settings["guidance_scale"] = guidance_scale
 
-    # One fixed order, each different picture once: a permutation of the arguments cannot change a bit.
+    # One fixed order, each different image once: a permutation of the arguments cannot change a bit.
     try:
-        wanted = [(canonical(describe(prompt, "a prompt")), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        unknown = None
+        names = [(canonical(describe(prompt, "a prompt")), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        undescribed = None
     except Undescribed as error:  # then each is another one, in the order that was given
-        wanted = [(f"{number:09d}", seed) for number, seed in enumerate(seeds)]
-        unknown = error
-    by_name = dict(zip(wanted, prompts, strict=True))
+        names = [(f"{number:09d}", seed) for number, seed in enumerate(seeds)]
+        undescribed = error
+    by_name = dict(zip(names, prompts, strict=True))
     order = sorted(by_name)
     request = {}
     if cache_dir is not None:
         try:
-            if unknown:
-                raise unknown
+            if undescribed:
+                raise undescribed
             request = {"pictures": order, "settings": describe(settings, "call"), "pipeline": of_pipeline(pipe)}
         except Undescribed as error:
             warnings.warn(f"The images of this {type(pipe).__name__} are not cached: {error}.", stacklevel=2)
             cache_dir = None
-    todo = [(by_name[name], name[1]) for name in order]
-    pictures = cached(cache_dir, "pictures", request, lambda: _draw(pipe, todo, batch_size, settings, progress))
+
+    def compute() -> Tensor:
+        pairs = [(by_name[name], name[1]) for name in order]
+        return _images(pipe, pairs, batch_size, settings, progress)
+
+    images = cached(cache_dir, "pictures", request, compute)
     position = {name: i for i, name in enumerate(order)}
-    return pictures[[position[name] for name in wanted]]
+    return images[[position[name] for name in names]]
 
 
-def _draw(pipe, todo: list, batch_size: int, settings: dict, progress: bool) -> Tensor:
+def _images(pipe, pairs: list, batch_size: int, settings: dict, progress: bool) -> Tensor:
+    """The images of pairs (prompt, seed), uint8 [N, 3, height, width]."""
     runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     parts = []
 
-    def draw(numbers: list[int]) -> None:
-        batch = [todo[number] for number in numbers]
-        pictures = runner(
+    def run(numbers: list[int]) -> None:
+        batch = [pairs[number] for number in numbers]
+        images = runner(
             generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
             output_type="pt",
             return_dict=False,
             **collate([prompt for prompt, _ in batch]),
             **settings,
         )[0]
-        if not torch.isfinite(pictures).all():
+        if not torch.isfinite(images).all():
             raise EcoDiffError(
                 f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a wider "
                 "dtype."
             )
-        parts.append((pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
         bar.update(len(batch))
 
-    with frozen(*modules), tqdm(total=len(todo), desc="pictures", disable=not progress) as bar:
-        size = size_together(batch_size, runner, [prompt for prompt, _ in todo], output_type="pt", **settings)
-        in_batches(range(len(todo)), size, draw)
+    with frozen(*modules), tqdm(total=len(pairs), desc="pictures", disable=not progress) as bar:
+        size = size_together(batch_size, runner, [prompt for prompt, _ in pairs], output_type="pt", **settings)
+        in_batches(range(len(pairs)), size, run)
     return torch.cat(parts)
 
 

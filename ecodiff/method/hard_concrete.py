@@ -74,6 +74,7 @@ class HardConcrete:
 
     @property
     def _noise_bound(self) -> float:
+        """The largest noise: u = 1. Noise without δ is logistic and has no bound."""
         return math.log((1 + self.delta) / self.delta) if self.delta else math.inf
 
     @property
@@ -87,5 +88,6 @@ class HardConcrete:
         return self.temperature * math.log((1 - self.gamma) / (self.zeta - 1))
 
     def _gate(self, location: Tensor) -> Tensor:
+        # Stretched beyond [0, 1] before it is clipped: that is what makes exact zeros and ones likely.
         s = (location / self.temperature).sigmoid()
         return (s * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)

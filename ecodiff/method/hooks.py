@@ -43,15 +43,21 @@ def apply_gates(
     Raises EcoDiffError for gates that do not fit the sites, and on leaving for a gated layer that never ran, whose gate
     had no effect: leave its site out of ``values`` (or ``sites``) where that is meant.
     """
+    # Hooks look their gate up in `current` whenever they run. So gates can be exchanged while the context is open: by
+    # each call of a site's module where they are drawn, and by checkpointing for a call that runs again.
+    current: dict[str, Tensor]
+    drawn_from: tuple[Tensor, ...] | None
     if callable(values):
-        sites = find_sites(denoiser) if sites is None else sites
-        chosen, current, reached = dict(sites), {}, tuple(learned)
+        if sites is None:
+            sites = find_sites(denoiser)
+        chosen, current, drawn_from = dict(sites), {}, tuple(learned)
     else:
-        sites = find_sites(denoiser, KINDS) if sites is None else sites
+        if sites is None:
+            sites = find_sites(denoiser, KINDS)
         check_units(values, sites, "apply_gates", samples=True)
-        chosen, current, reached = {name: sites[name] for name in values}, dict(values), None
+        chosen, current, drawn_from = {name: sites[name] for name in values}, dict(values), None
 
-    opened = (current, reached)
+    opened = (current, drawn_from)
     _OPEN.setdefault(denoiser, []).append(opened)
     try:
         with hooked(denoiser, "apply_gates", must_run) as hooks:
@@ -65,11 +71,13 @@ def apply_gates(
                         hooks.after(span.layer, _output_hook(current, name, span), site=name)
             yield
     finally:
+        # By identity: equal dictionaries of tensors cannot be compared, and contexts may close in any order.
         _OPEN[denoiser] = [entry for entry in _OPEN[denoiser] if entry is not opened]
 
 
 # For each denoiser the gates that are open on it: what its hooks multiply by, and what drawn gates are made from (None
-# where gates are not drawn but given).
+# where gates are not drawn but given). Like its hooks this is state of the denoiser. It cannot be an attribute, since
+# the `Experts` of a pipeline are made anew at each look; they are equal where their networks are the same.
 _OPEN: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -81,19 +89,24 @@ class OpenGates:
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser, self.checked = denoiser, False
-        # Gates may be open on all experts of a pipeline, or on one of them alone.
-        owners = [denoiser, *experts(denoiser)] if isinstance(denoiser, Experts) else [denoiser]
-        entries = [entry for owner in owners for entry in _OPEN.get(owner, ())]
-        self._places = [
-            (current, name)
-            for current, learned in entries
-            if learned is None
-            for name, value in current.items()
-            if value.requires_grad
-        ]
-        self.values: list[Tensor] = [current[name] for current, name in self._places]
-        drawn_from = [tensor for _, learned in entries for tensor in learned or ()]
-        self.learned: list[Tensor] = [tensor for tensor in drawn_from if tensor.requires_grad]
+        self.values: list[Tensor] = []
+        self.learned: list[Tensor] = []
+        self._places: list[tuple[dict[str, Tensor], str]] = []  # where each of the values is looked up
+        owners = [denoiser]
+        if isinstance(denoiser, Experts):  # gates may be open on all experts of a pipeline, or on one of them alone
+            owners += experts(denoiser)
+        for owner in owners:
+            for current, drawn_from in _OPEN.get(owner, ()):
+                if drawn_from is None:
+                    self._add_given(current)
+                else:
+                    self.learned += [tensor for tensor in drawn_from if tensor.requires_grad]
+
+    def _add_given(self, current: dict[str, Tensor]) -> None:
+        for name, value in current.items():
+            if value.requires_grad:
+                self._places.append((current, name))
+                self.values.append(value)
 
     @contextmanager
     def replaced(self, values: Iterable[Tensor]) -> Iterator[None]:
@@ -109,6 +122,8 @@ class OpenGates:
 
 
 def _draw_hook(draw, name, current):
+    """Draws the gates of a site as its module is called, before any layer in it runs."""
+
     def hook(x):
         current[name] = draw(name)
 
@@ -132,16 +147,22 @@ def _output_hook(current, name, span):
 
 
 def _multiply(x: Tensor, gate: Tensor, span) -> Tensor:
-    """x [..., channels] with the channels of each unit multiplied by its gate [units]; other channels unchanged. With
-    gates [samples, units] the batch of x holds these samples in this order, once or repeated as a whole."""
+    """x [..., channels] with the channels of each unit multiplied by its gate [units]; other channels stay as they are.
+
+    With gates [samples, units] the batch of x holds these samples in this order, once or, with guidance, repeated as a
+    whole. Raises EcoDiffError for a batch that cannot be these samples.
+    """
     channels = gate.to(x.device, torch.float32).repeat_interleave(span.size, dim=-1)
+    # Channels of other units (the heads beside the neurons in FLUX's proj_out) are multiplied by one.
     rest = x.shape[-1] - span.offset - channels.shape[-1]
     channels = nn.functional.pad(channels, (span.offset, rest), value=1.0).to(x.dtype)
     if gate.dim() == 1:
         return x * channels
-    if x.shape[0] % len(gate):
+    batch = x.shape[0]
+    if batch % len(gate):
         raise EcoDiffError(
-            f"{len(gate)} samples have gates of their own, but {span.layer} was called with a batch of {x.shape[0]}: "
+            f"{len(gate)} samples have gates of their own, but {span.layer} was called with a batch of {batch}: "
             "this pipeline splits its batch otherwise; learn with micro_batch_size=1."
         )
-    return x * channels.repeat(x.shape[0] // len(gate), 1).view(x.shape[0], *[1] * (x.dim() - 2), -1)
+    between = [1] * (x.dim() - 2)  # tokens, or height and width
+    return x * channels.repeat(batch // len(gate), 1).view(batch, *between, -1)

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 
@@ -80,68 +80,85 @@ def learn(
     check_prunable(network, "learn")
     not_half(network, "learn")
     sites = sites_but(network, config.kinds, exclude)
-    if progress and (skipped := skipped_modules(network)):
+    skipped = skipped_modules(network)
+    if progress and skipped:
         name, why = next(iter(skipped.items()))
         tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
     for sentence in config.zero_at_start():
         warnings.warn(sentence, stacklevel=2)
+
     with on_device(pipe, "learn") as device, undisturbed(device):
         task = _Task(encoding_once(pipe), prompts, config, device)
-        folder = None
-        if resume_dir is not None:
-            run = describe_run(Identity.of(pipe, vae=False), prompts, config)
-            folder = resume.Folder(resume_dir, run | {"exclude": sorted(exclude)} if exclude else run)
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
-        done = folder.load_state(gates, optimizer) if folder else 0
-        if folder and done > config.updates:
-            raise EcoDiffError(
-                f"resume_dir {folder.path} holds {done} updates: ask for at least as many, or start anew."
-            )
-        if done == config.updates:
-            return _finished(gates)
-        task.compute_teacher(folder, progress, sites)
-        if progress:
-            tqdm.write(task.cost(config.updates - done))
-        if done == 0:
-            gates.snapshots[0] = _copy(gates)
-        bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc="mask", disable=not progress)
-        previous = None
-        with bar:
-            for update in bar:
-                row = task.update(gates, optimizer, update)
-                if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
-                    raise _diverged(gates, previous, update, row, folder)
-                previous = {name: value.detach().clone() for name, value in gates.log_alpha.items()}
-                optimizer.step()
-                if not all(value.isfinite().all() for value in gates.log_alpha.values()):
-                    raise _diverged(gates, previous, update, row, folder)
-                row |= _open_share(gates)
-                gates.history.append(row)
-                bar.set_postfix(
-                    loss=f"{row['loss']:.4g}", open=" ".join(f"{v:.0%}" for k, v in row.items() if k[:5] == "open_")
+        folder, done = None, 0
+        if resume_dir is not None:
+            run = describe_run(Identity.of(pipe, vae=False), prompts, config)
+            if exclude:  # absent where nothing is excluded: the folders of runs older than this argument stay valid
+                run = run | {"exclude": sorted(exclude)}
+            folder = resume.Folder(resume_dir, run)
+            done = folder.load_state(gates, optimizer)
+            if done > config.updates:
+                raise EcoDiffError(
+                    f"resume_dir {folder.path} holds {done} updates: ask for at least as many, or start anew."
                 )
-                last = update + 1 == config.updates
-                if last or (update + 1) % config.snapshot_every == 0:
-                    gates.snapshots[update + 1] = _copy(gates)
-                if folder and (last or (update + 1) % config.save_every == 0):
-                    folder.save_state(gates, optimizer)
+        if done < config.updates:
+            task.compute_teacher(folder, progress, sites)
+            if progress:
+                tqdm.write(task.cost(config.updates - done))
+            _descend(task, gates, optimizer, done, folder, progress)
         return _finished(gates)
 
 
+def _descend(task: _Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:
+    """Take the updates that follow the first ``done`` (the loop of Alg. 1); λ, history and snapshots go to ``gates``.
+
+    Raises EcoDiffError for a loss, gradient or λ that is not finite.
+    """
+    config = task.config
+    if done == 0:
+        gates.snapshots[0] = _copy(gates)
+    last_good = None
+    bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc="mask", disable=not progress)
+    with bar:
+        for update in bar:
+            row = task.update(gates, optimizer, update)
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                raise _diverged(gates, last_good, update, row, folder)
+            # A gradient that is finite can still overflow in the step, so λ is copied before and checked after it.
+            last_good = {name: value.detach().clone() for name, value in gates.log_alpha.items()}
+            optimizer.step()
+            if not all(value.isfinite().all() for value in gates.log_alpha.values()):
+                raise _diverged(gates, last_good, update, row, folder)
+
+            shares = _open_share(gates)
+            gates.history.append(row | shares)
+            bar.set_postfix(loss=f"{row['loss']:.4g}", open=" ".join(f"{share:.0%}" for share in shares.values()))
+            updates = update + 1
+            is_last = updates == config.updates
+            if is_last or updates % config.snapshot_every == 0:
+                gates.snapshots[updates] = _copy(gates)
+            if folder is not None and (is_last or updates % config.save_every == 0):
+                folder.save_state(gates, optimizer)
+
+
 class _Task:
-    """Samples, their teacher latents, and the gradient of one update."""
+    """The samples, their teacher latents, and the gradient of one update."""
 
     def __init__(self, pipe, prompts, config: LearnConfig, device: torch.device):
         self.pipe, self.config, self.device = pipe, config, device
         self.denoiser = find_denoiser(pipe)
-        many = [prompt for _ in range(config.noises_per_prompt) for prompt in prompts]
-        self.samples = [(prompt, mix(config.seed, 0 if config.fixed_noise else i)) for i, prompt in enumerate(many)]
+        # A sample is a prompt with the seed of its noise; each prompt returns once for each of its noises.
+        self.samples: list[tuple] = []
+        for _ in range(config.noises_per_prompt):
+            for prompt in prompts:
+                number = 0 if config.fixed_noise else len(self.samples)
+                self.samples.append((prompt, mix(config.seed, number)))
         wanted = config.micro_batch_size or config.batch_size
+        # Samples that run together: one by one where the pipeline does not treat a batch as it does single samples.
         self.size = size_together(wanted, pipe, prompts, output_type="latent", **self.call)
-        """Samples that run together."""
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
 
@@ -149,13 +166,18 @@ class _Task:
     def call(self) -> dict:
         """The arguments of the pipeline's call that all samples share."""
         config = self.config
-        guidance = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
-        return {"num_inference_steps": config.num_inference_steps, **guidance, **config.call}
+        arguments: dict = {"num_inference_steps": config.num_inference_steps}
+        if config.guidance_scale is not None:
+            arguments["guidance_scale"] = config.guidance_scale
+        return {**arguments, **config.call}
 
     def latents(self, indices: Sequence[int], gradients: bool) -> Tensor:
         """Final latents of these samples. Each has a noise generator of its own, so batching changes nothing."""
         config = self.config
-        with torch.autocast(self.device.type, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext():
+        precision: AbstractContextManager = nullcontext()
+        if config.mixed_precision == "bf16":
+            precision = torch.autocast(self.device.type, torch.bfloat16)
+        with precision:
             return final_latents(
                 self.pipe,
                 checkpoint=config.checkpoint,
@@ -168,39 +190,48 @@ class _Task:
             ).float()
 
     def compute_teacher(self, folder, progress: bool, sites: Mapping[str, Site]) -> None:
-        """z_0 of the unmasked model for all samples (Alg. 1, line 3): from the folder, or computed once and kept
-        there. Raises EcoDiffError where the first of them does not reach a site, whose λ could not be learned."""
-        cached = folder.load_teacher() if folder else None
-        if cached is None:
+        """Compute z_0 of the unmasked model for all samples (Alg. 1, line 3), or read it from the folder.
+
+        Raises EcoDiffError where the first samples do not reach a site, whose λ could then not be learned.
+        """
+        stored = folder.load_teacher() if folder is not None else None
+        if stored is None:
             started = time.perf_counter()
-            parts: list[Tensor] = []
-
-            def draw(numbers: list[int]) -> None:
-                with hooked(self.denoiser, "learn") as hooks:
-                    if not parts:  # the first of them tells for all
-                        _watch(hooks, sites)
-                    parts.append(self.latents(numbers, gradients=False))
-                bar.update(len(numbers))
-
-            with tqdm(total=len(self.samples), desc="teacher", disable=not progress) as bar:
-                in_batches(range(len(self.samples)), self.size, draw)
-            cached = torch.cat(parts), (time.perf_counter() - started) / len(self.samples)
-            if folder:
-                folder.save_teacher(*cached)
-        self.teacher, self.seconds_a_sample = cached[0].to(self.device), cached[1]
+            latents = self._teacher_latents(progress, sites)
+            stored = latents, (time.perf_counter() - started) / len(self.samples)
+            if folder is not None:
+                folder.save_teacher(*stored)
+        self.teacher, self.seconds_a_sample = stored[0].to(self.device), stored[1]
         self.scale = self.teacher.var().item() if self.config.normalize else 1.0
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise EcoDiffError(
                 "The teacher's latents are constant or not finite: check the pipeline's weights, dtype and guidance."
             )
 
+    def _teacher_latents(self, progress: bool, sites: Mapping[str, Site]) -> Tensor:
+        """z_0 of the unmasked model, one row a sample."""
+        parts: list[Tensor] = []
+
+        def run(numbers: list[int]) -> None:
+            with hooked(self.denoiser, "learn") as hooks:
+                if not parts:  # all samples reach the same layers, so the first batch tells for all
+                    _watch(hooks, sites)
+                parts.append(self.latents(numbers, gradients=False))
+            bar.update(len(numbers))
+
+        with tqdm(total=len(self.samples), desc="teacher", disable=not progress) as bar:
+            in_batches(range(len(self.samples)), self.size, run)
+        return torch.cat(parts)
+
     def cost(self, updates: int) -> str:
-        """One line: what the run will take, from the time the teacher took (backward and recomputation as long as
-        forward)."""
-        c = self.config
-        recomputed = (1 - min(c.keep_last / c.num_inference_steps, 1)) if c.checkpoint else 0
-        seconds = self.seconds_a_sample * min(c.batch_size, len(self.samples)) * updates * (2 + recomputed)
-        work = f"{updates} updates of {c.batch_size} samples, {c.num_inference_steps} steps each"
+        """One line that says how long so many updates will take, judging by the time that the teacher took."""
+        config = self.config
+        # In units of one forward pass: forward, backward (about as long with frozen weights), and recomputation.
+        passes = 2.0
+        if config.checkpoint:
+            passes += 1 - min(config.keep_last / config.num_inference_steps, 1)
+        seconds = self.seconds_a_sample * min(config.batch_size, len(self.samples)) * updates * passes
+        work = f"{updates} updates of {config.batch_size} samples, {config.num_inference_steps} steps each"
         return f"{work}, on {self.device}: about {in_words(seconds)}"
 
     def update(self, gates: Gates, optimizer, update: int) -> dict:
@@ -208,20 +239,17 @@ class _Task:
         config, started = self.config, time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         batch = epoch_batch(len(self.samples), config.batch_size, config.seed, update)
-        reconstruction, generator = 0.0, torch.Generator().manual_seed(mix(config.seed, update))
+        generator = torch.Generator().manual_seed(mix(config.seed, update))
+        reconstruction = 0.0
 
         def add(part: list[int]) -> None:
             nonlocal reconstruction
-            values: Mapping[str, Tensor] | Callable[[str], Tensor]
-            if config.gate_draw == "call":  # as published: anew at each call of the denoiser
-                values = fresh_gates(gates, len(part))
-            elif config.gate_draw == "trajectory":  # one draw for all samples and steps
-                values = gates.sample(generator)
-            else:
-                values = gates.sample(generator, len(part))
+            values = self.gate_values(gates, generator, len(part))
+            share = len(part) / len(batch)
             if config.objective == "step":
-                reconstruction += self.stepwise(part, values, gates, len(part) / len(batch))
+                reconstruction += self.stepwise(part, values, gates, share)
                 return
+            # Backward runs checkpointed calls again, so it belongs inside, where the gates are still applied.
             with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
                 student = self.latents(part, gradients=True)
                 assert self.teacher is not None
@@ -233,10 +261,14 @@ class _Task:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(mix(config.seed, update))
             in_batches(batch, self.size, add)
-        regulariser, weights = _regulariser(gates, config.regulariser), self.weights(gates, update)
-        if regulariser:
-            sum(weights[kind] * value for kind, value in regulariser.items()).backward()
-        regulariser = {kind: value.item() for kind, value in regulariser.items()}
+
+        # Eq. 2: the loss is the reconstruction plus β times the regulariser. Gradients of both add up in λ.
+        prices = _regulariser(gates, config.regulariser)
+        weights = self.weights(gates, update)
+        if prices:
+            sum(weights[kind] * price for kind, price in prices.items()).backward()
+        regulariser = {kind: price.item() for kind, price in prices.items()}
+        # Without a limit nothing is clipped; the norm is for the history.
         norm = torch.nn.utils.clip_grad_norm_(gates.log_alpha.values(), config.clip_grad_norm or math.inf)
         return {
             "update": update + 1,
@@ -247,29 +279,46 @@ class _Task:
             "seconds": time.perf_counter() - started,
         }
 
+    def gate_values(
+        self, gates: Gates, generator: torch.Generator, samples: int
+    ) -> Mapping[str, Tensor] | Callable[[str], Tensor]:
+        """The gates of samples that run together, as `apply_gates` takes them, in the form that ``gate_draw`` says."""
+        if self.config.gate_draw == "call":  # as published: anew at each call of the denoiser
+            return fresh_gates(gates, samples)
+        if self.config.gate_draw == "trajectory":  # one draw for all samples and steps
+            return gates.sample(generator)
+        return gates.sample(generator, samples)
+
     def weights(self, gates: Gates, update: int) -> dict[str, float]:
-        """β of each kind in update number ``update``: the config's; with ``target_open`` 0 up to the line to it,
-        growing to the config's at ``RAMP`` above."""
+        """β of each kind in update number ``update``.
+
+        Without ``target_open`` it is the config's. With it, a straight line leads from the share of open gates at the
+        start to the target: β is 0 up to the line, and grows to the config's at ``RAMP`` above it.
+        """
         config = self.config
         if config.target_open is None:
             return {site.kind: config.weight for site in gates.sites.values()}
         start = gates.distribution.prob_open(torch.tensor(config.log_alpha_start)).item()
         line = start + (config.target_open - start) * (update + 1) / config.updates
-        shares = _open_share(gates).items()
-        above = {key.removeprefix("open_"): min(max((share - line) / RAMP, 0.0), 1.0) for key, share in shares}
-        return {kind: config.weight * part for kind, part in above.items()}
+        weights = {}
+        for key, share in _open_share(gates).items():
+            above = min(max((share - line) / RAMP, 0.0), 1.0)
+            weights[key.removeprefix("open_")] = config.weight * above
+        return weights
 
     def stepwise(self, part: Sequence[int], values, gates: Gates, share: float) -> float:
-        """Leave the gradient of ``objective="step"`` in λ and return the loss. Each call of the denoiser is made twice,
-        gated and not; its gradient is taken at once, so memory is that of one call. ``values``: as for
-        ``apply_gates``."""
-        # The gradient is gathered in copies, of λ for gates that are drawn in each call, else of the gates.
+        """Leave the gradient of ``objective="step"`` in λ and return the loss.
+
+        Each call of the denoiser is made twice, gated and not; its gradient is taken at once, so memory is that of one
+        call. ``values``: as for ``apply_gates``; ``share``: of the update's samples that run here.
+        """
+        # Every call has a backward of its own, which would free the graph between λ and gates. So gradients are
+        # gathered in copies, of λ for gates that are drawn in each call, else of the gates, and passed on at the end.
         sources = gates.log_alpha if callable(values) else values
         leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
+        gated: Mapping[str, Tensor] | Callable[[str], Tensor] = leaves
         if callable(values):
-            values = fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
-        else:
-            values = leaves
+            gated = fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
         losses = []
 
         def wrap(forward):
@@ -279,17 +328,18 @@ class _Task:
                 target = prediction(result).detach().float()
                 scale = target.var() if self.config.normalize else 1.0
                 # One call need not reach every site (some guidance skips layers); all calls together must, see below.
-                with torch.enable_grad(), apply_gates(self.denoiser, values, gates.sites, must_run=False):
+                with torch.enable_grad(), apply_gates(self.denoiser, gated, gates.sites, must_run=False):
                     loss = (prediction(forward(*args, **kwargs)).float() - target).square().mean() / scale
                     loss.backward()
                 losses.append(loss.item())
-                return result
+                return result  # the unmasked model's, so that the loop goes on through its states
 
             return both
 
         with replaced_forward(self.denoiser, wrap):
             self.latents(part, gradients=False)
-        if idle := [name for name, leaf in leaves.items() if leaf.grad is None]:
+        idle = [name for name, leaf in leaves.items() if leaf.grad is None]
+        if idle:
             raise never_ran("learn", idle, len(leaves), idle[0])
         factor = share / len(losses)
         torch.autograd.backward(list(sources.values()), [factor * leaves[name].grad for name in sources])
@@ -314,42 +364,45 @@ def _watch(hooks: Hooks, sites: Mapping[str, Site]) -> None:
             hooks.before(span.layer, seen, site=name)
 
 
+def _by_kind(gates: Gates) -> dict[str, list[Tensor]]:
+    """{kind: λ of its sites}."""
+    tensors: dict[str, list[Tensor]] = {}
+    for name, site in gates.sites.items():
+        tensors.setdefault(site.kind, []).append(gates.log_alpha[name])
+    return tensors
+
+
 def _regulariser(gates: Gates, form: str) -> dict[str, Tensor]:
     """The price of open gates of each kind, scalars: Eq. 4 in closed form ("l0"), or the published stand-in ("l1")."""
     prices = {}
-    for kind in dict.fromkeys(site.kind for site in gates.sites.values()):
-        values = [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind]
+    for kind, tensors in _by_kind(gates).items():
         if form == "l0":
-            prices[kind] = gates.distribution.prob_open(torch.cat(values)).mean()
+            prices[kind] = gates.distribution.prob_open(torch.cat(tensors)).mean()
         elif kind != "modulation":
-            prices[kind] = torch.stack([value.abs().mean() for value in values]).mean()
+            prices[kind] = torch.stack([value.abs().mean() for value in tensors]).mean()
     return prices
 
 
 def _optimizer(gates: Gates, config: LearnConfig) -> torch.optim.Optimizer:
-    groups = [
-        {
-            "params": [gates.log_alpha[name] for name, site in gates.sites.items() if site.kind == kind],
-            "lr": config.learning_rate(kind),
-        }
-        for kind in dict.fromkeys(site.kind for site in gates.sites.values())
-    ]
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
-        groups, weight_decay=config.weight_decay
-    )
+    """The config's optimiser, with the learning rate of its kind for each λ."""
+    groups = [{"params": tensors, "lr": config.learning_rate(kind)} for kind, tensors in _by_kind(gates).items()]
+    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return optimizers[config.optimizer](groups, weight_decay=config.weight_decay)
 
 
 def _open_share(gates: Gates) -> dict[str, float]:
-    shares: dict[str, list[Tensor]] = {}
-    for name, site in gates.sites.items():
-        shares.setdefault(f"open_{site.kind}", []).append(gates.distribution.prob_open(gates.log_alpha[name].detach()))
-    return {kind: torch.cat(values).mean().item() for kind, values in shares.items()}
+    """{"open_<kind>": expected share of open gates}."""
+    shares = {}
+    for kind, tensors in _by_kind(gates).items():
+        parts = [gates.distribution.prob_open(value.detach()) for value in tensors]
+        shares[f"open_{kind}"] = torch.cat(parts).mean().item()
+    return shares
 
 
-def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiffError:
+def _diverged(gates: Gates, last_good, update: int, row: dict, folder) -> EcoDiffError:
     """The error for a loss, gradient or λ that is not finite; it carries the last λ that was good."""
-    if previous is not None:
-        gates.log_alpha = previous
+    if last_good is not None:
+        gates.log_alpha = last_good
     gates = _finished(gates)
     what = f"loss {row['loss']:.4g}, gradient norm {row['gradient_norm']:.4g}"
     if math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"]):
@@ -358,7 +411,7 @@ def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiff
         f"Update {update + 1}: {what}: not finite, so learning stopped. Lower lr, clip gradients, or use fp32. "
         "The last good λ is in this error's .gates"
     )
-    if folder:
+    if folder is not None:
         gates.save(folder.path / "last_good.safetensors")
         message += f" and in {folder.path / 'last_good.safetensors'}"
     error = EcoDiffError(message + ".")
@@ -367,9 +420,11 @@ def _diverged(gates: Gates, previous, update: int, row: dict, folder) -> EcoDiff
 
 
 def _copy(gates: Gates) -> dict[str, Tensor]:
+    """λ as it is now, on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in gates.log_alpha.items()}
 
 
 def _finished(gates: Gates) -> Gates:
+    """The gates with λ on the CPU, which no optimiser changes any more."""
     gates.log_alpha = {name: value.detach().cpu() for name, value in gates.log_alpha.items()}
     return gates

@@ -19,12 +19,8 @@ from ecodiff.errors import EcoDiffError
 
 from .sites import KINDS, Site
 
-_COST = {
-    "units": lambda site: 1,
-    "parameters": lambda site: site.params_per_unit,
-    "flops": lambda site: site.flops_per_unit,
-}
-_GROUP = {"global": lambda site: "all units", "kind": lambda site: site.kind, "local": lambda site: site.name}
+_SCOPES = ("global", "kind", "local")
+_COUNTS = ("units", "parameters", "flops")
 
 
 def make_mask(
@@ -52,23 +48,25 @@ def make_mask(
     how the published masks were cut. Raises EcoDiffError for anything that does not fit.
     """
     ratios = {kind: _ratio(_per_kind(ratio, kind, 0.0)) for kind in KINDS}
-    if scope not in _GROUP or count not in _COST:
+    if scope not in _SCOPES or count not in _COUNTS:
         raise EcoDiffError(
-            f"make_mask: scope is one of {list(_GROUP)}, count one of {list(_COST)}; not {scope!r}, {count!r}."
+            f"make_mask: scope is one of {list(_SCOPES)}, count one of {list(_COUNTS)}; not {scope!r}, {count!r}."
         )
     if isinstance(ratio, Mapping) and scope == "global":
         raise EcoDiffError("make_mask: scope 'global' compares all kinds, so it takes one ratio; use scope 'kind'.")
     _check_scores(scores, sites)
 
     names = sorted(scores, key=_natural)
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, Site]] = {}
     for name in names:
-        groups.setdefault(_GROUP[scope](sites[name]), []).append(name)
+        site = sites[name]
+        group = {"global": "all units", "kind": site.kind, "local": site.name}[scope]
+        groups.setdefault(group, {})[name] = site
 
-    mask = {}
+    mask: dict[str, Tensor] = {}
     for members in groups.values():
-        budget_ratio = ratios[sites[members[0]].kind]
-        mask.update(_cut(scores, {name: sites[name] for name in members}, budget_ratio, _COST[count]))
+        kind = next(iter(members.values())).kind  # with scope "global" kinds are mixed, but have one ratio
+        mask |= _cut(scores, members, ratios[kind], count)
     for name in names:
         multiple = _per_kind(round_to, sites[name].kind, 1)
         if not isinstance(multiple, int) or multiple < 1:
@@ -78,20 +76,31 @@ def make_mask(
     return {name: mask[name] for name in scores}
 
 
-def _cut(scores, members: Mapping[str, Site], ratio: Fraction, cost) -> dict[str, Tensor]:
-    """Remove the lowest scores of one group while the removed cost stays within ratio * total."""
-    costs = {name: cost(site) for name, site in members.items()}
-    if None in costs.values():
-        raise EcoDiffError("make_mask: count='flops' needs sites measured by with_flops(denoiser, sites, run).")
+def _cut(scores, members: Mapping[str, Site], ratio: Fraction, count: str) -> dict[str, Tensor]:
+    """The mask of one group: the lowest scores are removed while the removed cost stays within ratio * total."""
+    costs = {name: _cost_of_unit(site, count) for name, site in members.items()}
     flat = torch.cat([scores[name].detach().double().cpu() for name in members])
     each = torch.cat([torch.full((site.units,), costs[name], dtype=torch.int64) for name, site in members.items()])
+    # Sorted back to front: the sort is stable, so that among equals the last comes first.
     last = flat.numel() - 1
-    order = last - torch.sort(flat.flip(0), stable=True).indices  # among equals the last comes first
+    order = last - torch.sort(flat.flip(0), stable=True).indices
     budget = int(ratio * int(each.sum()))  # exact: 0.29 of 100 units is 29, which floats would make 28
     removed = order[each[order].cumsum(0) <= budget]
     keep = torch.ones_like(flat, dtype=torch.bool)
     keep[removed] = False
-    return dict(zip(members, (part.clone() for part in keep.split([s.units for s in members.values()])), strict=True))
+    parts = keep.split([site.units for site in members.values()])
+    return {name: part.clone() for name, part in zip(members, parts, strict=True)}
+
+
+def _cost_of_unit(site: Site, count: str) -> int:
+    """What one unit of the site takes from the budget; raises EcoDiffError where its FLOPs were not measured."""
+    if count == "units":
+        return 1
+    if count == "parameters":
+        return site.params_per_unit
+    if site.flops_per_unit is None:
+        raise EcoDiffError("make_mask: count='flops' needs sites measured by with_flops(denoiser, sites, run).")
+    return site.flops_per_unit
 
 
 def _round_up(keep: Tensor, scores: Tensor, multiple: int) -> None:
@@ -104,12 +113,14 @@ def _round_up(keep: Tensor, scores: Tensor, multiple: int) -> None:
 
 
 def _ratio(value) -> Fraction:
+    """The ratio as the decimal fraction that the user wrote; raises EcoDiffError for a number outside [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise EcoDiffError(f"make_mask: ratio is the share of units to remove, in [0, 1), not {value!r}.")
     return Fraction(repr(float(value)))
 
 
 def _per_kind(value, kind: str, default):
+    """The value of a kind, where ``value`` is one for all or one a kind; ``default`` for a kind without one."""
     if not isinstance(value, Mapping):
         return value
     if set(value) - set(KINDS):
@@ -134,4 +145,5 @@ def _check_scores(scores: Mapping[str, Tensor], sites: Mapping[str, Site]) -> No
 
 
 def _natural(name: str) -> list:
+    """Sort key by which numbers in names are compared by value: blocks.2 comes before blocks.10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -19,6 +19,11 @@ from ecodiff.storage.saving import finish_interrupted, whole
 from .adapters import guard_flux_loader, guarded_methods
 from .sites import KINDS, Site, find_sites
 
+if TYPE_CHECKING:  # always mixed into a model class of diffusers
+    from diffusers import ModelMixin as _Model
+else:
+    _Model = object
+
 # How attention processors call and what they return decides what may stand in for an attention without heads.
 _ONE_OUTPUT = {
     "AttnProcessor",
@@ -27,13 +32,6 @@ _ONE_OUTPUT = {
     "XFormersAttnProcessor",
     "SanaLinearAttnProcessor2_0",
 }
-
-
-if TYPE_CHECKING:  # always mixed into a model class of diffusers
-    from diffusers import ModelMixin as _Model
-else:
-    _Model = object
-
 _TWO_OUTPUTS = {"JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
 
 
@@ -48,20 +46,22 @@ class PrunedMixin(_Model):
         if not isinstance(config, dict):  # a folder or an id, which diffusers still takes
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
-        kept = dict(config.pop("pruned_units", {}))
+        pruned_units = dict(config.pop("pruned_units", {}))
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         sites = find_sites(model, KINDS)
-        for name, units in kept.items():
+        mask = {}
+        for name, units in pruned_units.items():
             if name not in sites or not isinstance(units, int) or not 0 <= units <= sites[name].units:
                 raise EcoDiffError(
                     f"config.json: pruned_units: {name!r} cannot keep {units!r} units; was the file changed?"
                 )
-        # Which units does not matter here: the weights that are about to be loaded are cut already.
-        cut_units(
-            model, sites, {name: torch.arange(sites[name].units, device="cpu") < units for name, units in kept.items()}
-        )
-        model.register_to_config(pruned_units=kept)
-        return (model, unused) if return_unused_kwargs else model
+            # Which units does not matter here: the weights that are about to be loaded are cut already.
+            mask[name] = torch.arange(sites[name].units, device="cpu") < units
+        cut_units(model, sites, mask)
+        model.register_to_config(pruned_units=pruned_units)
+        if return_unused_kwargs:
+            return model, unused
+        return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info=False, **kwargs):
@@ -72,7 +72,7 @@ class PrunedMixin(_Model):
         `ignore_mismatched_sizes=True`). What a killed save left in the folder is tidied first.
 
         The loader leaves tensors where they lie in the file. Odd numbers of units put them at odd addresses, where CPU
-        kernels are slower and round differently: pictures would not be bit for bit those of the model that was saved.
+        kernels are slower and round differently: images would not be bit for bit those of the model that was saved.
         """
         place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if os.path.isdir(place):
@@ -80,12 +80,15 @@ class PrunedMixin(_Model):
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (RuntimeError, ValueError) as error:
+            # diffusers has no class for this error: only its words tell it from others, which pass as they are.
             if isinstance(error, EcoDiffError) or not re.search("shape|size mismatch", str(error)):
                 raise
             raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
         _check_loaded(place, model, info, kwargs)
         align(model)
-        return (model, info) if output_loading_info else model
+        if output_loading_info:
+            return model, info
+        return model
 
 
 @cache
@@ -118,6 +121,7 @@ def pruned_class(name: str) -> type:
 def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
     """Remove the units whose mask is False from the model, in place; works on real and on meta tensors."""
     kept: dict[tuple[str, int], Tensor] = {}  # (layer, dimension of its weight) -> which entries stay
+    # First over all sites, then cut once a layer: heads and neurons of FLUX's single blocks share their proj_out.
     for name, keep in mask.items():
         for dimension, spans in enumerate((sites[name].writers, sites[name].readers)):
             for span in spans:
@@ -144,7 +148,8 @@ def _cut_linear(linear: nn.Linear, dimension: int, entries: Tensor) -> None:
         index = entries.nonzero().flatten().to(parameter.device)
         return nn.Parameter(parameter.detach().index_select(dimension, index), parameter.requires_grad)
 
-    if blocks := getattr(linear, "_tp_packed_row_blocks", None):  # FLUX: how tensor parallelism splits proj_out
+    blocks = getattr(linear, "_tp_packed_row_blocks", None)  # FLUX: how tensor parallelism splits proj_out
+    if blocks:
         linear._tp_packed_row_blocks = [int(block.sum()) for block in entries.split(blocks)]
     linear.weight = cut(linear.weight, dimension)
     if dimension == 0 and linear.bias is not None:
@@ -156,10 +161,10 @@ def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
     """Tell the attention module how many heads are left; its processors reshape by these numbers."""
     attention.heads = attention.heads // site.units * units
     attention.inner_dim = attention.to_q.out_features
-    for name, value in (("inner_kv_dim", "to_k"), ("sliceable_head_dim", None)):
-        if hasattr(attention, name):
-            layer = getattr(attention, value, None) if value else None
-            setattr(attention, name, attention.heads if value is None else getattr(layer, "out_features", 0))
+    if hasattr(attention, "inner_kv_dim"):
+        attention.inner_kv_dim = getattr(getattr(attention, "to_k", None), "out_features", 0)
+    if hasattr(attention, "sliceable_head_dim"):
+        attention.sliceable_head_dim = attention.heads
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -195,7 +200,7 @@ class NoHeads(nn.Module):
         no_channels = hidden_states[..., :0]
         if self.to_out is None:
             return no_channels
-        if hidden_states.ndim == 4:  # pictures, channels first
+        if hidden_states.ndim == 4:  # images, channels first
             no_channels = hidden_states.movedim(1, -1)[..., :0]
         output = self.to_out[1](self.to_out[0](no_channels))
         if hidden_states.ndim == 4:
@@ -233,9 +238,9 @@ def _check_loaded(place: str, model: nn.Module, info: Mapping, options: Mapping)
     quantized = getattr(model, "hf_quantizer", None) is not None  # has tensors under names of its own
     missing = sorted(info.get("missing_keys", ()))
     if options.get("device_map") is None and not quantized:
+        # What an index file names but no weight file holds is none of diffusers' missing keys; it stays a meta tensor.
         tensors = (*model.named_parameters(), *model.named_buffers())
-        named_in_an_index_only = [name for name, tensor in tensors if tensor.is_meta and name not in missing]
-        missing += named_in_an_index_only
+        missing += [name for name, tensor in tensors if tensor.is_meta and name not in missing]
     if missing:
         raise EcoDiffError(_other_weights(place, type(model), f"lack {len(missing)} tensors, such as {missing[0]!r}"))
     unexpected = sorted(info.get("unexpected_keys", ()))

@@ -39,8 +39,11 @@ class Folder:
         self._write("teacher.safetensors", {"latents": latents}, {"seconds_a_sample": seconds_a_sample})
 
     def load_teacher(self) -> tuple[Tensor, float] | None:
+        """What `save_teacher` wrote; None where it did not get so far."""
         tensors, metadata = self._read("teacher.safetensors")
-        return (tensors["latents"], metadata["seconds_a_sample"]) if tensors else None
+        if not tensors:
+            return None
+        return tensors["latents"], metadata["seconds_a_sample"]
 
     def save_state(self, gates, optimizer: torch.optim.Optimizer) -> None:
         """Write λ, optimiser state and history as one file, and snapshots that are not there yet."""
@@ -50,12 +53,12 @@ class Folder:
         tensors = {f"log_alpha/{name}": value for name, value in gates.log_alpha.items()}
         names = {value: name for name, value in gates.log_alpha.items()}
         for parameter, values in optimizer.state.items():
-            tensors |= {f"optimizer/{key}/{names[parameter]}": torch.as_tensor(value) for key, value in values.items()}
+            for slot, value in values.items():
+                tensors[f"optimizer/{slot}/{names[parameter]}"] = torch.as_tensor(value)
         self._write("state.safetensors", tensors, {"history": gates.history})
 
     def load_state(self, gates, optimizer: torch.optim.Optimizer) -> int:
-        """Bring gates and optimiser to the state on disk; returns the number of updates done (0 where there is
-        none)."""
+        """Bring gates and optimiser to the state on disk; returns the number of updates done (0 without a state)."""
         tensors, metadata = self._read("state.safetensors")
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
@@ -66,8 +69,10 @@ class Folder:
                 parameter = gates.log_alpha[name]
                 # Adam keeps its step counter on the CPU.
                 optimizer.state[parameter][slot] = value if value.dim() == 0 else value.to(parameter.device)
-        gates.history = metadata.get("history", [])
-        for update in range(len(gates.history) + 1) if tensors else ():
+        if not tensors:
+            return 0
+        gates.history = metadata["history"]
+        for update in range(len(gates.history) + 1):
             if (self.path / _snapshot(update)).exists():
                 gates.snapshots[update] = self._read(_snapshot(update))[0]
         return len(gates.history)
@@ -99,8 +104,9 @@ class Folder:
             raise EcoDiffError(
                 f"{path} is not a readable file of a run ({error}): delete it or choose another resume_dir."
             ) from error
-        if different := _difference(_without_private(metadata["run"]), _without_private(self.run)):
-            raise EcoDiffError(f"{path} belongs to another run ({different}): choose another resume_dir.")
+        difference = _difference(_without_private(metadata["run"]), _without_private(self.run))
+        if difference:
+            raise EcoDiffError(f"{path} belongs to another run ({difference}): choose another resume_dir.")
         return tensors, metadata
 
 
@@ -127,7 +133,8 @@ def _difference(there: dict, here: dict, prefix: str = "") -> str | None:
     for key in {**there, **here}:
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            if inner := _difference(a, b, f"{prefix}{key}."):
+            inner = _difference(a, b, f"{prefix}{key}.")
+            if inner:
                 return inner
         elif a != b:
             return f"{prefix}{key} was {a!r}, is {b!r}"

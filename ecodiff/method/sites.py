@@ -26,6 +26,7 @@ from .config import KINDS
 
 _INPUT_LAYERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _QUERY_LAYERS = ("to_q", "add_q_proj")
+_KEY_LAYERS = ("to_k", "add_k_proj")
 _HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # Parts of an attention module that act on its input or inside one head, so that removing other heads changes nothing.
 _ATTENTION_PARTS = {*_INPUT_LAYERS, *_HEAD_NORMS, "to_out", "to_add_out", "group_norm", "spatial_norm", "norm_cross"}
@@ -94,12 +95,13 @@ def network_order(name: str) -> tuple:
     """Sort key of site names: from the network's input to its output, where diffusers names the middle block last."""
     parts = name.split(".")
     place = {"mid_block": 1, "single_transformer_blocks": 1, "up_blocks": 2}.get(parts[0], 0)
-    return place, [int(part) for part in parts if part.isdigit()], parts[-1]
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return place, numbers, parts[-1]
 
 
 def skipped_modules(denoiser: nn.Module) -> dict[str, str]:
     """Return `{module name: reason}` for attentions and feed-forwards in which no unit can be removed exactly."""
-    return dict(found for found in _walk(denoiser) if not isinstance(found, Site))
+    return dict(entry for entry in _walk(denoiser) if not isinstance(entry, Site))
 
 
 def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[], Any]) -> dict[str, Site]:
@@ -124,21 +126,33 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
             hooks.before(layer, noting(layer), site)
         run()
 
-    def rows(span):
+    return {name: replace(site, flops_per_unit=_flops(denoiser, site, shapes)) for name, site in sites.items()}
+
+
+def _flops(denoiser: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Operations of one unit; ``shapes``: {layer name: shape of its input}."""
+
+    def rows(span: Span) -> int:
         return math.prod(shapes[span.layer][:-1])
 
-    def flops(site):
-        total = sum(2 * rows(s) * s.size * denoiser.get_submodule(s.layer).in_features for s in site.writers)
-        total += sum(2 * rows(s) * s.size * denoiser.get_submodule(s.layer).out_features for s in site.readers)
-        if site.kind == "attention":
-            tokens = {s.layer.rsplit(".", 1)[-1]: shapes[s.layer] for s in site.writers}
-            queries = sum(shape[-2] for layer, shape in tokens.items() if layer in _QUERY_LAYERS)
-            keys = sum(shape[-2] for layer, shape in tokens.items() if layer in ("to_k", "add_k_proj"))
-            batch = next((shape[0] for shape in tokens.values()), 0)
-            total += 4 * batch * queries * keys * site.unit_size
-        return total
-
-    return {name: replace(site, flops_per_unit=flops(site)) for name, site in sites.items()}
+    total = 0
+    for span in site.writers:
+        total += 2 * rows(span) * span.size * denoiser.get_submodule(span.layer).in_features
+    for span in site.readers:
+        total += 2 * rows(span) * span.size * denoiser.get_submodule(span.layer).out_features
+    if site.kind == "attention":
+        # Two products, of queries with keys and of their weights with values, over the tokens of all streams together.
+        batch = shapes[site.writers[0].layer][0]
+        queries = keys = 0
+        for span in site.writers:
+            tokens = shapes[span.layer][-2]
+            layer = span.layer.rpartition(".")[2]
+            if layer in _QUERY_LAYERS:
+                queries += tokens
+            elif layer in _KEY_LAYERS:
+                keys += tokens
+        total += 4 * batch * queries * keys * site.unit_size
+    return total
 
 
 def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
@@ -147,14 +161,16 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
     for name, module in modules.items():
         parent = modules.get(name.rpartition(".")[0], denoiser)
         try:
-            if hasattr(module, "to_q") and hasattr(module, "to_out") | hasattr(module, "pre_only"):
+            # The attention of a parallel block (FLUX) has pre_only in the place of an output layer of its own.
+            if hasattr(module, "to_q") and (hasattr(module, "to_out") or hasattr(module, "pre_only")):
                 yield _attention(name, module, parent)
             elif isinstance(getattr(module, "net", None), nn.ModuleList):
                 yield _feed_forward(name, module)
             elif name.rpartition(".")[2] == "proj_mlp":
                 yield _parallel_mlp(name, module, parent)
             elif {"silu", "linear", "norm"} <= {child for child, _ in module.named_children()}:
-                if module.linear.out_features >= 3 * module.linear.in_features:  # shift, scale and gate
+                # A shift, a scale and a gate at least. Norms with two of them (AdaLayerNormContinuous) are no sites.
+                if module.linear.out_features >= 3 * module.linear.in_features:
                     yield _modulation(name, module)
             elif type(module).__name__.endswith(("FeedForward", "GLUMBConv")):
                 raise _NotASite("not built like diffusers' FeedForward (net.0.proj, net.2)")
@@ -168,39 +184,50 @@ def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:
     for child, part in module.named_children():
         if child not in _ATTENTION_PARTS and next(part.parameters(), None) is not None:
             raise _NotASite(f"unknown part {child!r}")
-    inputs = {layer: part for layer in _INPUT_LAYERS if (part := getattr(module, layer, None)) is not None}
+    inputs = {}
+    for layer in _INPUT_LAYERS:
+        part = getattr(module, layer, None)
+        if part is not None:
+            inputs[layer] = part
     _check_linear(*inputs.values())
     heads, width = module.heads, inputs["to_q"].out_features
     if heads < 1 or width % heads:
         raise _NotASite(f"{width} query channels do not divide into {heads} heads")
     head_dim = width // heads
-    kv_width = min(part.out_features for part in inputs.values())
-    if kv_width % head_dim or heads % (units := kv_width // head_dim):
+    # With fewer key heads than query heads a unit is one key head and all the query heads that share it.
+    units, rest = divmod(min(part.out_features for part in inputs.values()), head_dim)
+    if rest or heads % units:
         raise _NotASite("its key heads do not divide its query heads")
     for norm in _HEAD_NORMS:
-        if (size := _norm_size(getattr(module, norm, None))) not in (None, head_dim):
+        size = _norm_size(getattr(module, norm, None))
+        if size not in (None, head_dim):
             raise _NotASite(f"{norm} normalises {size} channels across heads of {head_dim}")
 
-    # With fewer key heads than query heads a unit is one key head and all the query heads that share it.
     sizes = {layer: part.out_features // units for layer, part in inputs.items()}
     if any(sizes[layer] != width // units for layer in inputs if layer in _QUERY_LAYERS):
         raise _NotASite("its two streams have different widths")
     writers = tuple(Span(f"{name}.{layer}", 0, size) for layer, size in sizes.items())
 
-    to_out = getattr(module, "to_out", None)
-    if isinstance(to_out, nn.ModuleList):
-        outputs = {f"{name}.to_out.0": to_out[0]}
-        if getattr(module, "to_add_out", None) is not None:
-            outputs[f"{name}.to_add_out"] = module.to_add_out
-    elif to_out is None and isinstance(getattr(parent, "proj_out", None), nn.Module):
-        outputs = {f"{name.rpartition('.')[0]}.proj_out".lstrip("."): _parallel_reader(parent, module)}
-    else:
-        raise _NotASite("its output layer is not to_out[0]")
-    _check_linear(*outputs.values())
-    if to_out is not None and any(layer.in_features != width for layer in outputs.values()):
-        raise _NotASite("its output layer does not read the heads one by one")
+    outputs = _attention_outputs(name, module, parent, width)
     readers = tuple(Span(layer, 0, width // units) for layer in outputs)
-    return _site(name, "attention", units, writers, readers, {**_full(name, inputs), **outputs})
+    layers = {f"{name}.{layer}": part for layer, part in inputs.items()} | outputs
+    return _site(name, "attention", units, writers, readers, layers)
+
+
+def _attention_outputs(name: str, module: nn.Module, parent: nn.Module, width: int) -> dict[str, nn.Linear]:
+    """{layer name: layer} of the layers that read the heads, ``width`` channels together."""
+    to_out = getattr(module, "to_out", None)
+    if to_out is None and isinstance(getattr(parent, "proj_out", None), nn.Module):
+        return {_beside(name, "proj_out"): _parallel_reader(parent, module)}
+    if not isinstance(to_out, nn.ModuleList):
+        raise _NotASite("its output layer is not to_out[0]")
+    outputs = {f"{name}.to_out.0": to_out[0]}
+    if getattr(module, "to_add_out", None) is not None:  # joint attention: the text stream has a layer of its own
+        outputs[f"{name}.to_add_out"] = module.to_add_out
+    _check_linear(*outputs.values())
+    if any(layer.in_features != width for layer in outputs.values()):
+        raise _NotASite("its output layer does not read the heads one by one")
+    return outputs
 
 
 def _feed_forward(name: str, module: nn.Module) -> Site:
@@ -227,12 +254,12 @@ def _parallel_mlp(name: str, module: nn.Module, parent: nn.Module) -> Site:
         raise _NotASite("no attn and proj_out beside it")
     _check_linear(module)
     proj_out = _parallel_reader(parent, attention)
-    layer = f"{name.rpartition('.')[0]}.proj_out".lstrip(".")
+    layer = _beside(name, "proj_out")
     offset = proj_out.in_features - module.out_features
     if module.out_features == 0:
         raise _NotASite("no unit is left")
-    spans = (Span(name, 0, 1),), (Span(layer, offset, 1),)
-    return _site(name, "feed_forward", module.out_features, *spans, {name: module, layer: proj_out})
+    writers, readers = (Span(name, 0, 1),), (Span(layer, offset, 1),)
+    return _site(name, "feed_forward", module.out_features, writers, readers, {name: module, layer: proj_out})
 
 
 def _parallel_reader(parent: nn.Module, attention: nn.Module) -> nn.Linear:
@@ -253,16 +280,24 @@ def _modulation(name: str, module: nn.Module) -> Site:
 
 
 def _site(name, kind, units, writers, readers, layers: Mapping[str, nn.Linear]) -> Site:
-    params = sum(s.size * (layers[s.layer].in_features + (layers[s.layer].bias is not None)) for s in writers)
-    params += sum(s.size * layers[s.layer].out_features for s in readers)
-    return Site(name, kind, units, (readers or writers)[0].size, writers, readers, params)
+    """The site with the parameters of one unit counted: its rows in the writers with their biases, and its columns."""
+    params = 0
+    for span in writers:
+        layer = layers[span.layer]
+        params += span.size * (layer.in_features + (layer.bias is not None))
+    for span in readers:
+        params += span.size * layers[span.layer].out_features
+    unit_size = (readers or writers)[0].size
+    return Site(name, kind, units, unit_size, writers, readers, params)
 
 
-def _full(name: str, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {f"{name}.{layer}": part for layer, part in layers.items()}
+def _beside(name: str, sibling: str) -> str:
+    """The name of the module ``sibling`` in the module that holds ``name``."""
+    return f"{name.rpartition('.')[0]}.{sibling}".lstrip(".")
 
 
 def _check_linear(*layers: nn.Module) -> None:
+    """Raise _NotASite for layers whose rows and columns cannot be cut out of their weights."""
     for layer in layers:
         if not isinstance(layer, nn.Linear):
             raise _NotASite(f"{type(layer).__name__} instead of Linear (fuse and unload adapters before pruning)")
@@ -277,18 +312,20 @@ def _norm_size(norm: nn.Module | None) -> int | None:
     size = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
     if isinstance(size, int):
         return size if size > 0 else None  # LpNorm's dim is an axis
-    if size is None:
-        weight = getattr(norm, "weight", None)
-        return None if weight is None else weight.numel()
-    return size[-1]
+    if size is not None:
+        return size[-1]
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else weight.numel()
 
 
 def check_units(values: Mapping[str, Tensor], sites: Mapping[str, Site], where: str, samples: bool = False) -> None:
-    """Raises EcoDiffError, beginning with ``where``, for a name that is no site or a number of units that is wrong.
-    ``samples``: tensors [samples, units] are right, too."""
+    """Raise EcoDiffError, beginning with ``where``, for a name that is no site or a number of units that is wrong.
+
+    ``samples``: tensors [samples, units] are right, too.
+    """
     for name, value in values.items():
         if name not in sites:
             raise EcoDiffError(f"{where}: {name!r} is not a site of this denoiser; find_sites lists them.")
-        right = value.dim() == 1 or (samples and value.dim() == 2 and len(value))
-        if not right or value.shape[-1] != sites[name].units:
+        right_form = value.dim() == 1 or (samples and value.dim() == 2 and len(value))
+        if not right_form or value.shape[-1] != sites[name].units:
             raise EcoDiffError(f"{where}: {name!r} has {sites[name].units} units, not {list(value.shape)}.")

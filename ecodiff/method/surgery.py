@@ -71,6 +71,7 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     pruned = with_denoiser(pipe, smaller)
     for original, pruned_network in zip(experts(denoiser), experts(smaller), strict=True):
         missing += carry_pipeline(pipe, pruned, original, pruned_network)
+    # `denoisers` looks inside the wrapper of torch.compile, so another object in its place is such a wrapper.
     if any(getattr(pipe, name) is not network for name, network in denoisers(pipe).items()):
         missing.append(COMPILED)
     _warn(missing)
@@ -96,8 +97,10 @@ def _warn(missing: list[str]) -> None:
 
 
 def check_prunable(denoiser: nn.Module, caller: str) -> None:
-    """Raise EcoDiffError, in the name of ``caller``, for a denoiser that `prune` would refuse whatever the mask: for
-    those who spend hours on the mask first."""
+    """Raise EcoDiffError, in the name of ``caller``, for a denoiser that `prune` would refuse whatever the mask.
+
+    For those who spend hours on the mask first.
+    """
     for network in experts(denoiser):
         _unpruned(network, caller)
 
@@ -121,8 +124,11 @@ def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
         )
     with init_empty_weights():
         pruned = _pruned_like(type(denoiser)).from_config(dict(denoiser.config))
-    state = {plain_name(name): value for name, value in denoiser.state_dict().items()}
-    state = {name: tensors[name].detach() if name in tensors else value for name, value in state.items()}
+    # The state dict says which tensors to load; where offloading keeps them elsewhere their values are in `tensors`.
+    state = {}
+    for name, value in denoiser.state_dict().items():
+        name = plain_name(name)
+        state[name] = tensors[name].detach() if name in tensors else value
     try:
         pruned.load_state_dict(state, assign=True)
         for name, _ in denoiser.named_buffers():
@@ -161,12 +167,11 @@ def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module
     patched = [name for name, module in pruned.named_modules() if "forward" in vars(module)]
     cut_units(pruned, sites, {name: mask[name].cpu() for name in removing})
     modules = dict(pruned.named_modules())
-    missing += [
-        f"the patched forward of {name}, which has no units left"
-        for name in patched
-        if name in modules and "forward" not in vars(modules[name])
-    ]
-    pruned._apply(lambda tensor: tensor.detach().clone())
+    for name in patched:
+        # A module without units is another one now, in which there is nothing to patch.
+        if name in modules and "forward" not in vars(modules[name]):
+            missing.append(f"the patched forward of {name}, which has no units left")
+    pruned._apply(_own_copy)
     carry_casting(denoiser, pruned)
     pruned.register_to_config(pruned_units={**denoiser.config.get("pruned_units", {}), **removing})
     trained = {plain_name(name) for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
@@ -175,12 +180,16 @@ def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module
     return pruned, missing
 
 
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
 def fold_gates(pipe, gates: Mapping[str, Tensor]):
     """A pipeline (a copy of the denoiser; the rest is shared) whose weights have these gates in them (Eq. 9, 10).
 
-    gates: {site name: float tensor [units]}. The columns that read a unit are multiplied by its gate, so that it draws
-    what the original draws under `apply_gates`, to rounding. Raises EcoDiffError for unknown sites, wrong lengths, and
-    sites that no layer reads.
+    gates: {site name: float tensor [units]}. The columns that read a unit are multiplied by its gate, so that the
+    result generates what the original generates under `apply_gates`, to rounding. Raises EcoDiffError for unknown
+    sites, wrong lengths, and sites that no layer reads.
     """
     refuse_elsewhere(find_denoiser(pipe), "fold_gates")
     folded = copy.deepcopy(find_denoiser(pipe))
@@ -214,8 +223,11 @@ def save(pipe, save_directory: str | os.PathLike, *args, **kwargs) -> None:
 
 
 def _pruned_like(cls: type) -> Any:
-    """The pruned class for a denoiser's class: of a diffusers class or, for a user's subclass of one, a subclass of
-    both, so that the user's own methods act in the pruned model as well."""
+    """The pruned class for a denoiser's class.
+
+    For a user's subclass of a diffusers class it is a subclass of both, so that the user's own methods act in the
+    pruned model as well.
+    """
     import diffusers
 
     if cls.__name__.startswith("Pruned") and issubclass(cls, PrunedMixin):
@@ -223,11 +235,14 @@ def _pruned_like(cls: type) -> Any:
     for base in cls.__mro__:
         if getattr(diffusers, base.__name__, None) is base and issubclass(base, diffusers.ModelMixin):
             pruned = pruned_class(base.__name__)
-            return pruned if base is cls else type(pruned.__name__, (pruned, cls), {"__module__": "ecodiff"})
+            if base is cls:
+                return pruned
+            return type(pruned.__name__, (pruned, cls), {"__module__": "ecodiff"})
     return pruned_class(cls.__name__)  # which says that there is none
 
 
 def _check_mask(mask: Mapping[str, Tensor], sites: Mapping[str, Site], skipped: Mapping[str, str]) -> None:
+    """Raise EcoDiffError for a name that is no site, saying why it is none, and for masks of wrong dtype or length."""
     for name, keep in mask.items():
         if name not in sites:
             why = f" ({skipped[name]})" if name in skipped else "; find_sites lists them"

@@ -5,7 +5,7 @@ its ``__call__`` under ``torch.no_grad``. Here the undecorated loop runs, so no 
 its own.
 
 Backpropagation through it would keep the activations of all ``T`` denoiser calls. Alg. 2 keeps the latents between
-the steps and recomputes one step at a time on the way back (`recompute`, around the denoiser's ``forward``): three
+the steps and recomputes one step at a time on the way back (`recomputed`, around the denoiser's ``forward``): three
 units of work (forward, recomputation, backward with frozen weights) in place of two, and the memory of one call in
 place of ``T``. Only the denoiser is recomputed, so multi-step and stochastic schedulers need no replay.
 """
@@ -46,9 +46,8 @@ def final_latents(
     """Final latents ``z_0`` of the pipeline's own sampling loop (Eq. 1), with gradients.
 
     Gradients flow to the gates set with ``apply_gates`` and to tensors among the arguments (``latents``,
-    ``prompt_embeds``); the weights are frozen. ``pipe`` is left as it was:
-    scheduler, progress bar, train/eval modes, ``requires_grad`` and the denoiser's ``forward``, also after an
-    exception.
+    ``prompt_embeds``); the weights are frozen. ``pipe`` is left as it was, also after an exception: scheduler, progress
+    bar, train/eval modes, ``requires_grad`` and the denoiser's ``forward``.
 
     Call ``backward`` while the gates are still applied: a checkpointed call runs again then.
 
@@ -79,12 +78,14 @@ def final_latents(
             f"keep_last={keep_last} is negative: give the number of last steps that keep their activations."
         )
     call = sampling_loop(pipe)
-    taken = {"output_type": "latent", "return_dict": False}
-    if lacking := sorted(taken.keys() - inspect.signature(call).parameters.keys()):
+    ours = {"output_type": "latent", "return_dict": False}
+    lacking = sorted(ours.keys() - inspect.signature(call).parameters.keys())
+    if lacking:
         raise EcoDiffError(
             f"{type(pipe).__name__} has no argument {lacking[0]!r}: its sampling loop cannot return final latents."
         )
-    if doubled := sorted(taken.keys() & call_kwargs.keys()):
+    doubled = sorted(ours.keys() & call_kwargs.keys())
+    if doubled:
         raise EcoDiffError(f"final_latents sets {doubled[0]!r} itself: leave it out of the arguments.")
     if prompt is not None:
         call_kwargs["prompt"] = prompt
@@ -94,7 +95,7 @@ def final_latents(
 
     runner = private_copy(pipe)
     if gradients:  # an offloaded pipeline sends its weights away as its call ends, but backward needs them
-        runner.__dict__["maybe_free_model_hooks"] = lambda: None
+        runner.__dict__["maybe_free_model_hooks"] = _stay
     denoiser, scheduler = find_denoiser(pipe), runner.scheduler
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     watch, gates = count_steps(scheduler), OpenGates(denoiser)
@@ -106,6 +107,7 @@ def final_latents(
 
         @wraps(forward)
         def step(*args, **kwargs):
+            # A loop that switches gradients off by itself gives latents without a graph: told apart from "no gates".
             watch["without_grad"] |= gradients and not torch.is_grad_enabled()
             if not gradients:
                 result = frozen_forward(*args, **kwargs)
@@ -126,7 +128,7 @@ def final_latents(
         replaced_forward(denoiser, wrap),
     ):
         try:
-            latents = call(runner, **taken, **call_kwargs)[0]
+            latents = call(runner, **ours, **call_kwargs)[0]
         except RuntimeError as error:
             if gradients and "requires grad" in str(error):  # .numpy() or an in-place write on a tensor of the graph
                 raise EcoDiffError(f"The sampling loop of {where} is not differentiable: {error}") from error
@@ -134,6 +136,7 @@ def final_latents(
     if not isinstance(latents, Tensor):
         raise EcoDiffError(f"{where} returned {type(latents).__name__}, not a tensor of latents.")
     if gradients and not latents.requires_grad:
+        # Predictions had gradients and the latents have none: the loop cut them off. Else no gate made a prediction.
         if watch["gradients"] or watch["without_grad"]:
             raise EcoDiffError(
                 f"The sampling loop of {where} is not differentiable: take another scheduler, or gradients=False."
@@ -142,3 +145,7 @@ def final_latents(
             "Nothing in the denoiser requires gradients: apply gates made from λ first, or set gradients=False."
         )
     return latents
+
+
+def _stay() -> None:
+    """In the place of a pipeline's ``maybe_free_model_hooks``: the weights stay where they are."""

@@ -1,8 +1,8 @@
 """Ways to score units. A method is a function `scores(pipe, prompts, *, kinds, **sampling) -> {site: fp32 [units]}`.
 
 The higher the score, the later the unit goes (`ecodiff.make_mask`). All take the fields of `Sampling` (seed,
-num_inference_steps, guidance_scale, batch_size, call, progress), whether they draw anything or not, so that one loop
-calls them all. Those that draw do so on accelerate's device, as `ecodiff.learn` does, and bring the pipeline back. A
+num_inference_steps, guidance_scale, batch_size, call, progress), whether they run the pipeline or not, so that one loop
+calls them all. Those that run it do so on accelerate's device, as `ecodiff.learn` does, and bring the pipeline back. A
 new method is one file and one line here.
 
 Beside them, what the paper compares with and is no score of units: `deepcache` (calls are reused), `sparse24` (2:4

@@ -1,4 +1,4 @@
-"""What the methods that look at a running model share: drawing prompts with it while something watches each call.
+"""What the methods that look at a running model share: generating from prompts while something watches each call.
 
 Nothing but final latents is kept. A method hooks the layers it wants to see, and adds up what it needs.
 """
@@ -30,7 +30,7 @@ KINDS = ("attention", "feed_forward")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the calibration prompts are drawn. Prompt i has a noise of its own, made from ``seed`` and i, on the CPU."""
+    """How calibration prompts are run. Prompt i has a noise of its own, made from ``seed`` and i, on the CPU."""
 
     seed: int = 0
     num_inference_steps: int = 8
@@ -44,6 +44,7 @@ class Sampling:
     """Names of sites that get no score, such as those that the pipeline's call never reaches."""
 
     def __post_init__(self):
+        # The way to set a field of a frozen class: numpy's whole numbers become Python's, which JSON can hold.
         object.__setattr__(self, "seed", checked_seed(self.seed, "Sampling"))
         checked_guidance(self.guidance_scale, "Sampling")
         checked_call(self.call, "Sampling: call")
@@ -99,22 +100,19 @@ def draw(
     prompts = checked_prompts(prompts, label)
     runner = encoding_once(private_copy(pipe))
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    guidance = {} if sampling.guidance_scale is None else {"guidance_scale": sampling.guidance_scale}
     clock = clock or Clock()
     clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
     parts = []
     bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
-    settings = {
-        "num_inference_steps": sampling.num_inference_steps,
-        "output_type": "latent",
-        "return_dict": False,
-        **guidance,
-        **sampling.call,
-    }
+    settings = {"num_inference_steps": sampling.num_inference_steps, "output_type": "latent", "return_dict": False}
+    if sampling.guidance_scale is not None:
+        settings["guidance_scale"] = sampling.guidance_scale
+    settings |= sampling.call
 
     def run(numbers: list[int]) -> None:
-        clock.watch["steps"] = 0
+        clock.watch["steps"] = 0  # the count goes on from trajectory to trajectory
+        # A generator for each, so that neither batch size nor order changes the noise of a prompt.
         generators = [torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers]
         latents = runner(generator=generators, **collate([prompts[i] for i in numbers]), **settings)[0]
         if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
@@ -141,8 +139,10 @@ def draw(
 
 
 def gates_of_samples(model: nn.Module, sites: Mapping[str, Site], samples: int) -> dict[str, Tensor]:
-    """Open gates, one for each unit and sample of a batch, {site name: ones [samples, units]}: gradients in them are
-    those of every sample by itself."""
+    """Open gates, one for each unit and sample of a batch, {site name: ones [samples, units]}.
+
+    Gradients in them are those of every sample by itself.
+    """
     device = next(model.parameters()).device
     return {name: torch.ones(samples, site.units, device=device, requires_grad=True) for name, site in sites.items()}
 
@@ -169,17 +169,17 @@ def reading(model: nn.Module, sites: Mapping[str, Site], see: Callable[[str, Ten
 
     Raises EcoDiffError on leaving where one of these layers never ran.
     """
-    layers = {span.layer: name for name, site in sites.items() for span in site.readers}
+    layers = {}  # a layer that two sites read is watched once
+    for name, site in sites.items():
+        for span in site.readers:
+            layers[span.layer] = name
 
-    def watcher(layer):
-        def watch(x):
-            see(layer, x.detach().flatten(0, -2))
-
-        return watch
+    def watch(x: Tensor, layer: str) -> None:
+        see(layer, x.detach().flatten(0, -2))
 
     with hooked(model, "scores") as hooks:
-        for layer, site in layers.items():
-            hooks.before(layer, watcher(layer), site)
+        for layer, name in layers.items():
+            hooks.before(layer, partial(watch, layer=layer), name)
         yield
 
 

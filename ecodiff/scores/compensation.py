@@ -49,27 +49,36 @@ def second_moments(
     if settings.progress and len(packages) > 1:
         tqdm.write(f"obs: {len(packages)} passes over {len(prompts)} prompts, {memory_gb:g} GB of second moments each")
     for package in packages:
-        clock = Clock()
-        sums: dict[str, Tensor] = {}
-        totals: dict[str, float] = {}
-
-        def see(layer: str, x: Tensor, clock=clock, sums=sums, totals=totals) -> None:
-            weight = time_weight(clock.step, clock.steps) if time_weights == "log" else 1.0
-            x = x.float()
-            if layer not in sums:
-                sums[layer] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            sums[layer].addmm_(x.T, x, alpha=weight)
-            totals[layer] = totals.get(layer, 0.0) + weight * len(x)
-
-        with reading(model, package, see):
-            draw(pipe, prompts, settings, label="obs", clock=clock)
-        result |= {layer: (total / totals[layer]).cpu() for layer, total in sums.items()}
+        result |= _moments_of(pipe, prompts, package, settings, logarithmic=time_weights == "log")
     return result
+
+
+def _moments_of(
+    pipe, prompts: Sequence, sites: dict[str, Site], settings: Sampling, logarithmic: bool
+) -> dict[str, Tensor]:
+    """`second_moments` of the layers that read these sites, from one trajectory of each prompt."""
+    clock = Clock()
+    sums: dict[str, Tensor] = {}
+    totals: dict[str, float] = {}
+
+    def see(layer: str, x: Tensor) -> None:
+        weight = time_weight(clock.step, clock.steps) if logarithmic else 1.0
+        x = x.float()
+        if layer not in sums:
+            sums[layer] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        sums[layer].addmm_(x.T, x, alpha=weight)
+        totals[layer] = totals.get(layer, 0.0) + weight * len(x)
+
+    with reading(denoiser(pipe), sites, see):
+        draw(pipe, prompts, settings, label="obs", clock=clock)
+    return {layer: (total / totals[layer]).cpu() for layer, total in sums.items()}
 
 
 def time_weight(step: int, steps: int) -> float:
     """1 for the first of ``steps`` (the noisiest), one half for the last, falling with the logarithm between."""
-    return 1.0 - 0.5 * math.log(1 + min(step, steps - 1)) / math.log(steps) if steps > 1 else 1.0
+    if steps <= 1:
+        return 1.0
+    return 1.0 - 0.5 * math.log(1 + min(step, steps - 1)) / math.log(steps)
 
 
 def prune_compensated(pipe, mask: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, damping: float = DAMPING):
@@ -81,7 +90,7 @@ def prune_compensated(pipe, mask: Mapping[str, Tensor], moments: Mapping[str, Te
     """
     small, model = prune(pipe, mask), denoiser(pipe)
     for layer, keep in _kept_columns(model, mask).items():
-        if keep.all() or not keep.any():
+        if keep.all() or not keep.any():  # nothing has gone, or nothing is left to make up for it
             continue
         weight = model.get_submodule(layer).weight
         if layer not in moments or len(moments[layer]) != weight.shape[1]:
@@ -106,6 +115,7 @@ def compensated(weight: Tensor, moments: Tensor, keep: Tensor, damping: float = 
 
     weight [out, in]; moments [in, in]; keep bool [in].
     """
+    # The normal equations of least squares, H_KK W'ᵀ = H_K: Wᵀ, in fp64, since H is often close to singular.
     h = damped(moments, damping)
     whole = weight.detach().double().cpu()
     return torch.linalg.solve(h[keep][:, keep], h[keep] @ whole.T).T.float()
@@ -125,27 +135,31 @@ def _kept_columns(model: nn.Module, mask: Mapping[str, Tensor]) -> dict[str, Ten
     sites = find_sites(model)
     kept: dict[str, Tensor] = {}
     for name, keep in mask.items():
-        for span in sites[name].readers if name in sites else ():
-            channels = kept.setdefault(
-                span.layer, torch.ones(model.get_submodule(span.layer).in_features, dtype=torch.bool)
-            )
-            channels[columns(span, len(keep))] = keep.cpu().repeat_interleave(span.size)
+        if name not in sites:  # a modulation, which no layer reads
+            continue
+        for span in sites[name].readers:
+            if span.layer not in kept:
+                kept[span.layer] = torch.ones(model.get_submodule(span.layer).in_features, dtype=torch.bool)
+            kept[span.layer][columns(span, len(keep))] = keep.cpu().repeat_interleave(span.size)
     return kept
 
 
 def _packages(model: nn.Module, sites: dict[str, Site], limit: float) -> list[dict[str, Site]]:
-    """Sites in parts whose second moments together fit into ``limit`` bytes (at least one layer a part); sites that one
-    layer reads, such as the two of FLUX's single blocks, are in one part."""
-    together: dict[tuple[str, ...], dict[str, Site]] = {}
+    """Sites in parts whose second moments together fit into ``limit`` bytes (at least one layer a part).
+
+    Sites that one layer reads, such as the two of FLUX's single blocks, are in one part.
+    """
+    by_layers: dict[tuple[str, ...], dict[str, Site]] = {}
     for name, site in sites.items():
-        together.setdefault(tuple(span.layer for span in site.readers), {})[name] = site
+        layers = tuple(span.layer for span in site.readers)
+        by_layers.setdefault(layers, {})[name] = site
     packages: list[dict[str, Site]] = [{}]
     used = 0
-    for layers, some in together.items():
-        size = sum(4 * model.get_submodule(layer).in_features ** 2 for layer in layers)
+    for layers, members in by_layers.items():
+        size = sum(4 * model.get_submodule(layer).in_features ** 2 for layer in layers)  # fp32
         if packages[-1] and used + size > limit:
             packages.append({})
             used = 0
-        packages[-1] |= some
+        packages[-1] |= members
         used += size
     return packages

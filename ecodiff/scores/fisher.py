@@ -43,11 +43,12 @@ def scores(pipe, prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, **samplin
     total = len(every.recorded) * len(every.steps)
     with tqdm(total=total, desc="fisher: gradients", disable=not settings.progress) as bar:
         for batch in every.recorded:
-            one, samples = replace(every, recorded=[batch]), len(batch[1])
+            loss, samples = replace(every, recorded=[batch]), len(batch[1])
             gates = gates_of_samples(model, sites, samples)
             with torch.enable_grad(), frozen(model), apply_gates(model, gates, sites):
-                for step in one.steps:
-                    for name, slope in _slopes(one, step, gates).items():  # of the mean over samples
+                for step in loss.steps:
+                    # The loss is a mean over samples: times their number, slopes are those of each sample's own loss.
+                    for name, slope in _slopes(loss, step, gates).items():
                         totals[name] += (samples * slope).square().sum(0).cpu()
                     bar.update()
     return totals
@@ -58,8 +59,8 @@ def _slopes(loss: NoisePrediction, step: int, gates: dict[str, Tensor]) -> dict[
     slopes = {name: torch.zeros_like(gate) for name, gate in gates.items()}
 
     def add(part: Tensor) -> None:
-        found = torch.autograd.grad(part, gates.values(), allow_unused=True)
-        for slope, gradient in zip(slopes.values(), found, strict=True):
+        gradients = torch.autograd.grad(part, gates.values(), allow_unused=True)
+        for slope, gradient in zip(slopes.values(), gradients, strict=True):
             if gradient is not None:
                 slope += gradient
 

@@ -11,7 +11,7 @@ derivative goes through all steps, as in learning (`trajectory.final_latents`, t
 
 For random signs v, vᵀ J_j has mean 0 and variance ‖J_j‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for all
 units and samples at once. It is a sum of many terms, so about normal, and its mean modulus is √(2/π) ‖J_j‖. Moduli are
-averaged, not squares: pictures differ a hundredfold in ‖J‖², and a mean of squares would be that of very few of them.
+averaged, not squares: images differ a hundredfold in ‖J‖², and a mean of squares would be that of very few of them.
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def scores(
             ).float()
             for probe in range(probes):
                 signs = torch.stack([_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
-                product, last = (latents * signs.to(latents.device)).sum(), probe == probes - 1
-                slopes = torch.autograd.grad(product, gates.values(), retain_graph=not last, allow_unused=True)
+                # Each sample has gates of its own, so one backward pass of the sum gives vᵀJ of every sample.
+                product = (latents * signs.to(latents.device)).sum()
+                is_last = probe == probes - 1
+                slopes = torch.autograd.grad(product, gates.values(), retain_graph=not is_last, allow_unused=True)
                 for total, slope in zip(totals.values(), slopes, strict=True):
                     if slope is not None:
                         total += slope.abs().sum(0).cpu()
@@ -82,8 +84,10 @@ def scores(
     with tqdm(total=len(prompts), desc="gauss-newton", disable=not settings.progress) as bar:
         size = size_together(settings.batch_size, pipe, prompts, output_type="latent", **call)
         in_batches(range(len(prompts)), size, add)
+    # √(π/2) turns the mean modulus into ‖J_j‖, see above.
     return {name: math.sqrt(math.pi / 2) * total / (len(prompts) * probes) for name, total in totals.items()}
 
 
 def _signs(shape: Sequence[int], seed: int) -> Tensor:
+    """Random signs, fp32 of this shape; the same for the same seed, whatever runs in the same batch."""
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0

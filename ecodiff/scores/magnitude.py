@@ -21,6 +21,7 @@ def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), **sampling)
     result = {}
     for name, site in sites_of(pipe, kinds, exclude=sampling.get("exclude", ())).items():
         total, entries = torch.zeros(site.units), 0
+        # A unit's weights are rows of the layers that write it, columns of those that read it.
         for dimension, spans in enumerate((site.writers, site.readers)):
             for span in spans:
                 weight = model.get_submodule(span.layer).weight.float().abs()

@@ -58,7 +58,7 @@ def from_moments(
     """The scores for second moments that are already known; raises EcoDiffError where those of a layer are missing."""
     model, sites = denoiser(pipe), sites_of(pipe, kinds, readers=True, exclude=exclude)
     result = {name: torch.zeros(site.units) for name, site in sites.items()}
-    readers: dict[str, list] = {}
+    readers: dict[str, list] = {}  # by layer, so that each H is inverted once
     for name, site in sites.items():
         for span in site.readers:
             readers.setdefault(span.layer, []).append((name, span))
@@ -69,10 +69,9 @@ def from_moments(
         inverse = torch.linalg.inv(damped(moments[layer], damping))
         for name, span in spans:
             units = sites[name].units
-            mine = columns(span, units)
-            blocks = torch.stack(
-                [inverse[i : i + span.size, i : i + span.size] for i in range(mine.start, mine.stop, span.size)]
-            )
-            parts = weight[:, mine].view(len(weight), units, span.size).permute(1, 2, 0)  # [units, size, out]
-            result[name] += (parts * torch.linalg.solve(blocks, parts)).sum((1, 2)).float()
+            own = columns(span, units)
+            starts = range(own.start, own.stop, span.size)
+            blocks = torch.stack([inverse[i : i + span.size, i : i + span.size] for i in starts])  # [H⁻¹]_SS
+            parts = weight[:, own].view(len(weight), units, span.size).permute(1, 2, 0)  # W_Sᵀ, [units, size, out]
+            result[name] += (parts * torch.linalg.solve(blocks, parts)).sum((1, 2)).float()  # the trace
     return result

@@ -1,4 +1,4 @@
-"""Occlusion, LD-Pruner's criterion (Castells et al., 2024): remove a part, draw, and see how far the latents move.
+"""Occlusion, LD-Pruner's criterion (Castells et al., 2024): remove a part, and see how far the final latents move.
 
 Their distance compares the average and the spread of the final latents with and without the part,
 
@@ -43,7 +43,7 @@ def scores(
     Heads are removed one by one: exact. A feed-forward has too many neurons for that; they are sorted by WANDA into
     ``groups`` equal groups, each group is removed as a whole, and its distance is shared among its neurons in
     proportion to their WANDA scores. This approximation is exact where a group is one neuron (``groups=None``).
-    It says before it starts how many trajectories it draws, and how long they take by the time of the first.
+    It says before it starts how many trajectories it needs, and how long they take by the time of the first.
 
     Args:
         distance: "moments" (LD-Pruner's, above) or "paired": mean over prompts of ‖z_0 - ẑ_0‖² / size.
@@ -59,28 +59,36 @@ def scores(
     sites = sites_of(pipe, kinds, exclude=settings.exclude)
     pipe = encoding_once(pipe)  # one memory for all trajectories
     quiet = {**sampling, "progress": False}
-    share = _shares(pipe, prompts, sites, groups, quiet)
-    parts = [(name, part) for name, site in sites.items() for part in _parts(site, groups, share.get(name))]
+    wanda = _wanda_of_grouped(pipe, prompts, sites, groups, quiet)
+    parts = []
+    for name, site in sites.items():
+        parts += [(name, units) for units in _parts(site, groups, wanda.get(name))]
     started = time.perf_counter()
     whole = draw(pipe, prompts, Sampling(**quiet))
     if settings.progress:
         minutes = (time.perf_counter() - started) * len(parts) / 60
         tqdm.write(f"occlusion: {len(parts)} trajectories of {len(prompts)} prompts, about {minutes:.1f} min")
     result = {name: torch.zeros(site.units) for name, site in sites.items()}
-    for name, part in tqdm(parts, desc="occlusion", disable=not settings.progress):
+    for name, units in tqdm(parts, desc="occlusion", disable=not settings.progress):
         gate = torch.ones(sites[name].units)
-        gate[part] = 0
+        gate[units] = 0
         with apply_gates(model, {name: gate}, sites):
             moved = _DISTANCES[distance](whole, draw(pipe, prompts, Sampling(**quiet))).item()
-        weight = share[name][part] if name in share else torch.ones(len(part))
+        weight = wanda[name][units] if name in wanda else torch.ones(len(units))
         total = weight.sum()
-        result[name][part] = moved * (weight / total if total > 0 else torch.full((len(part),), 1 / len(part)))
+        # WANDA's scores of a whole group can be zero, as its inputs can: then its units share the distance equally.
+        if total > 0:
+            result[name][units] = moved * (weight / total)
+        else:
+            result[name][units] = moved * torch.full((len(units),), 1 / len(units))
     return result
 
 
 def _moments(z: Tensor, other: Tensor) -> Tensor:
-    spread = torch.zeros(()) if len(z) < 2 else torch.linalg.vector_norm(z.std(0) - other.std(0)).cpu()
-    return torch.linalg.vector_norm(z.mean(0) - other.mean(0)).cpu() + spread
+    distance = torch.linalg.vector_norm(z.mean(0) - other.mean(0)).cpu()
+    if len(z) > 1:  # a single image has no spread
+        distance = distance + torch.linalg.vector_norm(z.std(0) - other.std(0)).cpu()
+    return distance
 
 
 def _paired(z: Tensor, other: Tensor) -> Tensor:
@@ -90,13 +98,12 @@ def _paired(z: Tensor, other: Tensor) -> Tensor:
 _DISTANCES = {"moments": _moments, "paired": _paired}
 
 
-def _shares(pipe, prompts, sites: dict[str, Site], groups: int | None, quiet: dict) -> dict[str, Tensor]:
+def _wanda_of_grouped(pipe, prompts, sites: dict[str, Site], groups: int | None, quiet: dict) -> dict[str, Tensor]:
     """WANDA scores of the sites whose units are removed in groups."""
-    grouped = tuple(dict.fromkeys(s.kind for s in sites.values() if _grouped(s, groups)))
-    if not grouped:
+    kinds = tuple(dict.fromkeys(site.kind for site in sites.values() if _grouped(site, groups)))
+    if not kinds:
         return {}
-    known = norms(pipe, prompts, kinds=grouped, **quiet)
-    scores = from_norms(pipe, known, grouped, quiet.get("exclude", ()))
+    scores = from_norms(pipe, norms(pipe, prompts, kinds=kinds, **quiet), kinds, quiet.get("exclude", ()))
     return {name: score for name, score in scores.items() if _grouped(sites[name], groups)}
 
 
@@ -104,8 +111,8 @@ def _grouped(site: Site, groups: int | None) -> bool:
     return site.kind != "attention" and groups is not None and groups < site.units and bool(site.readers)
 
 
-def _parts(site: Site, groups: int | None, share: Tensor | None) -> list[Tensor]:
-    """Unit numbers that are removed together."""
-    if share is None:
+def _parts(site: Site, groups: int | None, wanda: Tensor | None) -> list[Tensor]:
+    """Unit numbers that are removed together: each by itself without WANDA scores, else groups of similar scores."""
+    if wanda is None:
         return [torch.tensor([i]) for i in range(site.units)]
-    return list(share.sort(stable=True).indices.tensor_split(groups))
+    return list(wanda.sort(stable=True).indices.tensor_split(groups))

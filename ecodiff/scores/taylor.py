@@ -41,7 +41,7 @@ def scores(
 ) -> dict[str, Tensor]:
     """``|Σ_t ∂L_t/∂m|`` for the gate of each unit, {site name: fp32 [units]}.
 
-    z_0 are final latents of the model itself and ε is fresh noise, so no pictures are needed. Steps are taken from the
+    z_0 are final latents of the model itself and ε is fresh noise, so no images are needed. Steps are taken from the
     least noise on, gradients added with their sign over prompts and steps, until L_t < threshold · max L (0.05 as
     published for DDPM; 0 takes every step, and the losses of flow models rarely fall below it). ∂L/∂m is Σ w · ∂L/∂w
     over the weights that read the unit. With ``elementwise`` the score is ``Σ |w · Σ_t ∂L_t/∂w|`` over all weights that
@@ -63,10 +63,15 @@ def scores(
     totals: dict[str, Tensor] = {}
 
     def add(part: Tensor) -> None:
-        learned = weights if elementwise else gates
-        for name, gradient in zip(learned, torch.autograd.grad(part, learned.values(), allow_unused=True), strict=True):
-            if gradient is not None:
-                totals[name] = totals[name] + gradient.float() if name in totals else gradient.float()
+        factors = weights if elementwise else gates
+        gradients = torch.autograd.grad(part, factors.values(), allow_unused=True)
+        for name, gradient in zip(factors, gradients, strict=True):
+            if gradient is None:  # not every call reaches every site
+                continue
+            if name in totals:
+                totals[name] = totals[name] + gradient.float()
+            else:
+                totals[name] = gradient.float()
 
     with torch.enable_grad(), frozen(model), apply_gates(model, gates, sites):
         for weight in weights.values():
@@ -93,10 +98,11 @@ def diff_pruning(pipe, prompts: Sequence, **options) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class NoisePrediction:
-    """The loss of one noise level over all prompts, for any pipeline: what the sampling loop tells the denoiser (text,
-    time, sizes) is recorded once, then its latents are replaced by noised final latents.
+    """The loss of one noise level over all prompts, for any pipeline.
 
-    ``recorded``: for each batch its first number, final latents and calls. ``steps``: step numbers, least noise first.
+    What the sampling loop tells the denoiser (text, time, sizes) is recorded once, then its latents are replaced by
+    noised final latents. ``recorded``: for each batch its first number, final latents and calls. ``steps``: step
+    numbers, least noise first.
     """
 
     scheduler: object
@@ -105,36 +111,44 @@ class NoisePrediction:
 
     @classmethod
     def prepare(cls, pipe, prompts, sampling: Sampling) -> NoisePrediction:
-        """Draw the prompts' final latents and record the calls; the same objects at each step, so this is little."""
+        """Run the prompts and record final latents and calls.
+
+        The calls of all steps hold the same objects (text, sizes), so that this takes little memory.
+        """
         recorded: list[tuple[int, Tensor, list[Call]]] = []
         calls: list[Call] = []
-        used: list = []  # the scheduler of the last batch
+        last_scheduler: object = None
 
         def each_call(call: Call) -> None:
             calls.append(replace(call, output=None))
 
         def each_batch(latents: Tensor, scheduler) -> None:
+            nonlocal last_scheduler
+            last_scheduler = scheduler
             first = sum(len(z) for _, z, _ in recorded)
             recorded.append((first, latents.float(), list(calls)))
             calls.clear()
-            used[:] = [scheduler]
 
         draw(pipe, prompts, sampling, label="taylor: latents", each_call=each_call, each_batch=each_batch)
-        return cls(used[0], recorded, sampling.seed)
+        return cls(last_scheduler, recorded, sampling.seed)
 
     @property
     def steps(self) -> list[int]:
-        return sorted({call.step for _, _, calls in self.recorded for call in calls}, reverse=True)
+        numbers: set[int] = set()
+        for _, _, calls in self.recorded:
+            numbers.update(call.step for call in calls)
+        return sorted(numbers, reverse=True)
 
-    def __call__(self, step: int, each_part: Callable[[Tensor], None] = lambda part: None) -> float:
+    def __call__(self, step: int, each_part: Callable[[Tensor], None] | None = None) -> float:
         """L_t of this step, averaged over prompts; ``each_part`` gets its differentiable summands, one a batch."""
         count, value = sum(len(z) for _, z, _ in self.recorded), 0.0
         for first, z_0, calls in self.recorded:
-            mine = [call for call in calls if call.step == step]
-            for call in mine:
+            calls_of_step = [call for call in calls if call.step == step]  # guidance may make two
+            for call in calls_of_step:
                 noise = self._noise(step, first, z_0)
-                part = self._loss(call, z_0, noise) * len(z_0) / count / len(mine)
-                each_part(part)
+                part = self._loss(call, z_0, noise) * len(z_0) / count / len(calls_of_step)
+                if each_part:
+                    each_part(part)
                 value += part.item()
         return value
 
@@ -144,10 +158,11 @@ class NoisePrediction:
         return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
 
     def _loss(self, call: Call, z_0: Tensor, noise: Tensor) -> Tensor:
+        """The recorded call again, with noised final latents in the place of its own; a scalar."""
         args, kwargs = list(call.args), dict(call.kwargs)
         place = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
         given = kwargs[place] if place else args[0]
-        copies, rest = divmod(len(given), len(z_0))
+        copies, rest = divmod(len(given), len(z_0))  # two copies where guidance puts both halves into one call
         if given.shape[1:] != z_0.shape[1:] or rest:
             raise EcoDiffError(
                 f"taylor: {type(call.network).__name__} is given {list(given.shape)}, but final latents are "
@@ -176,29 +191,35 @@ def noised_input(scheduler, step: int, z_0: Tensor, noise: Tensor) -> tuple[Tens
             return scheduler.scale_noise(z, times, eps)
         return scheduler.add_noise(z, eps, times)
 
+    # Noising is linear in z_0 and ε for every scheduler, so two numbers, put through it, give a and s.
     one, zero = torch.ones(1, 1, device=z_0.device), torch.zeros(1, 1, device=z_0.device)
     a, s = at(one, zero).item(), at(zero, one).item()
     z_t = a * z_0 + s * noise
     if hasattr(scheduler, "scale_model_input"):
         scheduler._step_index = None
         z_t = scheduler.scale_model_input(z_t, t)
-    size = (a * a + s * s) ** 0.5
-    kind = "flow" if hasattr(scheduler, "scale_noise") else scheduler.config.get("prediction_type", "epsilon")
-    targets = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: (a * noise - s * z_0) / size,
-        "sample": lambda: z_0,
-        "flow": lambda: noise - z_0,
-        "flow_prediction": lambda: noise - z_0,
-    }
-    if kind not in targets:
-        raise EcoDiffError(f"taylor: {type(scheduler).__name__} predicts {kind!r}, which is not known here.")
-    return z_t, targets[kind]()
+    if hasattr(scheduler, "scale_noise"):
+        return z_t, noise - z_0  # flow matching
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "flow_prediction":
+        return z_t, noise - z_0
+    if kind == "epsilon":
+        return z_t, noise
+    if kind == "sample":
+        return z_t, z_0
+    if kind == "v_prediction":
+        size = (a * a + s * s) ** 0.5  # 1 for schedulers that preserve the variance
+        return z_t, (a * noise - s * z_0) / size
+    raise EcoDiffError(f"taylor: {type(scheduler).__name__} predicts {kind!r}, which is not known here.")
 
 
 def _weights(model: nn.Module, sites: dict[str, Site]) -> dict[str, Tensor]:
-    layers = dict.fromkeys(span.layer for site in sites.values() for span in site.writers + site.readers)
-    return {layer: model.get_submodule(layer).weight for layer in layers}
+    """{layer name: weight} of the layers that write or read units."""
+    weights = {}
+    for site in sites.values():
+        for span in site.writers + site.readers:
+            weights[span.layer] = model.get_submodule(span.layer).weight
+    return weights
 
 
 @torch.no_grad()
@@ -209,9 +230,10 @@ def _sum_over_weights(model: nn.Module, sites: dict[str, Site], gradients: dict[
         total = torch.zeros(site.units)
         for dimension, spans in enumerate((site.writers, site.readers)):
             for span in spans:
-                if span.layer in gradients:
-                    products = (model.get_submodule(span.layer).weight.float() * gradients[span.layer]).abs()
-                    each = products.sum(1 - dimension)[columns(span, site.units)]
-                    total += each.view(site.units, span.size).sum(1).cpu()
+                if span.layer not in gradients:
+                    continue
+                products = (model.get_submodule(span.layer).weight.float() * gradients[span.layer]).abs()
+                each = products.sum(1 - dimension)[columns(span, site.units)]
+                total += each.view(site.units, span.size).sum(1).cpu()
         result[name] = total
     return result

@@ -34,7 +34,9 @@ def norms(pipe, prompts, *, kinds: tuple[str, ...] = KINDS, **sampling) -> dict[
 
     def see(layer: str, x: Tensor) -> None:
         total = x.float().square().sum(0)
-        squares[layer] = squares[layer] + total if layer in squares else total
+        if layer in squares:
+            total = squares[layer] + total
+        squares[layer] = total
         counts[layer] = counts.get(layer, 0) + len(x)
 
     settings = Sampling(**sampling)
@@ -52,10 +54,11 @@ def from_norms(
     for name, site in sites_of(pipe, kinds, readers=True, exclude=exclude).items():
         total, entries = torch.zeros(site.units), 0
         for span in site.readers:
-            weight, mine = model.get_submodule(span.layer).weight, columns(span, site.units)
             if span.layer not in norms:
                 raise EcoDiffError(f"wanda: no norms of {span.layer!r}; compute them for this pipeline and kinds.")
-            each = weight[:, mine].float().abs().sum(0).cpu() * norms[span.layer][mine]
+            weight, own = model.get_submodule(span.layer).weight, columns(span, site.units)
+            # Inputs differ by column only, so a column's weights can be summed before they are multiplied.
+            each = weight[:, own].float().abs().sum(0).cpu() * norms[span.layer][own]
             total += each.view(site.units, span.size).sum(1)
             entries += span.size * len(weight)
         result[name] = total / entries
