@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.list or not options.model:
         for name in presets.names():
-            p = presets.preset(name)
-            print(f"{name:14} {p.parameters / 1e9:6.2f} B parameters  {p.title} ({p.id})")
+            preset = presets.preset(name)
+            print(f"{name:14} {preset.parameters / 1e9:6.2f} B parameters  {preset.title} ({preset.id})")
         return 0
     budget = None if options.gpu is None else parse_bytes(options.gpu)
     counted = cost(
@@ -55,18 +55,22 @@ def run(options: argparse.Namespace) -> int:
         round_to=options.round_to,
     )
     if options.json:
-        print(json.dumps(counted.to_dict() | ({"verdict": verdict(counted, budget)} if budget else {}), indent=1))
-    else:
-        print(table(counted, budget))
+        figures = counted.to_dict()
         if budget:
-            print("\n" + "\n".join(verdict(counted, budget)))
+            figures["verdict"] = verdict(counted, budget)
+        print(json.dumps(figures, indent=1))
+        return 0
+    print(table(counted, budget))
+    if budget:
+        print()
+        print(*verdict(counted, budget), sep="\n")
     return 0
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    parts = text.lower().split("x")
+    parts = text.lower().split("x")  # one number stands for both sides
     if not 1 <= len(parts) <= 2 or not all(part.isdigit() for part in parts):
         raise EcoDiffError(f"--size {text!r}: write it as 1024, or as HEIGHTxWIDTH such as 768x1024.")
     return (int(parts[0]), int(parts[-1]))

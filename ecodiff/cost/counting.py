@@ -10,14 +10,14 @@ backward:
     checkpointed         W + p
     keep_last = k        W + (k - 1) h + p        (k = 1 is free: these activations are the first to be used)
 
-and n inputs on top.
-Bytes are what PyTorch's allocator is asked for. Sizes such as "24GB" are 10^9 bytes a GB, "24GiB" 2^30.
+and n inputs on top. Bytes are what PyTorch's allocator is asked for. In sizes such as "24GB" a GB is 10^9 bytes, a GiB
+2^30.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +40,7 @@ from .watch import Flops
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one model in one setting; bytes and parameters, not mega or giga anything.
-
-    calls: denoiser calls of a trajectory.  forwards: samples the denoiser sees for one picture (guidance doubles it).
-    parameters: of the denoiser, by kind of site (what all units of the kind take with them), "other" and "total".
-    units: by kind.  flops: one forward of one sample.  weights, text_encoders, vae: bytes of the components.
-    largest_encoder: bytes of the largest text encoder.  call: one denoiser call with the whole batch.
-    decode: bytes that decoding the latents needs beside the weights.  pruning: how units were chosen, or None.
-    pruned: the same model after pruning, where that was asked for.
-    """
+    """The cost of one model in one setting; bytes and parameters, not mega or giga anything."""
 
     model: str
     denoiser: str
@@ -59,23 +51,23 @@ class Cost:
     guidance: float
     dtype: str
     text_tokens: int
-    calls: int
-    forwards: int
-    parameters: dict[str, int]
-    units: dict[str, int]
-    flops: Flops
-    weights: int
+    calls: int  # of the denoiser, in a trajectory
+    forwards: int  # samples the denoiser sees for one image: guidance doubles them
+    parameters: dict[str, int]  # of the denoiser: by kind (all that units take with them), "other" and "total"
+    units: dict[str, int]  # by kind of site
+    flops: Flops  # one forward of one sample
+    weights: int  # bytes of the denoiser, as those of the other components
     text_encoders: int
-    largest_encoder: int
+    largest_encoder: int  # of the text encoders, since offloading has one of them on the device at a time
     vae: int
-    call: Trace
-    decode: int
-    pruning: str | None = None
-    pruned: Cost | None = None
+    call: Trace  # one denoiser call with the whole batch
+    decode: int  # bytes that decoding the latents needs beside the weights
+    pruning: str | None = None  # how units were chosen
+    pruned: Cost | None = None  # the same model after pruning, where that was asked for
 
     @property
     def picture_flops(self) -> Flops:
-        """FLOPs of one picture, guidance included; ``.paper`` and ``.total`` are the two conventions."""
+        """FLOPs of one image, guidance included; ``.paper`` and ``.total`` are the two conventions."""
         return self.flops * self.forwards
 
     @property
@@ -96,23 +88,33 @@ class Cost:
         call = self.call.inner if inner else self._update
         if call is None:
             raise EcoDiffError(f"{self.denoiser} has no activation checkpointing of its own.")
-        steps = min(keep_last, self.steps) if checkpoint else self.steps
-        kept = max(steps * self.calls // self.steps, 1)  # one call's activations are needed in any case
-        # The first call's input needs no gradient, so it holds less; its share matters only where every step is kept.
-        saving = max(self._update.held - self.call.first_held, 0) if kept == self.calls and not inner else 0
-        weights = self.weights + (0 if offload else self.text_encoders + self.vae)
-        return weights + self.calls * self.call.inputs + (kept - 1) * call.held + call.peak - saving
+        steps_kept = self.steps
+        if checkpoint:
+            steps_kept = min(keep_last, self.steps)
+        # A step may be several calls, where guidance makes its own. One call's activations are needed in any case.
+        calls_kept = max(steps_kept * self.calls // self.steps, 1)
+        first_saves = 0
+        if calls_kept == self.calls and not inner:
+            # The first call's input needs no gradient, so it holds less; that matters only where every step is kept.
+            first_saves = max(self._update.held - self.call.first_held, 0)
+        weights = self.weights
+        if not offload:
+            weights += self.text_encoders + self.vae
+        # The peak is in the backward of the last call, while all other calls that are kept hold theirs.
+        return weights + self.calls * self.call.inputs + (calls_kept - 1) * call.held + call.peak - first_saves
 
     def max_keep_last(self, budget: int | str, *, inner: bool = False, offload: bool = False) -> int | None:
         """The most steps that can keep their activations within the budget; None where not even one fits."""
         room = usable(budget)
-        fits = [
-            k for k in range(self.steps, -1, -1) if self.update_peak(keep_last=k, inner=inner, offload=offload) <= room
-        ]
-        return fits[0] if fits else None
+        for keep_last in range(self.steps, -1, -1):
+            if self.update_peak(keep_last=keep_last, inner=inner, offload=offload) <= room:
+                return keep_last
+        return None
 
     def inference_peak(self, *, offload: bool = False) -> int:
-        """Peak bytes of drawing a batch: all components on the device, or one at a time (``enable_model_cpu_offload``).
+        """Peak bytes of generating a batch of images.
+
+        All components are on the device, or with ``offload`` one at a time (``pipe.enable_model_cpu_offload()``).
 
         Activations of text encoders, small beside their weights, are left out.
         """
@@ -123,20 +125,17 @@ class Cost:
 
     def to_dict(self) -> dict:
         """Everything as plain values, for JSON, with the peaks worked out."""
-        plain = asdict(replace(self, pruned=None))
+        plain = asdict(replace(self, pruned=None))  # the pruned one is added below, with its own peaks
         plain["picture_gflop"] = {"paper": self.picture_flops.paper / 1e9, "total": self.picture_flops.total / 1e9}
         plain["saved_bytes_a_call"] = self.saved
-        plain["update_peak"] = {
-            "plain": self.update_peak(checkpoint=False),
-            "checkpointed": self.update_peak(),
-            "checkpointed_inner": self.update_peak(inner=True) if self.call.inner else None,
-        }
+        plain["update_peak"] = {"plain": self.update_peak(checkpoint=False), "checkpointed": self.update_peak()}
+        plain["update_peak"]["checkpointed_inner"] = self.update_peak(inner=True) if self.call.inner else None
         plain["inference_peak"] = {"all_on_device": self.inference_peak(), "offload": self.inference_peak(offload=True)}
         plain["pruned"] = self.pruned.to_dict() if self.pruned else None
         return plain
 
     @property
-    def _update(self):
+    def _update(self) -> Backward:
         if self.call.update is None:
             raise EcoDiffError(f"{self.denoiser} has no sites to gate, so there is no mask update.")
         return self.call.update
@@ -160,17 +159,17 @@ def cost(
     autocast: torch.dtype | None = None,
     inner: bool = True,
 ) -> Cost:
-    """Count what a model costs; with ``ratio`` or ``mask`` also what it costs after pruning (``.pruned``).
+    """What a model costs; with ``ratio`` or ``mask`` also what it costs after pruning (``.pruned``).
 
     Args:
-        model: a full-size preset (`fullsize.names()`: "sdxl", "flux-dev", ...) or its checkpoint's id, without weights;
+        model: a full-size preset (`presets.names()`: "sdxl", "flux-dev", ...) or its checkpoint's id, without weights;
             a loaded pipeline, pruned or not; or anything `ecodiff.load` takes.
         size: (height, width) in pixels, or one number for both. Here and below None is the pipeline's own default.
         frames, batch, steps, guidance, dtype, text_tokens: the call. Guidance above 1 doubles the work where the
             pipeline runs an unconditional half. dtype: "bf16", "fp16", "fp32" or a torch.dtype.
         call: further arguments of a loaded pipeline's call. They are needed where the denoiser's class is not known
             here, so that the pipeline's own loop has to show its arguments (`ecodiff.cost.capture`), and where that
-            loop takes something else than a prompt (for ``batch`` pictures); elsewhere only the length of
+            loop takes something else than a prompt (for ``batch`` images); elsewhere only the length of
             ``prompt_embeds`` counts.
         ratio: share of the units of each kind to remove (the paper's ratio), units chosen at random (seed 0).
         mask: {site: bool tensor, or number of units kept}, in the place of ``ratio``.
@@ -189,40 +188,53 @@ def cost(
         raise EcoDiffError(f"cost: batch is the number of pictures drawn together, at least 1, not {batch!r}.")
     if ratio is not None and mask is not None:
         raise EcoDiffError("cost: give a ratio or a mask, not both.")
-    network, sites = subject.network, find_sites(subject.network, kinds)
+    network = subject.network
+    how = "the given mask"
     if ratio is not None:
-        if not sites:
-            raise EcoDiffError(f"cost: {subject.title} has no sites of the kinds {', '.join(kinds)} to prune.")
-        generator = torch.Generator().manual_seed(0)
-        scores = {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}
-        mask, how = (
-            make_mask(scores, sites, ratio, round_to=round_to),
-            f"{ratio:.0%} of the units of each kind, chosen at random",
-        )
-    else:
-        how = "the given mask"
-    asked = {"size": size, "frames": frames, "text_tokens": text_tokens}
-    loop = loop_of(subject, batch, call_arguments(call), asked)
+        mask = _random_mask(subject, kinds, ratio, round_to)
+        how = f"{ratio:.0%} of the units of each kind, chosen at random"
+    explicit = {"size": size, "frames": frames, "text_tokens": text_tokens}
+    loop = loop_of(subject, batch, call_arguments(call), explicit)
     if loop.size is not None:
         subject = replace(subject, size=loop.size)
     original = _count(subject, network, loop, batch, kinds, autocast, inner)
     if mask is None:
         return original
     pruned = prune_denoiser(_skeleton(network), _as_bool(mask, network))
+    # Pruning leaves the VAE as it is, so that it is not traced again.
     smaller = _count(subject, pruned, loop, batch, kinds, autocast, inner, (original.vae, original.decode))
     return replace(original, pruned=replace(smaller, pruning=how))
 
 
-def fit(pipe, config: LearnConfig, prompt: str | Mapping, budget: int | str) -> LearnConfig:
-    """The configuration with which a mask update fits into a memory budget (§2.3): the most last steps, ``keep_last``,
-    that can keep their activations. The other steps are checkpointed, which changes no gradient.
+def _random_mask(subject: Subject, kinds, ratio: float, round_to) -> Mapping[str, Tensor]:
+    """A mask that removes this share of the units of each kind. Which ones does not matter: all cost the same."""
+    sites = find_sites(subject.network, kinds)
+    if not sites:
+        raise EcoDiffError(f"cost: {subject.title} has no sites of the kinds {', '.join(kinds)} to prune.")
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}
+    return make_mask(scores, sites, ratio, round_to=round_to)
 
-    prompt: one of those to learn from, whose length counts where it is given as embeddings. budget: bytes of the
-    device, or text such as "24GB". Counts all components on the device, unless the pipeline is offloaded. Raises
-    EcoDiffError where not even one step at a time fits, saying what would.
+
+def fit(pipe, config: LearnConfig, prompt: str | Mapping, budget: int | str) -> LearnConfig:
+    """The configuration with which a mask update fits into a memory budget (§2.3).
+
+    Its ``keep_last`` is the most last steps that can keep their activations. The other steps are checkpointed, which
+    changes no gradient. All components count as being on the device, unless the pipeline is offloaded.
+
+    Args:
+        pipe: the loaded pipeline.
+        config: how it is to learn; all but ``checkpoint`` and ``keep_last`` stays.
+        prompt: one of those to learn from, whose length counts where it is given as embeddings.
+        budget: bytes of the device, or text such as "24GB".
+
+    Raises EcoDiffError where not even one step at a time fits, saying what would.
     """
     call = dict(config.call)
-    size = (call["height"], call["width"]) if {"height", "width"} <= call.keys() else None
+    # Of a size that is given in part, the pipeline has to find the rest: then its own default is counted.
+    size = None
+    if {"height", "width"} <= call.keys():
+        size = (call["height"], call["width"])
     batch = config.micro_batch_size or config.batch_size
     counted = cost(
         pipe,
@@ -236,7 +248,7 @@ def fit(pipe, config: LearnConfig, prompt: str | Mapping, budget: int | str) -> 
         autocast=torch.bfloat16 if config.mixed_precision == "bf16" else None,
         inner=False,
     )
-    offload = bool(getattr(pipe, "_all_hooks", None))
+    offload = bool(getattr(pipe, "_all_hooks", None))  # diffusers keeps there what moves components to and fro
     keep_last = counted.max_keep_last(budget, offload=offload)
     if keep_last is None:
         need = counted.update_peak(offload=offload)
@@ -251,15 +263,19 @@ def fit(pipe, config: LearnConfig, prompt: str | Mapping, budget: int | str) -> 
 def _count(
     s: Subject, network: nn.Module, loop: Loop, batch: int, kinds, autocast, inner, decoding: tuple | None = None
 ) -> Cost:
+    """The cost of one network in the subject's setting.  decoding: what `_decoding` gives, where that is known."""
     call = _traced(s, network, loop, kinds, autocast, inner)
-    everything = find_sites(network, KINDS)
-    removable = {
-        kind: sum(site.units * site.params_per_unit for site in everything.values() if site.kind == kind)
-        for kind in KINDS
-    }
+    # All kinds, not only those that are gated: a table shows where a model's parameters are.
+    units, removable = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    for site in find_sites(network, KINDS).values():
+        units[site.kind] += site.units
+        removable[site.kind] += site.units * site.params_per_unit
     total = parameters(network)
+    buffers = sum(buffer.numel() for buffer in network.buffers())
     width = s.dtype.itemsize
-    encoders = [size if s.pipe is not None else size * width for size in s.text_encoders.values()]
+    encoders = list(s.text_encoders.values())
+    if s.pipe is None:
+        encoders = [count * width for count in encoders]  # a preset gives parameters, a loaded pipeline bytes
     vae_bytes, decode = decoding or _decoding(s, batch, geometry(s, batch))
     return Cost(
         model=s.title,
@@ -274,9 +290,9 @@ def _count(
         calls=loop.calls,
         forwards=loop.calls * loop.samples // batch,
         parameters={**removable, "other": total - sum(removable.values()), "total": total},
-        units={kind: sum(site.units for site in everything.values() if site.kind == kind) for kind in KINDS},
+        units=units,
         flops=call.flops * (1 / loop.samples),
-        weights=width * (total + sum(buffer.numel() for buffer in network.buffers())),
+        weights=width * (total + buffers),
         text_encoders=sum(encoders),
         largest_encoder=max(encoders, default=0),
         vae=vae_bytes,
@@ -287,52 +303,63 @@ def _count(
 
 def _traced(s: Subject, network: nn.Module, loop: Loop, kinds, autocast, inner) -> Trace:
     """One call. Of several experts, the operations of their mean call in the loop, and the most bytes of any."""
-    traces = [
-        trace(
-            part,
-            loop.inputs,
-            dtype=s.dtype,
-            sites=find_sites(part, kinds),
-            gradient_input=loop.latents,
-            inner=inner,
-            autocast=autocast,
+    traces = []
+    for part in experts(network):
+        sites = find_sites(part, kinds)
+        one = trace(
+            part, loop.inputs, dtype=s.dtype, sites=sites, gradient_input=loop.latents, inner=inner, autocast=autocast
         )
-        for part in experts(network)
-    ]
+        traces.append(one)
     if len(traces) == 1:
         return traces[0]
-    flops = [each.flops * (calls / loop.calls) for each, calls in zip(traces, loop.shares, strict=True)]
+    flops = Flops(0, 0, 0)
+    for each, calls in zip(traces, loop.shares, strict=True):
+        flops += each.flops * (calls / loop.calls)
     return Trace(
-        flops=Flops(*(sum(values) for values in zip(*(astuple(each) for each in flops), strict=True))),
+        flops=flops,
         inputs=max(each.inputs for each in traces),
         forward_peak=max(each.forward_peak for each in traces),
         update=_largest([each.update for each in traces]),
-        first_held=traces[0].first_held,
+        first_held=traces[0].first_held,  # the loop begins with the expert of the noisiest steps, which is the first
         inner=_largest([each.inner for each in traces]),
     )
 
 
 def _largest(backwards: list[Backward | None]) -> Backward | None:
-    known = [astuple(each) for each in backwards if each is not None]
-    return Backward(*(max(values) for values in zip(*known, strict=True))) if known else None
+    """The most of each figure; None where no expert has them."""
+    known = [each for each in backwards if each is not None]
+    if not known:
+        return None
+    return Backward(
+        held=max(each.held for each in known),
+        saved=max(each.saved for each in known),
+        peak=max(each.peak for each in known),
+    )
 
 
 def _decoding(s: Subject, batch: int, g: presets.Geometry) -> tuple[int, int]:
     """Bytes of the VAE's weights, and of decoding beside them."""
     if s.vae is None:
         return 0, 0
-    upcast = s.dtype == torch.float16 and getattr(s.vae.config, "force_upcast", False)
-    dtype = torch.float32 if upcast else s.dtype
+    dtype = s.dtype
+    if dtype == torch.float16 and getattr(s.vae.config, "force_upcast", False):
+        dtype = torch.float32  # the VAE of SDXL overflows in fp16, so its pipeline decodes in fp32
     channels = getattr(s.vae.config, "latent_channels", None) or s.vae.config.z_dim
-    shape = (batch, channels, *((g.frames,) if s.frames is not None else ()), g.height, g.width)
-    counted = trace(s.vae, {"z": shape, "return_dict": False}, dtype=dtype, method="decode")
-    return parameters(s.vae) * dtype.itemsize, counted.inputs + counted.forward_peak
+    shape: tuple[int, ...] = (batch, channels, g.height, g.width)
+    if s.frames is not None:
+        shape = (batch, channels, g.frames, g.height, g.width)
+    decoded = trace(s.vae, {"z": shape, "return_dict": False}, dtype=dtype, method="decode")
+    return parameters(s.vae) * dtype.itemsize, decoded.inputs + decoded.forward_peak
 
 
 def _skeleton(network: nn.Module) -> nn.Module:
     """The same network on the meta device, pruned or not, without touching its weights."""
     if isinstance(network, Experts):
-        return network.each(lambda part, _: _skeleton(part))
+
+        def skeleton(part, _):
+            return _skeleton(part)
+
+        return network.each(skeleton)
     if all(parameter.is_meta for parameter in network.parameters()):
         return network
     with torch.device("meta"):
@@ -340,6 +367,7 @@ def _skeleton(network: nn.Module) -> nn.Module:
 
 
 def _as_bool(mask: Mapping, network: nn.Module) -> dict[str, Tensor]:
+    """The mask with a bool tensor for each number of units; the first units are kept, since all cost the same."""
     sites = find_sites(network, KINDS)
     result = {}
     for name, keep in mask.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .counting import Cost
 from .units import gb, usable
 
@@ -10,106 +12,132 @@ _NAMES = {"attention": "attention heads", "feed_forward": "feed-forward neurons"
 
 def table(cost: Cost, budget: int | None = None) -> str:
     """The figures of the model and, beside them, of the pruned one; with a budget (bytes) a star marks what fits."""
-    pruned = cost.pruned
-    frames = f" x {cost.frames} frames" if cost.frames else ""
-    lines = [
-        f"{cost.model} ({cost.denoiser}), {cost.size[0]} x {cost.size[1]}{frames}, batch {cost.batch}, "
-        f"{cost.steps} steps, guidance {cost.guidance:g}, {cost.text_tokens} text tokens, {cost.dtype}"
-    ]
-    if pruned:
-        lines.append(f"pruned: {pruned.pruning}")
-    lines += ["", f"{'':58}{'original':>16}" + (f"{'pruned':>16}" if pruned else "")]
+    models, heads, lines = [cost], f"{'original':>16}", [_setting(cost)]
+    if cost.pruned:
+        models.append(cost.pruned)
+        heads += f"{'pruned':>16}"
+        lines.append(f"pruned: {cost.pruned.pruning}")
+    lines += ["", f"{'':58}{heads}"]
+    fits, fits_not, explained = (" *", "  ", " (* fits)") if budget else ("", "", "")
 
-    def row(text, value, show, fits=False):
-        cells = [f"  {text:56}"]
-        for one in (cost, pruned) if pruned else (cost,):
-            amount = value(one)
-            mark = "" if not (fits and budget) else " *" if amount <= usable(budget) else "  "
-            cells.append(f"{'-' if amount is None else show(amount) + mark:>16}")
-        lines.append("".join(cells).rstrip())
+    def row(text: str, amounts: list, show: Callable) -> None:
+        cells = [f"{show(amount):>16}" for amount in amounts]
+        lines.append(f"  {text:56}{''.join(cells)}")
 
-    def group(title):
-        lines.append(title)
+    def marked(amount: int) -> str:
+        if budget and amount <= usable(budget):
+            return gb(amount) + fits
+        return gb(amount) + fits_not  # as wide, so that numbers stay below each other
 
-    def million(count):
-        return f"{count / 1e6:,.1f} M"
+    def peaks(text: str, amounts: list[int]) -> None:
+        row(text, amounts, marked)
 
-    def giga(count):
-        return f"{count / 1e9:,.0f}"
-
-    group("Parameters of the denoiser")
-    row("all", lambda c: c.parameters["total"], million)
+    lines.append("Parameters of the denoiser")
+    row("all", [c.parameters["total"] for c in models], _million)
     for kind, units in cost.units.items():
         if units:
-            row(f"{_NAMES[kind]} ({units:,})", lambda c, kind=kind: c.parameters[kind], million)
-    group("GFLOP a picture (2 a multiply-add)")
-    row("linear layers", lambda c: c.picture_flops.linear, giga)
-    row("convolutions", lambda c: c.picture_flops.convolution, giga)
-    row("sum of these (the paper's count)", lambda c: c.picture_flops.paper, giga)
-    row("attention's products", lambda c: c.picture_flops.attention, giga)
-    row("all", lambda c: c.picture_flops.total, giga)
-    group("Weights")
-    row("denoiser", lambda c: c.weights, gb)
-    row("text encoders and VAE", lambda c: c.text_encoders + c.vae, gb)
+            row(f"{_NAMES[kind]} ({units:,})", [c.parameters[kind] for c in models], _million)
+    lines.append("GFLOP a picture (2 a multiply-add)")
+    flops = [c.picture_flops for c in models]
+    row("linear layers", [f.linear for f in flops], _giga)
+    row("convolutions", [f.convolution for f in flops], _giga)
+    row("sum of these (the paper's count)", [f.paper for f in flops], _giga)
+    row("attention's products", [f.attention for f in flops], _giga)
+    row("all", [f.total for f in flops], _giga)
+    lines.append("Weights")
+    row("denoiser", [c.weights for c in models], gb)
+    row("text encoders and VAE", [c.text_encoders + c.vae for c in models], gb)
     if cost.call.update:
-        group("One mask update, peak" + (" (* fits)" if budget else ""))
-        row("saved for backward, a denoiser call", lambda c: c.saved, gb)
-        row("plain: every step kept", lambda c: c.update_peak(checkpoint=False), gb, True)
-        row("time-step checkpointed", lambda c: c.update_peak(), gb, True)
-        if budget and (best := cost.max_keep_last(budget)) and best > 1:
-            row(f"time-step checkpointed, keep_last={best}", lambda c: c.update_peak(keep_last=best), gb, True)
-        row("time-step checkpointed, other components offloaded", lambda c: c.update_peak(offload=True), gb, True)
+        lines.append(f"One mask update, peak{explained}")
+        row("saved for backward, a denoiser call", [c.saved for c in models], gb)
+        peaks("plain: every step kept", [c.update_peak(checkpoint=False) for c in models])
+        peaks("time-step checkpointed", [c.update_peak() for c in models])
+        if budget:
+            most = cost.max_keep_last(budget) or 0
+            if most > 1:  # keep_last=1 is free where a step is one call (see `counting`), so it says nothing new
+                peaks(f"time-step checkpointed, keep_last={most}", [c.update_peak(keep_last=most) for c in models])
+        offloaded = [c.update_peak(offload=True) for c in models]
+        peaks("time-step checkpointed, other components offloaded", offloaded)
         if cost.call.inner:
-            row("checkpointed inside the denoiser too", lambda c: c.update_peak(inner=True), gb, True)
-            row("inside too, other components offloaded", lambda c: c.update_peak(inner=True, offload=True), gb, True)
-    group("Drawing pictures, peak" + (" (* fits)" if budget else ""))
-    row("all components on the device", lambda c: c.inference_peak(), gb, True)
-    row("with CPU offload", lambda c: c.inference_peak(offload=True), gb, True)
-    return "\n".join(lines)
+            peaks("checkpointed inside the denoiser too", [c.update_peak(inner=True) for c in models])
+            offloaded = [c.update_peak(inner=True, offload=True) for c in models]
+            peaks("inside too, other components offloaded", offloaded)
+    lines.append(f"Drawing pictures, peak{explained}")
+    peaks("all components on the device", [c.inference_peak() for c in models])
+    peaks("with CPU offload", [c.inference_peak(offload=True) for c in models])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _setting(cost: Cost) -> str:
+    """The model and the setting in one line."""
+    size = f"{cost.size[0]} x {cost.size[1]}"
+    if cost.frames:
+        size += f" x {cost.frames} frames"
+    return (
+        f"{cost.model} ({cost.denoiser}), {size}, batch {cost.batch}, "
+        f"{cost.steps} steps, guidance {cost.guidance:g}, {cost.text_tokens} text tokens, {cost.dtype}"
+    )
+
+
+def _million(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:,.0f}"
 
 
 def verdict(cost: Cost, budget: int) -> list[str]:
-    """Sentences: does learning fit, does drawing fit, and what to change if not."""
+    """Sentences that say whether learning fits, whether generating fits, and what to change if not."""
     room = usable(budget)
-    said = [f"Of {gb(budget)}, {gb(room)} are counted as usable (less 0.5 GB for the CUDA context and 3 %, assumed)."]
+    sentences = [
+        f"Of {gb(budget)}, {gb(room)} are counted as usable (less 0.5 GB for the CUDA context and 3 %, assumed)."
+    ]
     if cost.call.update:
-        said.append(f"Learning a mask: {_learning(cost, budget, room)}")
-    for name, one in (("Drawing", cost), ("Drawing after pruning", cost.pruned)):
-        if one is not None:
-            said.append(f"{name}: {_drawing(one, room)}")
-    return said
+        sentences.append(f"Learning a mask: {_learning(cost, budget, room)}")
+    sentences.append(f"Drawing: {_drawing(cost, room)}")
+    if cost.pruned:
+        sentences.append(f"Drawing after pruning: {_drawing(cost.pruned, room)}")
+    return sentences
 
 
 def _learning(cost: Cost, budget: int, room: int) -> str:
-    if (best := cost.max_keep_last(budget)) is not None:
-        kept = "no checkpointing is needed" if best == cost.steps else f"fits with keep_last={best}"
-        return f"{kept} ({gb(cost.update_peak(keep_last=best))})."
-    if (best := cost.max_keep_last(budget, offload=True)) is not None:
-        need = cost.update_peak(keep_last=best, offload=True)
-        return f"fits with pipe.enable_model_cpu_offload() and keep_last={best} ({gb(need)})."
-    for offload in (False, True) if cost.call.inner else ():
-        if (need := cost.update_peak(inner=True, offload=offload)) <= room:
-            how = " and pipe.enable_model_cpu_offload()" if offload else ""
-            return f"fits with enable_gradient_checkpointing() on the denoiser{how} ({gb(need)})."
-    least = cost.update_peak(inner=cost.call.inner is not None, offload=True)
+    """What to do so that a mask update fits: the first that suffices of several measures, the cheapest first."""
+    most = cost.max_keep_last(budget)
+    if most is not None:
+        fits = "no checkpointing is needed" if most == cost.steps else f"fits with keep_last={most}"
+        return f"{fits} ({gb(cost.update_peak(keep_last=most))})."
+    most = cost.max_keep_last(budget, offload=True)
+    if most is not None:
+        need = cost.update_peak(keep_last=most, offload=True)
+        return f"fits with pipe.enable_model_cpu_offload() and keep_last={most} ({gb(need)})."
+    if cost.call.inner:
+        how = "enable_gradient_checkpointing() on the denoiser"
+        need = cost.update_peak(inner=True)
+        if need <= room:
+            return f"fits with {how} ({gb(need)})."
+        need = cost.update_peak(inner=True, offload=True)
+        if need <= room:
+            return f"fits with {how} and pipe.enable_model_cpu_offload() ({gb(need)})."
     if cost.weights > room:
         return f"does not fit: the denoiser's weights alone are {gb(cost.weights)}. Take a larger GPU."
+    least = cost.update_peak(inner=cost.call.inner is not None, offload=True)
     if cost.batch > 1:
         return f"does not fit ({gb(least)} at the least): set micro_batch_size=1, or draw smaller pictures."
     return f"does not fit ({gb(least)} at the least): draw smaller pictures, or take a larger GPU."
 
 
 def _drawing(cost: Cost, room: int) -> str:
-    if cost.inference_peak() <= room:
-        return f"fits with all components on the device ({gb(cost.inference_peak())})."
-    if (need := cost.inference_peak(offload=True)) <= room:
-        return f"fits with pipe.enable_model_cpu_offload() ({gb(need)})."
+    """What to do so that generating fits, likewise."""
+    on_device, offloaded = cost.inference_peak(), cost.inference_peak(offload=True)
+    if on_device <= room:
+        return f"fits with all components on the device ({gb(on_device)})."
+    if offloaded <= room:
+        return f"fits with pipe.enable_model_cpu_offload() ({gb(offloaded)})."
+    # With offloading one component at a time is on the device, so that one of them alone is too large.
     if cost.weights > room:
         return f"does not fit: the denoiser's weights alone are {gb(cost.weights)}; quantise them."
     if cost.largest_encoder > room:
-        return (
-            f"does not fit: the largest text encoder is {gb(cost.largest_encoder)}; quantise it, or encode on the CPU."
-        )
-    return (
-        f"does not fit ({gb(cost.inference_peak(offload=True))}): lower the batch, or decode with vae.enable_tiling()."
-    )
+        encoder = gb(cost.largest_encoder)
+        return f"does not fit: the largest text encoder is {encoder}; quantise it, or encode on the CPU."
+    return f"does not fit ({gb(offloaded)}): lower the batch, or decode with vae.enable_tiling()."

@@ -1,7 +1,7 @@
-"""What is counted: a model and the setting it draws in, and what its sampling loop asks of the denoiser.
+"""What is counted: a model and the setting it generates in, and how its sampling loop calls the denoiser.
 
-A full-size preset (``fullsize``), a loaded pipeline, or anything ``ecodiff.load`` takes becomes one ``Subject``, and
-``cost`` counts it.
+A full-size preset (`ecodiff.cost.presets`), a loaded pipeline, or anything ``ecodiff.load`` takes becomes one
+``Subject``, and ``cost`` counts it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ecodiff.pipelines.parts import Experts, experts, sampling_loop
 from ecodiff.pipelines.parts import denoiser as denoiser_of
 
 from . import presets
-from .capture import capture
+from .capture import Loop, capture
 from .trace import weight_bytes
 
 
@@ -55,34 +55,28 @@ def _from_pipeline(pipe) -> Subject:
     signature = inspect.signature(sampling_loop(pipe)).parameters
 
     def default(name, otherwise):
-        value = signature[name].default if name in signature else otherwise
-        return otherwise if value in (None, inspect.Parameter.empty) else value
+        """The pipeline's own default of an argument of its call."""
+        if name not in signature or signature[name].default in (None, inspect.Parameter.empty):
+            return otherwise
+        return signature[name].default
 
-    sample = getattr(denoiser.config, "sample_size", None) or getattr(pipe, "default_sample_size", None) or 64
-    sides = sample if isinstance(sample, (tuple, list)) else (sample, sample)
-    factor = _vae_factor(vae) if vae is not None else getattr(pipe, "vae_scale_factor", 8)
-    tokenizer = getattr(pipe, "tokenizer", None)
-    tokens = default("max_sequence_length", 0)
-    clip = tokenizer.model_max_length if tokenizer is not None and tokenizer.model_max_length < 10_000 else 77
-    if (
-        "pooled_projection_dim" in denoiser.config and "caption_projection_dim" in denoiser.config
-    ):  # SD3 joins CLIP and T5
-        tokens += clip
-    name = _class_name(denoiser)
-    guided = "embedded" if name.startswith("Flux") else "calls" if name.startswith("Wan") else "batch"
-    encoders = {
-        key: weight_bytes(part)
-        for key, part in pipe.components.items()
-        if isinstance(part, nn.Module) and part not in (*experts(denoiser), vae)
-    }
+    # Transformers say their size in the config, some pipelines in an attribute; 64 latents are 512 pixels.
+    sides = getattr(denoiser.config, "sample_size", None) or getattr(pipe, "default_sample_size", None) or 64
+    if not isinstance(sides, (tuple, list)):
+        sides = (sides, sides)
+    factor = getattr(pipe, "vae_scale_factor", 8) if vae is None else _vae_factor(vae)
+    encoders = {}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and part not in (*experts(denoiser), vae):
+            encoders[name] = weight_bytes(part)
     return Subject(
         title=type(pipe).__name__,
         size=(sides[0] * factor, sides[1] * factor),
         frames=default("num_frames", None),
-        text_tokens=tokens or clip,
+        text_tokens=_text_tokens(pipe, denoiser, default("max_sequence_length", 0)),
         steps=default("num_inference_steps", 50),
         guidance=default("guidance_scale", 0.0),
-        guided=guided,
+        guided=_guided(denoiser),
         dtype=denoiser.dtype,
         network=denoiser,
         vae=vae,
@@ -91,8 +85,30 @@ def _from_pipeline(pipe) -> Subject:
     )
 
 
+def _text_tokens(pipe, denoiser: nn.Module, longest: int) -> int:
+    """Tokens of text that the denoiser sees. ``longest``: max_sequence_length of the pipeline's call, 0 for none."""
+    clip = 77
+    tokenizer = getattr(pipe, "tokenizer", None)
+    # Tokenizers without a limit of their own give 10^30.
+    if tokenizer is not None and tokenizer.model_max_length < 10_000:
+        clip = tokenizer.model_max_length
+    if "pooled_projection_dim" in denoiser.config and "caption_projection_dim" in denoiser.config:
+        return longest + clip  # Stable Diffusion 3 joins the tokens of CLIP and T5
+    return longest or clip
+
+
+def _guided(denoiser: nn.Module) -> str:
+    """Where the pipelines of this denoiser have guidance: "embedded", in "calls" of its own, or in the "batch"."""
+    name = _class_name(denoiser)
+    if name.startswith("Flux"):
+        return "embedded"
+    if name.startswith("Wan"):
+        return "calls"
+    return "batch"
+
+
 def overridden(subject: Subject, *, size, frames, steps, guidance, dtype, text_tokens) -> Subject:
-    """The subject with what is given, checked; None keeps what it has."""
+    """The subject with the settings that are given, checked; None leaves the subject's own. Raises EcoDiffError."""
     changes: dict = {}
     for name, value in (("frames", frames), ("steps", steps), ("text_tokens", text_tokens)):
         if value is None:
@@ -105,19 +121,19 @@ def overridden(subject: Subject, *, size, frames, steps, guidance, dtype, text_t
             raise EcoDiffError(f"cost: guidance must be a number of at least 0, not {guidance!r}.")
         changes["guidance"] = float(guidance)
     if dtype is not None:
-        known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        known = dtype
+        if isinstance(dtype, str):
+            known = DTYPES.get(dtype)
         if known not in DTYPES.values():
             raise EcoDiffError(f"cost: dtype is one of bf16, fp16 and fp32, not {dtype!r}.")
         changes["dtype"] = known
     if size is not None:
-        sides = (
-            (size, size)
-            if isinstance(size, int) and not isinstance(size, bool)
-            else tuple(size)
-            if isinstance(size, (tuple, list))
-            else ()
-        )
-        multiple = (_vae_factor(subject.vae) if subject.vae is not None else 8) * _patch(subject.network)
+        sides: tuple = ()
+        if isinstance(size, (tuple, list)):
+            sides = tuple(size)
+        elif isinstance(size, int) and not isinstance(size, bool):
+            sides = (size, size)
+        multiple = _vae_factor(subject.vae) * _patch(subject.network)
         if len(sides) != 2 or any(not isinstance(side, int) or side < 1 or side % multiple for side in sides):
             raise EcoDiffError(
                 f"cost: size is (height, width) in pixels, multiples of {multiple} for {subject.title}, not {size!r}."
@@ -126,62 +142,64 @@ def overridden(subject: Subject, *, size, frames, steps, guidance, dtype, text_t
     return replace(subject, **changes)
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What the sampling loop asks of the denoiser: arguments and name of the latents (see `trace`), samples in a call,
-    calls. size: in pixels, where the loop itself showed it. shares: calls of each expert, where there are several."""
+def loop_of(s: Subject, batch: int, call: dict, explicit: dict) -> Loop:
+    """The subject's loop for ``batch`` images: known for the denoisers of `presets`, else shown by the pipeline itself.
 
-    inputs: Mapping
-    latents: str
-    samples: int
-    calls: int
-    size: tuple[int, int] | None = None
-    shares: tuple[int, ...] = ()
+    Its ``size`` is in pixels, and None where the subject's own holds.
 
-
-def loop_of(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
-    """What the loop asks: known for the denoisers of ``fullsize``, else shown by the pipeline itself."""
-    if asked["text_tokens"] is None and isinstance(embedded := call.get("prompt_embeds"), Tensor):
+    call: further arguments of the pipeline's call.  explicit: size, frames and text_tokens as they were given, None
+    where the subject has its own.
+    """
+    embedded = call.get("prompt_embeds")
+    if explicit["text_tokens"] is None and isinstance(embedded, Tensor):
         s = replace(s, text_tokens=embedded.shape[-2])
     if s.pipe is not None and (isinstance(s.network, Experts) or not presets.known(s.network)):
-        return _shown(s, batch, call, asked)
-    guided = s.guidance > 1 and s.guided != "embedded"
-    if guided and getattr(s.network.config, "time_cond_proj_dim", None) is not None:  # distilled: guidance is an input
-        guided = False
-    samples = batch * (2 if guided and s.guided == "batch" else 1)
+        return _shown(s, batch, call, explicit)
+    samples, calls = batch, s.steps
+    # A distilled UNet (time_cond_proj_dim) takes guidance as an input, as FLUX does: it has no unconditional half.
+    if s.guidance > 1 and getattr(s.network.config, "time_cond_proj_dim", None) is None:
+        if s.guided == "batch":
+            samples *= 2
+        if s.guided == "calls":
+            calls *= 2
     shapes, latents = presets.inputs(s.network, geometry(s, samples))
-    return Loop(shapes, latents, samples, s.steps * (2 if guided and s.guided == "calls" else 1))
+    return Loop(shapes, latents, samples, calls)
 
 
-def _shown(s: Subject, batch: int, call: dict, asked: dict) -> Loop:
+def _shown(s: Subject, batch: int, call: dict, explicit: dict) -> Loop:
     """The loop as the pipeline itself runs it."""
     known = inspect.signature(sampling_loop(s.pipe)).parameters
     options: dict[str, Any] = {"num_inference_steps": s.steps}
     if "guidance_scale" in known:
         options["guidance_scale"] = s.guidance
-    if asked["size"] is not None:
+    if explicit["size"] is not None:
         options |= {"height": s.size[0], "width": s.size[1]}
-    options |= {"num_frames": asked["frames"], "max_sequence_length": asked["text_tokens"], **call}
-    seen = capture(s.pipe, batch=batch, **options)
-    factor = _vae_factor(s.vae) if s.vae is not None else 8
-    size = None
-    if seen.size and asked["size"] is None:
-        height, width = seen.size
-        size = (height * factor, width * factor)
-    return Loop(seen.inputs, seen.latents, seen.samples, seen.calls, size, seen.shares)
+    options |= {"num_frames": explicit["frames"], "max_sequence_length": explicit["text_tokens"], **call}
+    loop = capture(s.pipe, batch=batch, **options)
+    # Without an explicit size the pipeline decides, and the size that the subject has is a guess from the config.
+    if explicit["size"] is not None or loop.size is None:
+        return replace(loop, size=None)
+    height, width = loop.size
+    return replace(loop, size=(height * _vae_factor(s.vae), width * _vae_factor(s.vae)))
 
 
 def geometry(s: Subject, samples: int) -> presets.Geometry:
     """Latents of the subject's size."""
-    factor = _vae_factor(s.vae) if s.vae is not None else 8
-    frames = 1 if s.frames is None else (s.frames - 1) // 4 + 1
+    factor = _vae_factor(s.vae)
+    frames = 1
+    if s.frames is not None:
+        frames = (s.frames - 1) // 4 + 1  # video autoencoders keep the first frame and join four of the others
     return presets.Geometry(samples, s.size[0] // factor, s.size[1] // factor, frames, s.text_tokens)
 
 
-def _vae_factor(vae: nn.Module) -> int:
-    """Pixels a side of one latent."""
+def _vae_factor(vae: nn.Module | None) -> int:
+    """Pixels a side of one latent; 8 where there is no VAE to say it."""
+    if vae is None:
+        return 8
     ratio = getattr(vae, "spatial_compression_ratio", None) or getattr(vae.config, "scale_factor_spatial", None)
-    return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
+    if ratio:
+        return int(ratio)
+    return 2 ** (len(vae.config.block_out_channels) - 1)  # each block but the last halves the sides
 
 
 def _class_name(network: nn.Module) -> str:
@@ -190,7 +208,10 @@ def _class_name(network: nn.Module) -> str:
 
 
 def _patch(network: nn.Module) -> int:
+    """Latents a side of one token, which the sides of the latents have to be multiples of."""
     if _class_name(network).startswith("Flux"):
-        return 2  # packed by the pipeline
+        return 2  # packed by the pipeline; the config says 1
     patch = getattr(network.config, "patch_size", 1)
-    return patch[-1] if isinstance(patch, (tuple, list)) else patch or 1
+    if isinstance(patch, (tuple, list)):
+        return patch[-1]  # of frames, height, width
+    return patch or 1

@@ -30,33 +30,23 @@ from .watch import Flops, Watch, aten, storage_key
 
 @dataclass(frozen=True)
 class Backward:
-    """Bytes of one call with gradients, above the weights and the call's inputs.
+    """Bytes of one call with gradients, above the weights and the call's inputs."""
 
-    held: alive after the forward pass, output included: what stays until this call's backward.
-    saved: what autograd saved, each storage once, weights left out (inputs and gates included).
-    peak: most alive at once during forward and backward.
-    """
-
-    held: int
-    saved: int
-    peak: int
+    held: int  # alive after the forward pass, output included: what stays until this call's backward
+    saved: int  # what autograd saved, each storage once, weights left out (inputs and gates included)
+    peak: int  # most alive at once during forward and backward
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one call costs. Bytes are above the weights and inputs; ``inputs`` are those of the call's tensors.
-
-    forward_peak: most bytes alive in a call without gradients.  update: with gradients to gates and input (any call but
-    the first of a trajectory).  first_held: held by the first call, whose input needs no gradient.  inner: as update,
-    with the denoiser's own activation checkpointing; None where it has none.
-    """
+    """What one call costs; bytes are above the weights and inputs."""
 
     flops: Flops
-    inputs: int
-    forward_peak: int
-    update: Backward | None = None
-    first_held: int = 0
-    inner: Backward | None = None
+    inputs: int  # bytes of the call's tensors
+    forward_peak: int  # most bytes alive in a call without gradients
+    update: Backward | None = None  # with gradients to gates and input: any call but the first of a trajectory
+    first_held: int = 0  # held by the first call, whose input needs no gradient
+    inner: Backward | None = None  # as update, with the denoiser's own activation checkpointing; None if it has none
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def trace(
 
 
 def outputs(network: nn.Module, inputs: Mapping, *, dtype: torch.dtype):
-    """What one call of a network returns, with empty tensors: `trace` for those who need only shapes."""
+    """What one call of a network returns, with tensors that are empty: `trace` for those who need only shapes."""
     return _without_computing(_outputs, network, (inputs, dtype))
 
 
@@ -108,7 +98,7 @@ def _without_computing(run, network: nn.Module, options: tuple, meta: bool = Tru
             try:
                 return run(network, nullcontext(), "meta", *options)
             except (RuntimeError, TypeError, NotImplementedError):
-                pass  # try it with fake tensors
+                pass  # fake tensors run more: they know their device, so that they may meet tensors of the CPU
         return run(network, FakeTensorMode(allow_non_fake_inputs=True), "cpu", *options)
     except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
         raise EcoDiffError(
@@ -118,69 +108,61 @@ def _without_computing(run, network: nn.Module, options: tuple, meta: bool = Tru
 
 def _outputs(network, mode, device, inputs, dtype):
     with mode:
-        model, own = without_weights(network, dtype, device), _dtype(network)
-        made = {name: _tensor(value, dtype, device, own) for name, value in inputs.items()}
-        with torch.no_grad(), torch.device("meta") if device == "meta" else nullcontext():
-            return model(**made)
+        model, arguments = _made_empty(network, inputs, dtype, device)
+        with torch.no_grad(), _functions_on(device):
+            return model(**arguments)
 
 
 def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, autocast, method) -> Trace:
     with mode:
-        model, own = without_weights(network, dtype, device), _dtype(network)
-        made = {name: _tensor(value, dtype, device, own) for name, value in inputs.items()}
-    weights = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
-    known = weights | {storage_key(t) for t in tree_leaves(made) if isinstance(t, Tensor)}
-    layouts: dict = {}
-
-    @contextmanager
-    def functions():
-        if device == "meta":
-            with torch.device("meta"), _FusedAttention():
-                yield
-        else:
-            yield
-
-    def recomputed(module, *arguments):  # backward switches function modes off
-        return checkpoint(module, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), functions()))
+        model, arguments = _made_empty(network, inputs, dtype, device)
+    weights = set(_storages([*model.parameters(), *model.buffers()]))
+    input_storages = _storages(tree_leaves(arguments))
+    known = weights | set(input_storages)
+    layouts: dict = {}  # shared by all watches, since the same operations come again in each run
 
     @contextmanager
     def running(watch, grad, gates=None):
         with ExitStack() as stack:
             stack.enter_context(mode)
-            stack.enter_context(functions())
+            stack.enter_context(_functions_on(device))
             stack.enter_context(torch.set_grad_enabled(grad))
             if gates is not None:
-                stack.enter_context(apply_gates(model, gates, sites, must_run=False))  # counts what runs
+                # Some sites may not run in this call; what runs is counted, so that no hook has to.
+                stack.enter_context(apply_gates(model, gates, sites, must_run=False))
             if autocast is not None:
                 stack.enter_context(torch.autocast("cpu", autocast))
-            stack.enter_context(watch)
+            stack.enter_context(watch)  # last, so that it sees what all the others make of the network's operations
             yield
 
-    def call():
-        result = getattr(model, method)(**made)
-        return (
-            result
-            if isinstance(result, Tensor)
-            else result[0]
-            if isinstance(result, tuple)
-            else next(iter(result.values()))
-        )
+    def recomputed(module, *module_inputs):
+        # Backward switches function modes off, so the second forward pass has to enter them again.
+        def contexts():
+            return nullcontext(), _functions_on(device)
+
+        return checkpoint(module, *module_inputs, use_reentrant=False, context_fn=contexts)
 
     def with_gradients(first: bool, backward: bool) -> Backward:
         with mode:
             gates = {name: torch.ones(site.units, device=device, requires_grad=True) for name, site in sites.items()}
-        watch, saved = Watch(known | {storage_key(t) for t in gates.values()}, layouts=layouts), {}
+        watch = Watch(known | set(_storages(gates.values())), layouts=layouts)
+        saved: dict[int, int] = {}
 
         def remember(tensor):
-            if (key := storage_key(tensor)) not in weights:
+            key = storage_key(tensor)
+            if key not in weights:
                 saved[key] = tensor.untyped_storage().nbytes()
             return tensor
 
+        def unchanged(tensor):
+            return tensor
+
         if gradient_input is not None:
-            made[gradient_input].requires_grad_(not first)
+            # A trajectory begins at noise, which depends on no gate.
+            arguments[gradient_input].requires_grad_(not first)
         with running(watch, True, gates):
-            with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-                output = call()
+            with torch.autograd.graph.saved_tensors_hooks(remember, unchanged):
+                output = _first_tensor(getattr(model, method)(**arguments))
             held = watch.alive
             if backward:
                 output.backward(torch.ones_like(output))
@@ -188,20 +170,54 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
 
     watch = Watch(known, weights, layouts)
     with running(watch, False):
-        call()
-    update = first = nested = None
+        _first_tensor(getattr(model, method)(**arguments))
+    update = nested = None
+    first_held = 0
     if sites:
         update = with_gradients(first=False, backward=True)
-        first = with_gradients(first=True, backward=False).held
+        first_held = with_gradients(first=True, backward=False).held
         if inner and getattr(model, "_supports_gradient_checkpointing", False):
+            # Last, because the model is not switched back.
             model.enable_gradient_checkpointing(recomputed)
             nested = with_gradients(first=False, backward=True)
-    sizes = {storage_key(t): t.untyped_storage().nbytes() for t in tree_leaves(made) if isinstance(t, Tensor)}
-    return Trace(Flops(**watch.flops), sum(sizes.values()), watch.peak, update, first or 0, nested)
+    return Trace(Flops(**watch.flops), sum(input_storages.values()), watch.peak, update, first_held, nested)
+
+
+def _made_empty(network: nn.Module, inputs: Mapping, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict]:
+    """A copy of the network and the arguments of its call, all tensors of both empty."""
+    own = _dtype(network)
+    model = without_weights(network, dtype, device)
+    return model, {name: _tensor(value, dtype, device, own) for name, value in inputs.items()}
+
+
+def _storages(values) -> dict[int, int]:
+    """{key: bytes} of the storages of all tensors among the values, each storage once."""
+    return {storage_key(value): value.untyped_storage().nbytes() for value in values if isinstance(value, Tensor)}
+
+
+def _first_tensor(result) -> Tensor:
+    """The tensor in what a denoiser or a decoder returns: itself, or the first of a tuple or of an output's fields."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, tuple):
+        return result[0]
+    return next(iter(result.values()))
+
+
+@contextmanager
+def _functions_on(device: str):
+    """Inside, functions do on meta tensors what they do on a real device; nothing is changed for fake tensors."""
+    if device != "meta":
+        yield
+        return
+    # Networks make tensors of their own, such as embeddings of positions; these have to be meta tensors as well.
+    with torch.device("meta"), _FusedAttention():
+        yield
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Meta tensors would take the attention that writes out its scores; real devices take a fused one, as this does."""
+    """Meta tensors would take the attention that writes out its matrix of weights; a real device takes a fused one, and
+    so do they inside this mode."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.functional.scaled_dot_product_attention:
@@ -210,9 +226,10 @@ class _FusedAttention(TorchFunctionMode):
 
     @staticmethod
     def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        # Grouped queries: several heads of queries share one of keys and values, which the kernel wants repeated.
         if enable_gqa and key.shape[-3] != query.shape[-3]:
             shape = (*query.shape[:-2], *key.shape[-2:])
-            key, value = (part.new_empty(shape) for part in (key, value))
+            key, value = key.new_empty(shape), value.new_empty(shape)
         if attn_mask is not None:
             attn_mask = attn_mask.to(query.dtype)
         return aten._scaled_dot_product_flash_attention_for_cpu(
@@ -221,15 +238,21 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _tensor(value, dtype: torch.dtype, device: str, own: torch.dtype | None = None):
+    """An argument as `trace` describes it, with empty tensors in the place of shapes and of given tensors.
+
+    own: the dtype of the network's weights; given tensors that had it get ``dtype``, others keep their own.
+    """
     if isinstance(value, Given):
-        return tree_map(
-            lambda part: (
-                torch.empty(part.shape, dtype=dtype if part.dtype == own else part.dtype, device=device)
-                if isinstance(part, Tensor)
-                else part
-            ),
-            value.value,
-        )
+
+        def empty_like(part):
+            if not isinstance(part, Tensor):
+                return part
+            kept = part.dtype
+            if kept == own:
+                kept = dtype
+            return torch.empty(part.shape, dtype=kept, device=device)
+
+        return tree_map(empty_like, value.value)
     if isinstance(value, Mapping):
         return {name: _tensor(part, dtype, device) for name, part in value.items()}
     if isinstance(value, list):
@@ -242,21 +265,28 @@ def _tensor(value, dtype: torch.dtype, device: str, own: torch.dtype | None = No
 
 
 def _dtype(network: nn.Module) -> torch.dtype | None:
-    """Of the weights."""
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+    """The dtype of the network's first floating-point weight; None where it has none."""
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
 
 
 def without_weights(network: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
-    """A copy whose tensors are empty ones on the device; floating-point weights have ``dtype``. Frozen."""
+    """A frozen copy whose tensors are empty ones on the device; its floating-point weights have ``dtype``."""
 
     def empty(tensor: Tensor) -> Tensor:
-        kept = dtype if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.dtype
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=kept, device=device)
+        own = tensor.dtype
+        if tensor.is_floating_point() and own != torch.float64:  # in float64 some models keep tables of frequencies
+            own = dtype
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=own, device=device)
 
+    # deepcopy takes what its memo holds under an object's id as the copy: so no weight is ever read or copied.
     memo: dict[int, object] = {}
     for module in network.modules():
-        others = {k: v for k, v in vars(module).items() if isinstance(v, (Tensor, list, tuple, dict)) and k[0] != "_"}
-        for tensor in (*module._buffers.values(), *tree_leaves(others)):
+        # Some modules keep tensors as plain attributes, or in lists and dicts, where no buffer shows them.
+        attributes = [value for name, value in vars(module).items() if not name.startswith("_")]
+        for tensor in (*module._buffers.values(), *tree_leaves(attributes)):
             if isinstance(tensor, Tensor):
                 memo[id(tensor)] = empty(tensor)
         for tensor in module._parameters.values():
@@ -266,10 +296,10 @@ def without_weights(network: nn.Module, dtype: torch.dtype, device: str) -> nn.M
 
 
 def parameters(network: nn.Module) -> int:
-    """Number of parameters."""
+    """The number of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Bytes of parameters and buffers as they are."""
+    """Bytes of parameters and buffers in the dtypes that they have."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))

@@ -6,10 +6,10 @@ import re
 
 from ecodiff.errors import EcoDiffError
 
-_UNITS = {"": 1, "B": 1} | {
-    f"{p}{b}": k**i for i, p in enumerate("KMGT", 1) for b, k in (("", 1000), ("B", 1000), ("IB", 1024))
-}
-
+# Letters count in decimal steps, as makers of GPUs and disks print sizes; only "GiB" and its like mean powers of two.
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 # Beside what the allocator hands out, a GPU holds the CUDA context, and fragments: assumed, not measured.
 CONTEXT, FRAGMENTS = 500_000_000, 0.03
@@ -18,7 +18,7 @@ CONTEXT, FRAGMENTS = 500_000_000, 0.03
 def parse_bytes(text: int | str) -> int:
     """Bytes of a size such as "24GB" (10^9), "8 GiB" (2^30) or a number of bytes; EcoDiffError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if isinstance(text, bool) or not match or match[2].upper() not in _UNITS or not float(match[1]):
+    if not match or match[2].upper() not in _UNITS or not float(match[1]):
         raise EcoDiffError(f"{text!r} is no amount of memory: write it as 24GB, 8GiB or a number of bytes.")
     return round(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -31,4 +31,9 @@ def usable(budget: int | str) -> int:
 def gb(size: int) -> str:
     """Bytes as text in GB (10^9), three digits."""
     value = size / 1e9
-    return f"{value:,.0f} GB" if value >= 100 else f"{value:.1f} GB" if value >= 10 else f"{value:.2f} GB"
+    decimals = 2
+    if value >= 10:
+        decimals = 1
+    if value >= 100:
+        decimals = 0
+    return f"{value:,.{decimals}f} GB"

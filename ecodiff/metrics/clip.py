@@ -19,7 +19,6 @@ from .inception import check_pictures
 
 DEFAULT = "openmoji-clip"
 
-
 _BATCH = 256
 
 
@@ -48,8 +47,11 @@ class Judge:
         from transformers import CLIPModel, CLIPProcessor
 
         name = os.fspath(id_or_path)
-        folders = (data_dir() / "models" / name, Path(name))
-        source = next((folder for folder in folders if (folder / "config.json").is_file()), name)
+        source: str | Path = name
+        for folder in (data_dir() / "models" / name, Path(name)):
+            if (folder / "config.json").is_file():
+                source = folder
+                break
         if source == name and name.count("/") != 1:
             raise EcoDiffError(
                 f"{name!r} is no judge here, no folder and no Hub id: run python -m ecodiff zoo train {DEFAULT}."
@@ -70,7 +72,7 @@ class Judge:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """Unit vectors float [N, D] of pictures uint8 [N, 3, H, W]."""
+        """Unit vectors float [N, D] of images uint8 [N, 3, H, W]."""
         check_pictures(images)
         parts = []
         for batch in images.split(_BATCH):
@@ -80,27 +82,30 @@ class Judge:
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Unit vectors float [N, D] of captions; longer ones than the model reads are cut."""
+        """Unit vectors float [N, D] of captions; those that are longer than what the model reads are cut."""
         if self.texts is None:
             return self._text_features(captions)
-        if new := list(dict.fromkeys(caption for caption in captions if caption not in self.texts)):
+        new = list(dict.fromkeys(caption for caption in captions if caption not in self.texts))  # each once
+        if new:
             self.texts.update(zip(new, self._text_features(new), strict=True))
         return torch.stack([self.texts[caption] for caption in captions])
 
     def _text_features(self, captions: Sequence[str]) -> Tensor:
         parts = []
-        for first in range(0, len(captions), 4 * _BATCH):
-            words = self.processor(
-                text=list(captions[first : first + 4 * _BATCH]), return_tensors="pt", padding=True, truncation=True
-            )
-            words = {k: words[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
-            parts.append(vectors(self.model.get_text_features(**words)))
+        many = 4 * _BATCH  # a caption is less work than an image
+        for first in range(0, len(captions), many):
+            batch = list(captions[first : first + many])
+            tokens = self.processor(text=batch, return_tensors="pt", padding=True, truncation=True)
+            ids, attended = (tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+            parts.append(vectors(self.model.get_text_features(input_ids=ids, attention_mask=attended)))
         return normalize(torch.cat(parts).float().cpu(), dim=-1)
 
 
 def vectors(features) -> Tensor:
-    """The tensor [N, D] in what ``get_image_features`` gives: itself, or from transformers 5 on a part of an output."""
-    return features if isinstance(features, Tensor) else features.pooler_output
+    """The tensor [N, D] in what ``get_image_features`` or ``get_text_features`` gives."""
+    if isinstance(features, Tensor):
+        return features
+    return features.pooler_output  # from transformers 5 on
 
 
 class _Features(nn.Module):
@@ -125,23 +130,30 @@ def clip_score_metric(model: str | os.PathLike | Judge = DEFAULT):
     from torchmetrics.multimodal import CLIPScore
 
     judge = model if isinstance(model, Judge) else Judge.load(model)
-    return CLIPScore(model_name_or_path=lambda: (_Features(judge.model), judge.processor))
+
+    def network_and_processor():
+        return _Features(judge.model), judge.processor
+
+    # torchmetrics calls what is no name of a checkpoint; so it takes a judge that is loaded already.
+    return CLIPScore(model_name_or_path=network_and_processor)
 
 
 def clip_score(images: Tensor, captions: Sequence[str], model: str | os.PathLike | Judge = DEFAULT) -> float:
-    """CLIP score, max(100 times the mean cosine of picture and caption, 0), of pictures uint8 [N, 3, H, W].
+    """CLIP score, max(100 times the mean cosine of image and caption, 0), of images uint8 [N, 3, H, W].
 
-    One caption a picture. The maximum is taken of the mean, as torchmetrics does, not picture by picture.
+    There is one caption for each image. The maximum is taken of the mean, as torchmetrics does, not image by image.
     Scores of different judges cannot be compared. Raises EcoDiffError for numbers that do not match.
     """
     check_same_number(images, captions, "captions")
     metric = clip_score_metric(model)
+    # In batches, since the metric keeps only a sum, and a processor would resize all images at once.
     for first in range(0, len(images), _BATCH):
         metric.update(images[first : first + _BATCH], list(captions[first : first + _BATCH]))
     return metric.compute().item()
 
 
 def check_same_number(images: Tensor, others: Sequence, what: str) -> None:
+    """Raise EcoDiffError unless these are images as `check_pictures` wants them, and as many of the others."""
     check_pictures(images)
     if len(images) != len(others):
         raise EcoDiffError(f"{len(images)} pictures but {len(others)} {what}: give one a picture.")

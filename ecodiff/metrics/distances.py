@@ -16,29 +16,29 @@ from .inception import inception_features
 
 
 def fid(real: Tensor, fake: Tensor, **feature_settings) -> float:
-    """Fréchet Inception distance between two sets of pictures (uint8 [N, 3, H, W]) or of their features (float [N, D]).
+    """Fréchet Inception distance between two sets of images (uint8 [N, 3, H, W]) or of their features (float [N, D]).
 
     Give features (``inception_features``) where a set is used more than once. ``feature_settings`` go to
-    ``inception_features``. Computed in float64. FID grows as sets shrink: compare only sets of the same sizes, and
-    below some thousands of pictures prefer ``kid``, which is not biased. Sets with more pictures than features are
-    left to torchmetrics (some ten seconds on a CPU with 2048 features); smaller ones take milliseconds.
+    ``inception_features``. It is computed in float64. FID grows as sets shrink: compare only sets of the same sizes,
+    and below some thousands of images prefer ``kid``, which is not biased.
     """
     sets = _feature_sets(real, fake, feature_settings)
+    # Few images take milliseconds this way; torchmetrics takes some ten seconds on a CPU with 2048 features.
     if max(map(len, sets)) <= sets[0].shape[1]:
         return _fid_of_few(*(features.double() for features in sets))
     return _distance(FrechetInceptionDistance, *sets).compute().item()
 
 
 def _fid_of_few(a: Tensor, b: Tensor) -> float:
-    """The same distance without a covariance matrix: with A and B the centred features over sqrt(n - 1), one row a
-    picture, tr((AᵀA BᵀB)^1/2) is the sum of the singular values of A Bᵀ, which is small where pictures are few."""
-    means, centred = [], []
-    for features in (a, b):
-        means.append(features.mean(0))
-        centred.append((features - means[-1]) / math.sqrt(len(features) - 1))
-    spread = sum(part.square().sum() for part in centred)
-    common = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    return ((means[0] - means[1]).square().sum() + spread - 2 * common).item()
+    """The same distance without a covariance matrix, which takes long where there are more features than images."""
+    # With A and B the centred features over sqrt(n - 1), one row an image, AᵀA and BᵀB are the covariances, and
+    # tr((AᵀA BᵀB)^1/2) is the sum of the singular values of A Bᵀ, which is small where images are few.
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    centred_a = (a - mean_a) / math.sqrt(len(a) - 1)
+    centred_b = (b - mean_b) / math.sqrt(len(b) - 1)
+    spread = centred_a.square().sum() + centred_b.square().sum()  # the traces of the covariances
+    common = torch.linalg.svdvals(centred_a @ centred_b.T).sum()
+    return ((mean_a - mean_b).square().sum() + spread - 2 * common).item()
 
 
 def kid(
@@ -46,25 +46,28 @@ def kid(
 ) -> tuple[float, float]:
     """Kernel Inception distance: mean and standard deviation over random subsets, drawn by ``seed``.
 
-    Sets as for ``fid``. ``subset_size``: left out, half of the smaller set, at most 1000. The standard deviation is
-    that of overlapping subsets, not an interval of the mean. Raises EcoDiffError for sets smaller than a subset.
+    The sets are as for ``fid``. ``subset_size`` is by default half of the smaller set, at most 1000. The standard
+    deviation is that of overlapping subsets, not an interval of the mean. Raises EcoDiffError for sets smaller than a
+    subset.
     """
     smaller = min(len(real), len(fake))
-    size = min(1000, max(2, smaller // 2)) if subset_size is None else subset_size
+    size = subset_size
+    if size is None:
+        size = min(1000, max(2, smaller // 2))
     if not 2 <= size <= smaller:
         raise EcoDiffError(
             f"KID with subsets of {size} needs at least two and at most as many pictures as the sets have ({smaller})."
         )
     sets = _feature_sets(real, fake, feature_settings)
     metric = _distance(KernelInceptionDistance, *sets, subsets=subsets, subset_size=size)
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]):  # torchmetrics draws from the global generator
         torch.manual_seed(seed)
         mean, deviation = metric.compute()
     return mean.item(), deviation.item()
 
 
 class _Given(nn.Module):
-    """torchmetrics' feature network where the features are computed already."""
+    """torchmetrics' feature network where the features are computed already: it gives back what it gets."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -75,9 +78,13 @@ class _Given(nn.Module):
 
 
 def _feature_sets(real: Tensor, fake: Tensor, feature_settings: dict) -> list[Tensor]:
-    sets = [
-        x if x.dim() == 2 and x.is_floating_point() else inception_features(x, **feature_settings) for x in (real, fake)
-    ]
+    """Features of both sets, checked: float [N, D] with the same D. Raises EcoDiffError."""
+    sets = []
+    for images in (real, fake):
+        if images.dim() == 2 and images.is_floating_point():
+            sets.append(images)  # features already
+        else:
+            sets.append(inception_features(images, **feature_settings))
     if sets[0].shape[1] != sets[1].shape[1]:
         raise EcoDiffError(
             f"The sets have {sets[0].shape[1]} and {sets[1].shape[1]} features: take them from the same layer."
@@ -88,6 +95,8 @@ def _feature_sets(real: Tensor, fake: Tensor, feature_settings: dict) -> list[Te
 
 
 def _distance(metric, real: Tensor, fake: Tensor, **settings):
+    """A metric of torchmetrics that has seen both sets of features."""
+    # The warning is about the memory that features take; here they are in memory already.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer", category=UserWarning)
         metric = metric(feature=_Given(real.shape[1]), **settings)

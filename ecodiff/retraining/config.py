@@ -25,9 +25,9 @@ class RetrainConfig:
     steps: int = 10_000
     """App. J. 0 gives the pipeline back as it was."""
     batch_size: int = 32
-    """Pictures a step (authors' code)."""
+    """Images a step (authors' code)."""
     micro_batch_size: int | None = None
-    """Pictures a call of the denoiser (None: all of a step): smaller needs less memory."""
+    """Images a call of the denoiser (None: all of a step): fewer need less memory."""
     lr: float | None = None
     """None: 1e-6 for lora, 1e-7 for full (authors' code) and 2:4."""
     rank: int = 16
@@ -40,7 +40,7 @@ class RetrainConfig:
     """Of AdamW. This and the clipping are what diffusers' own training scripts do; the paper gives neither."""
     clip_grad_norm: float | None = 1.0
     call: Mapping = field(default_factory=dict)
-    """Further arguments of the pipeline's call that the pictures were drawn with (max_sequence_length, ...). A
+    """Further arguments of the pipeline's call that the images were generated with (max_sequence_length, ...). A
     guidance_scale counts only for denoisers that read it; steps and size do not count."""
     mixed_precision: str = "no"
     """bf16 runs the denoiser under autocast; weights that are trained stay fp32 (authors' code: fp16)."""
@@ -53,7 +53,9 @@ class RetrainConfig:
         counts = {"steps": 0, "batch_size": 1, "rank": 1, "micro_batch_size": 1}
         for name, least in counts.items():
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least or name == "micro_batch_size" and value is None):
+            if name == "micro_batch_size" and value is None:
+                continue
+            if not isinstance(value, int) or value < least:
                 raise EcoDiffError(f"RetrainConfig: {name}={value!r} must be a whole number, at least {least}.")
         for name in ("lr", "alpha", "clip_grad_norm"):
             value = getattr(self, name)
@@ -64,6 +66,7 @@ class RetrainConfig:
         if not isinstance(self.call, Mapping):
             raise EcoDiffError(f"RetrainConfig: call={self.call!r} must map names of the call's arguments to values.")
         checked_call(self.call, "RetrainConfig: call")
+        # A frozen dataclass can be written to only in this way; the seed may come as a NumPy integer, say.
         object.__setattr__(self, "seed", checked_seed(self.seed, "RetrainConfig"))
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise EcoDiffError(f"RetrainConfig: kinds={self.kinds!r} must be some of {', '.join(KINDS)}.")
@@ -71,4 +74,6 @@ class RetrainConfig:
     @property
     def learning_rate(self) -> float:
         """``lr``, or the published one of the method."""
-        return self.lr if self.lr is not None else {"lora": 1e-6}.get(self.method, 1e-7)
+        if self.lr is not None:
+            return self.lr
+        return 1e-6 if self.method == "lora" else 1e-7

@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: the loss of a pipeline's scheduler, latents of pictures, and conditioning.
+"""What a denoiser is trained on: the loss of a pipeline's scheduler.
 
 The embedded models are trained with these losses (``lab/zoo``), and pruned ones retrained (``ecodiff.retrain``).
 Every draw comes from the generator that is passed in.
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
+
+_TARGETS = ("epsilon", "v_prediction", "sample")  # a scheduler's prediction_type
 
 
 def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[..., Tensor]:
@@ -32,24 +34,30 @@ def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[
     return partial(denoising_loss, diffusers.DDPMScheduler.from_config(scheduler.config, clip_sample=False))
 
 
-_TARGETS = {
-    "epsilon": lambda noising, latents, noise, t: noise,
-    "v_prediction": lambda noising, latents, noise, t: noising.get_velocity(latents, noise, t),
-    "sample": lambda noising, latents, noise, t: latents,
-}
-
-
 def denoising_loss(noising, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
     """Squared error of what the ``noising`` scheduler's config says is predicted, at a uniform time step.
 
-    epsilon: the noise ε (Eq. 5); v_prediction: the velocity √ᾱ ε - √(1-ᾱ) x (Salimans &
-    Ho 2022); sample: the latents x [N, C, H, W] themselves.
+    epsilon: the noise ε (Eq. 5); v_prediction: the velocity √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022); sample: the latents
+    x [N, C, H, W] themselves.
     """
+    # Drawn on the CPU, where the generator is, so that every device gets the same noise.
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     t = torch.randint(noising.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
     predicted = forward(noising.add_noise(latents, noise, t), t, **condition).sample
-    target = _TARGETS[noising.config.prediction_type](noising, latents, noise, t)
+    target = _target(noising, latents, noise, t)
     return torch.nn.functional.mse_loss(predicted.float(), target)
+
+
+def _target(noising, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the denoiser is to predict: one of `_TARGETS`, KeyError for anything else."""
+    prediction = noising.config.prediction_type
+    if prediction == "epsilon":
+        return noise
+    if prediction == "v_prediction":
+        return noising.get_velocity(latents, noise, t)
+    if prediction == "sample":
+        return latents
+    raise KeyError(prediction)
 
 
 def flow_loss(
@@ -62,19 +70,20 @@ def flow_loss(
     unless ``condition`` says otherwise.
     """
     noisy, noise, sigma = noised(latents, generator, shift)
-    guidance = {"guidance": torch.ones_like(sigma)} if forward.config.get("guidance_embeds") else {}
-    predicted = forward(noisy, timestep=sigma * time, **{**guidance, **condition}).sample
+    if forward.config.get("guidance_embeds"):
+        condition = {"guidance": torch.ones_like(sigma), **condition}
+    predicted = forward(noisy, timestep=sigma * time, **condition).sample
     return torch.nn.functional.mse_loss(predicted.float(), noise - latents)
 
 
 def noised(latents: Tensor, generator: torch.Generator, shift: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(1 - σ) x + σ ε, ε, and σ [N] for latents x [N, ...], packed or not.
 
-    σ is logit-normal, then shifted to s σ / (1 + (s - 1) σ): the larger s, the more noise. With s = 1 only 1.4 % of the
-    draws have σ > 0.9, with s = 3 it is 13.6 %.
+    σ is logit-normal, then shifted to s σ / (1 + (s - 1) σ): the larger s, the more noise.
     """
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     sigma = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+    # With a shift of 1 only 1.4 % of the draws have σ > 0.9, with 3 it is 13.6 %.
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    share = sigma.view(-1, *[1] * (latents.ndim - 1))
+    share = sigma.view(-1, *[1] * (latents.ndim - 1))  # one σ for all of a sample
     return (1 - share) * latents + share * noise, noise, sigma

@@ -1,9 +1,9 @@
-"""Light retraining of a pruned pipeline on pictures that the original one drew (App. J, Table 8, Fig. 11).
+"""Light retraining of a pruned pipeline on images that the original one generated (App. J, Table 8, Fig. 11).
 
-The denoiser learns its own training objective (``objective``) on a hundred pictures of the original model, either
-through low-rank adapters (LoRA, Hu et al. 2021) beside the layers of its attentions and feed-forwards, or in all its
-weights; or in all its weights while half of them are zero (SparseDM, ``methods.sparse24``). Adapters are merged at the
-end, so that the result is again an ordinary, equally small pipeline::
+The denoiser learns its own training objective (`losses`) on a hundred images of the original model, either through
+low-rank adapters (LoRA, Hu et al. 2021) beside the layers of its attentions and feed-forwards, or in all its weights;
+or in all its weights while half of them are zero (SparseDM, `two_four`). Adapters are merged at the end, so that the
+result is again an ordinary, equally small pipeline::
 
     pictures = ecodiff.generate(pipe, prompts, seeds=range(len(prompts)))
     better = ecodiff.retrain(ecodiff.prune(pipe, mask), pictures, prompts)
@@ -18,7 +18,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def retrain(
     history: list[dict] | None = None,
     progress: bool = True,
 ):
-    """A pipeline like ``pipe`` whose denoiser was trained on these pictures (Table 8); ``pipe`` is not changed.
+    """A pipeline like ``pipe`` whose denoiser was trained on these images (Table 8); ``pipe`` is not changed.
 
     All random draws are a function of ``config.seed`` and the number of the step. Nothing is kept on disk: a run that
     is interrupted starts anew. Training uses a copy of the denoiser in fp32 beside the pipeline itself.
@@ -56,9 +56,9 @@ def retrain(
     Args:
         pipe: a diffusers text-to-image pipeline, pruned or not; it runs on the device that accelerate chooses and moves
             back afterwards. Its scheduler says what the denoiser predicts: noise, velocity, latents, or a flow.
-        pictures: uint8 [N, 3, height, width], as ``generate`` draws them with the original pipeline. N is 100 in the
-            paper.
-        captions: N captions, one a picture (or N mappings with the call's arguments, see ``learn``).
+        pictures: images, uint8 [N, 3, height, width], as ``generate`` makes them with the original pipeline. N is 100
+            in the paper.
+        captions: N captions, one an image (or N mappings with the call's arguments, see ``learn``).
         config: see ``RetrainConfig``.
         history: a list that gets one row a step: step, loss, gradient_norm (before clipping), seconds.
         progress: show the expected cost, then a bar with the loss and the time left.
@@ -77,19 +77,21 @@ def retrain(
     original = one_denoiser(pipe, "retrain")
     _check_denoiser(pipe, original)
     training_loss(pipe.scheduler)  # an unknown objective is named before anything runs
-    with (
-        on_device(pipe, "retrain") as device,
-        undisturbed(device),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-    ):
+    with ExitStack() as stack:
+        device = stack.enter_context(on_device(pipe, "retrain"))
+        stack.enter_context(undisturbed(device))
+        # Adapters are initialised from the global generators, which are afterwards as they were.
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(mix(config.seed))
-        network = copy.deepcopy(original).float()
+        network = copy.deepcopy(original).float()  # small updates would be lost in the rounding of bf16
         task = _Task(with_denoiser(pipe, network), pictures, captions, config, device)
         if config.method == "lora":
             _add_adapters(network, config)
         else:
             network.requires_grad_(True)
-        with two_four.trainable(network) if config.method == "2:4" else nullcontext():
+        with ExitStack() as masked:
+            if config.method == "2:4":
+                masked.enter_context(two_four.trainable(network))
             _train(task, network, config, history, progress)
         weights = _merged(network, config)
     result = copy.deepcopy(original)  # its dtypes, flags and modes; load_state_dict rounds to them
@@ -98,10 +100,11 @@ def retrain(
 
 
 class _Task:
-    """Latents, what the denoiser is told with each, and the loss of some of them."""
+    """Latents of the images, the conditioning of each, and the loss of some of them."""
 
     def __init__(self, pipe, pictures: Tensor, captions: list, config: RetrainConfig, device: torch.device):
-        self.config, self.device, self.network = config, device, one_denoiser(pipe, "retrain")
+        self.config, self.device = config, device
+        self.network = one_denoiser(pipe, "retrain")
         self.conditions = [conditioning(pipe, caption, pictures.shape[2:], config.call) for caption in captions]
         self.rule = rule_of_joining(pipe, captions, self.conditions, pictures.shape[2:], config.call)
         self.latents = torch.cat([_latents(pipe, part, device) for part in pictures.split(8)])
@@ -114,20 +117,21 @@ class _Task:
         self.loss_of = training_loss(pipe.scheduler, first.full_time)
 
     def loss(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
-        """The objective for these pictures, a scalar; noise and time steps come from the generator."""
+        """The objective for these images, a scalar; noise and time steps come from the generator."""
         condition = join([self.conditions[i] for i in indices], self.rule)
         bf16 = self.config.mixed_precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
 
     def backward(self, step: int) -> float:
-        """Leave the gradient of a step in the weights and return its loss."""
+        """The loss of a step, whose gradient is left in the weights."""
         config, total = self.config, 0.0
         batch = epoch_batch(len(self.latents), config.batch_size, config.seed, step)
         generator = torch.Generator().manual_seed(mix(config.seed, step))
 
         def add(part: list[int]) -> None:
             nonlocal total
+            # Weighted, so that the parts add up to the mean over the batch, however it is split.
             loss = self.loss(part, generator) * len(part) / len(batch)
             loss.backward()
             total += loss.item()
@@ -137,19 +141,23 @@ class _Task:
 
     @torch.no_grad()
     def cost(self) -> str:
-        """One line: what the run will take, from one forward pass and twice its time for the backward one."""
+        """One line that says what the run will take, measured on one forward pass."""
         size = min(self.config.micro_batch_size or self.config.batch_size, len(self.latents))
-        size = 1 if self.rule is None else size
+        if self.rule is None:  # the conditions of several captions do not make a batch
+            size = 1
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
             self.loss(range(size), torch.Generator().manual_seed(0)).item()
             seconds = time.perf_counter() - started
+        # The backward pass takes about twice as long as the forward one, together three times.
         seconds *= 3 * self.config.batch_size / size * self.config.steps
         work = f"{self.config.steps} steps of {self.config.batch_size} pictures ({self.config.method})"
         return f"{work}, on {self.device}: about {in_words(seconds)}"
 
 
 def _train(task: _Task, network: nn.Module, config: RetrainConfig, history: list | None, progress: bool) -> None:
+    """Take all steps; the weights that require gradients are changed in place."""
+    # Layers that were pruned as a whole are left with parameters of no elements.
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.numel()]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if progress and config.steps:
@@ -159,6 +167,7 @@ def _train(task: _Task, network: nn.Module, config: RetrainConfig, history: list
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             loss = task.backward(step)
+            # Clipping to infinity changes nothing and still measures the norm.
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_grad_norm or math.inf).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise EcoDiffError(
@@ -178,15 +187,20 @@ def _add_adapters(network: nn.Module, config: RetrainConfig) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise EcoDiffError('retrain needs peft for method="lora": install it, or take method="full".') from error
-    spans = [span for site in find_sites(network, config.kinds).values() for span in (*site.writers, *site.readers)]
-    names = dict.fromkeys(span.layer for span in spans)
-    layers = [name for name in names if network.get_submodule(name).weight.numel()]
+    layers: list[str] = []
+    for site in find_sites(network, config.kinds).values():
+        for span in (*site.writers, *site.readers):
+            # One layer may hold several spans, and a fully pruned one has no weights to adapt.
+            if span.layer not in layers and network.get_submodule(span.layer).weight.numel():
+                layers.append(span.layer)
     if not layers:
         raise EcoDiffError(
             f"{type(network).__name__} has no layers of the kinds {', '.join(config.kinds)} left for adapters: take "
             'method="full".'
         )
-    alpha = config.rank if config.alpha is None else config.alpha
+    alpha = config.alpha
+    if alpha is None:
+        alpha = config.rank
     network.requires_grad_(False)
     network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
 
@@ -200,8 +214,9 @@ def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
 
 
 def _latents(pipe, pictures: Tensor, device: torch.device) -> Tensor:
-    """Latents of uint8 pictures, in fp32."""
-    latents = encode(pipe, (pictures.to(device).float() / 127.5 - 1).to(pipe.vae.dtype)).float()
+    """Latents of uint8 images, in fp32. Raises EcoDiffError where they are not finite."""
+    pixels = pictures.to(device).float() / 127.5 - 1  # a VAE reads values from -1 to 1
+    latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
     if not torch.isfinite(latents).all():
         raise EcoDiffError(f"{type(pipe).__name__}: its VAE gives latents that are not finite; give it a wider dtype.")
     return latents

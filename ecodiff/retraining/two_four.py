@@ -33,8 +33,9 @@ def mask_2_4(weight: Tensor) -> Tensor:
     """
     if weight.ndim < 2 or weight.shape[1] % GROUP:
         raise EcoDiffError(f"mask_2_4: a weight of shape {list(weight.shape)} has no groups of four input channels.")
-    last = weight.detach().abs().movedim(1, -1)
+    last = weight.detach().abs().movedim(1, -1)  # input channels last, so that four in a row lie side by side
     groups = last.reshape(-1, GROUP)
+    # Not topk, which among equals may take any.
     best = groups.sort(descending=True, stable=True).indices[:, :KEPT]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
     return mask.reshape(last.shape).movedim(-1, 1)
@@ -42,11 +43,13 @@ def mask_2_4(weight: Tensor) -> Tensor:
 
 def layers_2_4(model: nn.Module) -> dict[str, nn.Module]:
     """Linear and convolution layers that have groups of four inputs, {name: module}; narrower ones stay dense."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.numel() and module.weight.shape[1] % GROUP == 0
-    }
+    layers = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or not module.weight.numel():
+            continue
+        if module.weight.shape[1] % GROUP == 0:
+            layers[name] = module
+    return layers
 
 
 def sparsify(pipe, prompts=()):
@@ -78,10 +81,13 @@ def trainable(model: nn.Module, pull: float = 2e-4) -> Iterator[None]:
         yield
     finally:
         for layer in layers.values():
+            # The masked weight becomes the layer's own; the dense one goes.
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 class _StraightThrough(nn.Module):
+    """The parametrisation by which a layer that reads ``weight`` gets the masked one."""
+
     def __init__(self, pull: float):
         super().__init__()
         self.pull = pull
@@ -91,6 +97,8 @@ class _StraightThrough(nn.Module):
 
 
 class _Masked(torch.autograd.Function):
+    """m ∘ W, with the gradient that the module's docstring gives."""
+
     @staticmethod
     def forward(ctx, weight: Tensor, mask: Tensor, pull: float) -> Tensor:
         ctx.save_for_backward(weight, mask)
@@ -100,4 +108,5 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weight, mask = ctx.saved_tensors
+        # None for the mask and the pull, which have no gradient.
         return gradient + ctx.pull * weight * ~mask, None, None

@@ -30,6 +30,7 @@ def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, comput
     if folder is None:
         return compute()
     name = key(request)
+    # 20 hex digits tell files apart; the whole key is in the file and is compared when it is read.
     path = Path(folder) / f"{kind}-{name[:20]}.safetensors"
     if path.exists():
         return _read(path, name)
@@ -55,17 +56,19 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def cache_folder(name: str, anew: bool = False) -> Path | None:
-    """Where images and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off.
+    """The folder where images and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off.
 
-    ``anew``, or ECODIFF_RECOMPUTE=1: a folder of this process, which goes when the process ends. So what is measured
-    again is generated again, once.
+    With ``anew``, or ECODIFF_RECOMPUTE=1, it is a folder of this process, which goes when the process ends. So what is
+    measured again is generated again, once.
     """
     if not records.enabled():
         return None
-    own = anew or records.recompute_asked()
-    return (Path(_own_folder().name) if own else data_dir() / ".cache") / name
+    if anew or records.recompute_asked():
+        return Path(_own_folder().name) / name
+    return data_dir() / ".cache" / name
 
 
+# Kept by the cache, since a temporary folder goes with its last reference.
 @lru_cache(maxsize=1)
 def _own_folder() -> TemporaryDirectory:
     return TemporaryDirectory(prefix="ecodiff-")

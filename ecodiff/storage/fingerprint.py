@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # keys of plain values need no torch
 
 def tensor_hash(value: Tensor) -> str:
     """SHA-256 over shape, dtype and bytes of a tensor, the same on every device."""
+    # Two tensors of other shapes or dtypes may have the same bytes.
     about = f"{tuple(value.shape)} {value.dtype}\n".encode()
     return hashlib.sha256(about + bytes(raw_bytes(value))).hexdigest()
 
@@ -30,9 +31,9 @@ def canonical(value) -> str:
         return json.dumps(
             value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
         )
+    except EcoDiffError:
+        raise  # said by _plain; it is a ValueError, too
     except (TypeError, ValueError) as error:
-        if isinstance(error, EcoDiffError):
-            raise
         raise EcoDiffError(f"These settings have no unambiguous text form ({error}): use plain values.") from error
 
 
@@ -49,14 +50,14 @@ def raw_bytes(value: Tensor) -> memoryview:
 
 
 def _plain(value):
-    """What JSON cannot hold, as plain values."""
+    """What JSON cannot hold, as plain values. Recorded keys depend on each of these forms."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
-    import torch
+    import torch  # not at the top: keys of plain values need none, and it takes seconds
 
     if isinstance(value, np.ndarray) and value.dtype != object:
         value = torch.from_numpy(np.ascontiguousarray(value))

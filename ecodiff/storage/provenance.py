@@ -34,18 +34,18 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{head}+" if changed else head
 
 
 @lru_cache(maxsize=1)
 def machine() -> dict:
     """Processor, cores, memory in GiB and accelerator; nothing that names the machine."""
     found = {"cpu": _processor(), "cores": os.cpu_count(), "system": platform.system()}
-    if hasattr(os, "sysconf"):
+    if hasattr(os, "sysconf"):  # not on Windows
         found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     import torch
 

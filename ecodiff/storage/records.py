@@ -70,9 +70,9 @@ def measure(
     config = json.loads(canonical(dict(config)))
     filed = key(config)
     if enabled():
-        found = find(config, name=name, folder=folder)  # even if it is to be replaced: damage shows before the work
-        if found and not (recompute or recompute_asked()):
-            return found | {"recorded": True}
+        recorded = find(config, name=name, folder=folder)  # even if it is to be replaced: damage shows before the work
+        if recorded and not (recompute or recompute_asked()):
+            return recorded | {"recorded": True}
     started = time.perf_counter()
     values = _values(function(), name)
     row = {
@@ -93,9 +93,14 @@ def measure(
 
 def find(config: Mapping, *, name: str, folder: str | os.PathLike | None = None) -> dict | None:
     """The recorded row of a configuration, or None; what ``measure`` would read. None with ECODIFF_RECORDS=off."""
+    # Through JSON, as `measure` files it: there a tuple is a list and a tensor its hash.
     filed = key(json.loads(canonical(dict(config))))
-    found = [row for row in _read(_path(name, folder)) if row["key"] == filed] if enabled() else []
-    return found[-1] if found else None
+    if not enabled():
+        return None
+    for row in reversed(_read(_path(name, folder))):  # the newest, should a merge have brought two
+        if row["key"] == filed:
+            return row
+    return None
 
 
 def enabled() -> bool:
@@ -115,9 +120,10 @@ def rows(name: str, folder: str | os.PathLike | None = None) -> list[dict]:
 
 def table(name: str, folder: str | os.PathLike | None = None) -> list[dict]:
     """The rows flattened, configuration and values side by side: ready for ``pandas.DataFrame``."""
-    return [
-        {**row["config"], **row["values"], "seconds": row["seconds"], "date": row["date"]} for row in rows(name, folder)
-    ]
+    flat = []
+    for row in rows(name, folder):
+        flat.append({**row["config"], **row["values"], "seconds": row["seconds"], "date": row["date"]})
+    return flat
 
 
 def _path(name: str, folder) -> Path:
@@ -130,17 +136,18 @@ def _read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        found = path.stat()
-        return list(_parsed(path, found.st_ino, found.st_size, found.st_mtime_ns))
+        state = path.stat()
+        return list(_parsed(path, state.st_ino, state.st_size, state.st_mtime_ns))
     except (OSError, UnicodeDecodeError) as error:
         raise EcoDiffError(f"{path} cannot be read ({error}): restore it, or delete it to measure again.") from error
 
 
 @lru_cache(maxsize=8)
 def _parsed(path: Path, number: int, size: int, changed: int) -> list[dict]:
-    """Rows of a file that is parsed once as it is now, since pages look up hundreds of rows in the same file. A file is
-    replaced whole when a row is written (``write_whole``), so that another content has another number and time."""
-    found = []
+    """The rows of a file; its number, size and time of change say which content was parsed."""
+    # Pages look up hundreds of rows in the same file, so it is parsed once. A file is replaced whole when a row is
+    # written (write_whole), so that another content has another number and time.
+    parsed = []
     lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits at separators that prompts may hold
     if not lines[-1]:
         lines.pop()
@@ -155,8 +162,8 @@ def _parsed(path: Path, number: int, size: int, changed: int) -> list[dict]:
                 f"{path}, line {number}, is no whole recorded row: restore the file, or delete that line to measure "
                 "it again."
             )
-        found.append(row)
-    return found
+        parsed.append(row)
+    return parsed
 
 
 def _write(path: Path, row: dict) -> None:
@@ -164,14 +171,14 @@ def _write(path: Path, row: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".lock"):  # another process may add rows to the same file meanwhile
-            kept = [old for old in _read(path) if old["key"] != row["key"]]
-            lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in [*kept, row]]
+            others = [old for old in _read(path) if old["key"] != row["key"]]
+            lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in [*others, row]]
             write_whole(path, "".join(lines).encode())
     except OSError as error:
         failed = EcoDiffError(
             f"{path} could not be written ({error}): set ECODIFF_RECORDS=off to measure without recording."
         )
-        vars(failed)["row"] = row
+        vars(failed)["row"] = row  # hours of measuring are not lost with a full disk
         raise failed from error
 
 

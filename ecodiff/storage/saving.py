@@ -86,7 +86,10 @@ def finish_interrupted(folder: str | os.PathLike) -> None:
     The model that loads from there stays the same: a save that had changed over is finished, another one undone. Saves
     that are still running are left alone, and so is a folder that cannot be written.
     """
-    for place in (Path(os.path.realpath(folder)), Path(os.path.realpath(Path(folder).absolute().parent))):
+    here = Path(os.path.realpath(folder))
+    # The folder that holds the name, not the one that a link leads to.
+    above = Path(os.path.realpath(Path(folder).absolute().parent))
+    for place in (here, above):
         with suppress(OSError):
             if _stagings(place):
                 with _locked(place, wait=False) as alone:
@@ -198,7 +201,9 @@ def _change_over(target: Path, staging: Path, outdated: Collection[str], main: b
     try:
         _lead(staging, "old")
         written = _files(staging / "new")
-        removed = _stale(target, written) | _present(target, outdated) if main else set()
+        removed: set[str] = set()
+        if main:
+            removed = _stale(target, written) | _present(target, outdated)
         changing = sorted(written | removed)
         for folder in sorted({os.path.dirname(name) for name in changing}):
             finish_interrupted(target / folder)
@@ -207,6 +212,8 @@ def _change_over(target: Path, staging: Path, outdated: Collection[str], main: b
             _check(target / name, target)
             if name in written and (target / name).is_file() and not (target / name).is_symlink():
                 shutil.copymode(target / name, staging / "new" / name)
+        # All that is slow or may fail comes before the first link; until then every name
+        # is still that of the earlier file.
         (staging / "old").mkdir()
         for name in changing:
             _keep(target / name, staging / "old" / name)
@@ -238,6 +245,7 @@ def _settle(staging: Path) -> None:
             place.unlink()
     _sync_folders(target, settled)
     if current == "old":
+        # Folders that this save made go with it, the inner ones first.
         for folder in sorted((staging / "made").rglob("*"), reverse=True):
             with suppress(OSError):  # someone else has put a file there
                 (target / folder.relative_to(staging / "made")).rmdir()
@@ -288,6 +296,7 @@ def _through_now(target: Path, staging: Path, name: str) -> str:
 
 
 def _leads_here(target: Path, staging: Path, name: str) -> bool:
+    """Whether the name is still the link that this save put there; a later save may have replaced it."""
     place = target / name
     return place.is_symlink() and os.readlink(place) == _through_now(target, staging, name)
 
@@ -361,12 +370,13 @@ def _same_weights(stem: str) -> re.Pattern:
     naming variants. Pickle files come last everywhere, so that only their shards go, as in diffusers' own save.
     """
     base, _, variant = map(re.escape, stem.partition("."))
+    ending = f"[.]{variant}" if variant else ""
     names = [
-        rf"{base}{variant and '[.]' + variant}(?:{_SHARD})?[.]safetensors",
-        rf"{base}{variant and '[.]' + variant}{_SHARD}[.]bin",
-        rf"{base}[.](?:safetensors|bin)[.]index{variant and '[.]' + variant}[.]json",
+        rf"{base}{ending}(?:{_SHARD})?[.]safetensors",
+        rf"{base}{ending}{_SHARD}[.]bin",
+        rf"{base}[.](?:safetensors|bin)[.]index{ending}[.]json",
     ]
-    if variant:
+    if variant:  # the older way
         names.append(rf"{base}{_SHARD}[.]{variant}[.](?:safetensors|bin)")
         names.append(rf"{base}[.](?:safetensors|bin)[.]{variant}[.]index[.]json")
     return re.compile("|".join(names))
@@ -383,11 +393,11 @@ def _entries(folder: Path) -> list[str]:
 
 def _files(folder: Path) -> set[str]:
     """Names of all files below `folder`, relative to it."""
-    found = set()
+    files = set()
     for parent, _, names in os.walk(folder):
         for name in names:
-            found.add(os.path.relpath(os.path.join(parent, name), folder))
-    return found
+            files.add(os.path.relpath(os.path.join(parent, name), folder))
+    return files
 
 
 def _stagings(place: Path) -> list[Path]:

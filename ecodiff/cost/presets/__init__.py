@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,21 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model draws. ``size``: height and width in pixels; ``guided``: where guidance is, in the batch, in calls of
-    its own, or an embedded number."""
+    """How a model generates."""
 
     title: str
-    size: tuple[int, int]
+    size: tuple[int, int]  # height and width in pixels
     frames: int | None
     text_tokens: int
     steps: int
     guidance: float
-    guided: str
+    guided: str  # where guidance is, as above
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Preset(Setting):
-    """One published model. ``text_encoders``: {name: parameters}."""
+    """One published model."""
 
     name: str
     id: str
@@ -51,7 +50,7 @@ class Preset(Setting):
     denoiser_class: str
     config: Mapping
     parameters: int
-    text_encoders: Mapping[str, int]
+    text_encoders: Mapping[str, int]  # {name: parameters}
     vae_class: str
     vae_config: Mapping
 
@@ -66,7 +65,15 @@ class Preset(Setting):
 
 def names() -> list[str]:
     """The presets' names, smallest denoiser first."""
-    return sorted((path.stem for path in FOLDER.glob("*.json")), key=lambda name: preset(name).parameters)
+    return sorted(_stems(), key=_size_of)
+
+
+def _stems() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def _size_of(name: str) -> int:
+    return preset(name).parameters
 
 
 @cache
@@ -74,35 +81,23 @@ def preset(name: str) -> Preset:
     """A preset by its name or the id of its checkpoint; raises EcoDiffError for any other."""
     path = FOLDER / f"{name}.json"
     if "/" in name:
-        path = next((p for p in FOLDER.glob("*.json") if json.loads(p.read_text(encoding="utf-8"))["id"] == name), path)
+        for other in FOLDER.glob("*.json"):
+            if json.loads(other.read_text(encoding="utf-8"))["id"] == name:
+                path = other
     if not name or not path.is_file():
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json")))
-        raise EcoDiffError(f"{name!r} is none of the full-size presets: {known}.")
+        raise EcoDiffError(f"{name!r} is none of the full-size presets: {', '.join(_stems())}.")
     entry = json.loads(path.read_text(encoding="utf-8"))
-    return Preset(
-        name=path.stem,
-        denoiser_class=entry["class"],
-        size=tuple(entry["size"]),
-        frames=entry.get("frames"),
-        dtype=getattr(torch, entry["dtype"]),
-        vae_class=entry["vae"]["class"],
-        vae_config=entry["vae"]["config"],
-        **{
-            key: entry[key]
-            for key in (
-                "title",
-                "id",
-                "component",
-                "config",
-                "parameters",
-                "text_tokens",
-                "steps",
-                "guidance",
-                "guided",
-                "text_encoders",
-            )
-        },
-    )
+    values = {field.name: entry[field.name] for field in fields(Preset) if field.name in entry}
+    values |= {
+        "name": path.stem,
+        "denoiser_class": entry["class"],
+        "size": tuple(entry["size"]),
+        "frames": entry.get("frames"),  # only of video
+        "dtype": getattr(torch, entry["dtype"]),
+        "vae_class": entry["vae"]["class"],
+        "vae_config": entry["vae"]["config"],
+    }
+    return Preset(**values)
 
 
 def _build(class_name: str, config: Mapping) -> nn.Module:
@@ -114,10 +109,10 @@ def _build(class_name: str, config: Mapping) -> nn.Module:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What shapes a denoiser's inputs: samples in a call, latent height, width and frames, tokens of text."""
+    """What shapes a denoiser's inputs."""
 
-    samples: int
-    height: int
+    samples: int  # in a call
+    height: int  # of the latents, as width and frames
     width: int
     frames: int
     text_tokens: int
