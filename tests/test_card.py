@@ -47,8 +47,10 @@ def test_evaluation_leaves_card_numbers_picture_and_checksums(tmp_path, monkeypa
     monkeypatch.setattr(store, "load", lambda name: None)
     monkeypatch.setattr(store, "fixed_picture", lambda pipe, sampling: np.zeros((64, 64, 3), np.uint8))
     monkeypatch.setattr(measure, "measure_pipeline", lambda *arguments: dict(WORDS))
+    monkeypatch.setattr(store, "identity_of_weights", lambda name: {"denoiser": "its hash"})
     assert store.evaluate("mine") == WORDS
     assert card.read_measured(folder) == NUMBERS
+    assert json.loads((folder / "identity.json").read_text()) == {"bytes": {}, "denoiser": "its hash"}
     assert "| VAE PSNR (dB) | 27.90 |" in (folder / "README.md").read_text()
     manifest = (tmp_path / store.MANIFEST).read_text()
     assert "models/mine/measured.json" in manifest and "README" not in manifest

@@ -75,3 +75,11 @@ def test_a_model_of_ones_own_is_hashed_once_until_a_file_changes(elsewhere, monk
     config = elsewhere / "own" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.5}))
     assert identities.identity(model).scheduler["beta_end"] == 0.5 and len(loads) == 2
+
+
+def test_a_folder_elsewhere_is_hashed_whatever_identity_lies_in_it(elsewhere):
+    tiny_sd().save_pretrained(elsewhere / "copy")
+    stale = {"denoiser": "a", "vae": None, "pipeline": "P", "scheduler": {}, "text_encoders": {}}
+    identities.write(elsewhere / "copy", stale)
+    model = str(elsewhere / "copy")
+    assert identities.identity(model) == Identity.of(ecodiff.load(model))

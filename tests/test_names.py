@@ -87,3 +87,11 @@ def test_a_chapter_uses_only_what_modules_have(source):
             if is_module(full) and not is_there(f"{full}.{node.attr}"):
                 missing.append(f"{full}.{node.attr}")
     assert missing == []
+
+
+def test_the_map_of_the_package_names_every_file():
+    package = root() / "ecodiff"
+    text = (package / "README.md").read_text(encoding="utf-8")
+    names = [path.name for path in package.rglob("*.py") if "lab" not in path.parts or path.parent.name == "lab"]
+    absent = [name for name in names if name != "__init__.py" and f"`{name}`" not in text]
+    assert absent == []

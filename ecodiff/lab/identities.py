@@ -7,12 +7,12 @@ stored with the weights.
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.identity import Identity
+from ecodiff.storage import records
 from ecodiff.storage.files import write_whole
 from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import data_dir
@@ -27,8 +27,9 @@ def identity(model: str) -> Identity:
     Raises EcoDiffError for an embedded model whose weights are not of the size that its identity names, and for a
     model that cannot be loaded where that is needed.
     """
+    # A copy of a stored model may have been trained on: what lies in a folder elsewhere is not taken for its identity.
     folder = data_dir() / "models" / model
-    if (folder / FILE).is_file():
+    if folder.parent == data_dir() / "models" and (folder / FILE).is_file():
         return Identity(**_stored(folder))
     return _hashed(model, _files_of(model))
 
@@ -56,6 +57,8 @@ def check(folder: Path, found: dict) -> None:
 
 def _stored(folder: Path) -> dict:
     path = folder / FILE
+    if not path.is_file():
+        raise EcoDiffError(f"{folder.name} has no {FILE} yet: run python -m ecodiff zoo evaluate {folder.name}.")
     stored = dict(_parsed(path, path.stat().st_mtime_ns))
     if stored.pop("bytes") != _sizes(folder):
         raise EcoDiffError(
@@ -103,7 +106,7 @@ def _hashed(model: str, files: tuple | None) -> Identity:
     if files is not None and kept.is_file():
         return Identity.read(kept)
     found = Identity.of(load_once(model))
-    if files is not None and os.environ.get("ECODIFF_RECORDS", "").lower() not in ("off", "0", "no"):
+    if files is not None and records.enabled():
         kept.parent.mkdir(parents=True, exist_ok=True)
         found.write(kept)
     return found

@@ -134,9 +134,9 @@ def check(name: str) -> str:
     if wrong := changed_files(f"models/{name}/"):
         raise EcoDiffError(f"data/{wrong[0]} is missing or was changed: restore it with git checkout data.")
     recipe, folder = recipe_of(name)["recipe"], data_dir() / "models" / name
-    identities.check(folder, identity_of_weights(name))
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     same = _check_judge(folder) if is_judge(recipe) else _check_pipeline(folder, recipe["sampling"])
+    identities.check(folder, identity_of_weights(name))
     return f"ok, {weights / 1e6:.1f} MB of weights, {same}"
 
 
