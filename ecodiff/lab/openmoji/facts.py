@@ -58,9 +58,14 @@ class Facts:
     @property
     def key(self) -> tuple:
         """Objects in the order of their places, the axis they lie on, and the colour. "a and b" puts a on the left."""
-        backwards = self.relation in ("right of", "below")
-        axis = "" if len(self.objects) != 2 else "down" if self.relation in ("above", "below") else "across"
-        return (self.objects[::-1] if backwards else self.objects, axis, self.colour)
+        objects, axis = self.objects, ""
+        if len(objects) == 2:
+            axis = "across"
+        if len(objects) == 2 and self.relation in ("above", "below"):
+            axis = "down"
+        if self.relation in ("right of", "below"):
+            objects = objects[::-1]
+        return (objects, axis, self.colour)
 
     def caption(self, wording: int = 0) -> str:
         return openmoji.caption(self.objects, self.colour, self.relation, wording)
@@ -76,18 +81,20 @@ def questions(scene: openmoji.Scene) -> dict[str, list[str]]:
     objects, colour, relation = facts.objects, facts.colour, facts.relation
     others = [name for name in openmoji.object_names() if name not in objects]
     right = facts.caption()
-    found = {}
-    for k in range(len(objects) if len(objects) != 2 else 0):
-        swaps = ((*objects[:k], name, *objects[k + 1 :]) for name in others)
-        found[f"object {k + 1}"] = [right, *(Facts(names, colour, relation).caption() for names in swaps)]
-    fewer = [Facts(objects[:k] + objects[k + 1 :], colour).caption() for k in range(len(objects)) if len(objects) > 1]
-    more = [Facts((*objects, name), colour).caption() for name in others] if len(objects) < 3 else []
-    found["number"] = [right, *fewer, *more]
-    found["colour"] = [
-        right,
-        *(Facts(objects, other, relation).caption() for other in openmoji.COLOURS if other != colour),
-    ]
-    return found
+    answers = {}
+    if len(objects) != 2:
+        for k in range(len(objects)):
+            swaps = [(*objects[:k], name, *objects[k + 1 :]) for name in others]
+            answers[f"object {k + 1}"] = [right, *(Facts(names, colour, relation).caption() for names in swaps)]
+    numbers = []  # as sets of objects: one fewer, one more
+    if len(objects) > 1:
+        numbers += [objects[:k] + objects[k + 1 :] for k in range(len(objects))]
+    if len(objects) < 3:
+        numbers += [(*objects, name) for name in others]
+    answers["number"] = [right, *(Facts(names, colour).caption() for names in numbers)]
+    colours = [other for other in openmoji.COLOURS if other != colour]
+    answers["colour"] = [right, *(Facts(objects, other, relation).caption() for other in colours)]
+    return answers
 
 
 PLACES = {"left": (17, 32), "right": (47, 32), "top": (32, 17), "bottom": (32, 47)}  # centres of two objects
@@ -117,12 +124,14 @@ def seen_at(judge: Judge, images: Tensor, scenes: Sequence[openmoji.Scene]) -> l
     """
     names = openmoji.object_names()
     features = judge.image_features(torch.cat([views(image) for image in images])).split(len(PLACES))
-    texts = {
-        colour: judge.text_features([Facts((name,), colour).caption() for name in names])
-        for colour in {scene.colour for scene in scenes}
-    }
-    best = [(seen @ texts[scene.colour].T).argmax(1).tolist() for seen, scene in zip(features, scenes, strict=True)]
-    return [dict(zip(PLACES, (names[i] for i in chosen), strict=True)) for chosen in best]
+    texts: dict[str, Tensor] = {}
+    named = []
+    for seen, scene in zip(features, scenes, strict=True):
+        if scene.colour not in texts:
+            texts[scene.colour] = judge.text_features([Facts((name,), scene.colour).caption() for name in names])
+        best = (seen @ texts[scene.colour].T).argmax(1).tolist()
+        named.append({place: names[i] for place, i in zip(PLACES, best, strict=True)})
+    return named
 
 
 def verdicts(judge: Judge, images: Tensor, scenes: Sequence[openmoji.Scene]) -> dict[str, Tensor]:
@@ -137,14 +146,17 @@ def verdicts(judge: Judge, images: Tensor, scenes: Sequence[openmoji.Scene]) -> 
     if images.shape[-2:] != (openmoji.SIZE, openmoji.SIZE):  # ``PLACES`` are those of a scene
         images = interpolate(images.float(), size=(openmoji.SIZE, openmoji.SIZE), mode="area")
         images = images.round().clamp(0, 255).to(torch.uint8)
-    asked = [questions(scene) for scene in scenes]
-    captions = sorted({caption for answers in asked for options in answers.values() for caption in options})
-    place = {caption: i for i, caption in enumerate(captions)}
+    answers = [questions(scene) for scene in scenes]
+    every_caption: set[str] = set()
+    for of_scene in answers:
+        every_caption.update(*of_scene.values())
+    captions = sorted(every_caption)  # each is encoded once: scenes share most of them
+    row = {caption: i for i, caption in enumerate(captions)}
     texts, pictures = judge.text_features(captions), judge.image_features(images)
     shown = {name: torch.ones(len(scenes), dtype=torch.bool) for name in ("objects", "number", "relation", "colour")}
-    for i, answers in enumerate(asked):
-        for name, options in answers.items():
-            scores = texts[[place[caption] for caption in options]] @ pictures[i]
+    for i, of_scene in enumerate(answers):
+        for name, options in of_scene.items():
+            scores = texts[[row[caption] for caption in options]] @ pictures[i]
             right = bool((scores[0] > scores[1:]).all())
             fact = "objects" if name.startswith("object") else name
             shown[fact][i] &= right
@@ -159,5 +171,7 @@ def verdicts(judge: Judge, images: Tensor, scenes: Sequence[openmoji.Scene]) -> 
 
 def _places(scene: openmoji.Scene) -> dict[str, str]:
     """Where each of two objects stands, {object: place}."""
-    objects, axis, _ = Facts.of(scene).key
-    return dict(zip(objects, ("left", "right") if axis == "across" else ("top", "bottom"), strict=True))
+    (first, second), axis, _ = Facts.of(scene).key
+    if axis == "across":
+        return {first: "left", second: "right"}
+    return {first: "top", second: "bottom"}

@@ -75,7 +75,8 @@ class ObjectProbe:
         order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
         aside = max(1, round(len(target) * heldout))
         test, train = order[:aside], order[aside:]
-        if missing := set(range(len(names))) - set(target[train].tolist()):
+        missing = set(range(len(names))) - set(target[train].tolist())
+        if missing:
             raise EcoDiffError(
                 f"No picture of {names[min(missing)]!r} is left to fit the probe: give more pictures of each object."
             )
@@ -98,9 +99,11 @@ class ObjectProbe:
         labels = list(labels)
         if len(images) != len(labels):
             raise EcoDiffError(f"{len(images)} pictures but {len(labels)} labels: give one label a picture.")
-        if unknown := sorted(set(labels) - set(self.names)):
+        unknown = sorted(set(labels) - set(self.names))
+        if unknown:
             raise EcoDiffError(f"The probe was not fitted on {unknown[0]!r}: it knows {len(self.names)} objects.")
-        return torch.tensor([a == b for a, b in zip(self.predict(images, **feature_settings), labels, strict=True)])
+        predicted = self.predict(images, **feature_settings)
+        return torch.tensor([name == label for name, label in zip(predicted, labels, strict=True)])
 
     def accuracy(self, images: Tensor, labels: Sequence[str], **feature_settings) -> float:
         """Share of pictures that show the object they should."""
@@ -181,6 +184,8 @@ def background_correct(images: Tensor, expected: Sequence[str], colours: Mapping
     expected = list(expected)
     if len(images) != len(expected):
         raise EcoDiffError(f"{len(images)} pictures but {len(expected)} colours: give one colour a picture.")
-    if unknown := sorted(set(expected) - set(colours)):
+    unknown = sorted(set(expected) - set(colours))
+    if unknown:
         raise EcoDiffError(f"{unknown[0]!r} is not among the named colours: {', '.join(colours)}.")
-    return torch.tensor([a == b for a, b in zip(background_colour(images, colours), expected, strict=True)])
+    backgrounds = background_colour(images, colours)
+    return torch.tensor([colour == named for colour, named in zip(backgrounds, expected, strict=True)])

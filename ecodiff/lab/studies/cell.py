@@ -54,13 +54,11 @@ class Cell:
 
 @lru_cache(maxsize=16)
 def _captions(split: str, number: int) -> tuple[str, ...]:
-    """Drawn once: pages describe hundreds of cells."""
+    """Made once: pages describe hundreds of cells."""
     return tuple(openmoji.prompts(split, number))
 
 
-UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no picture: their rows depend on no captions
-
-
+UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no image: their rows depend on no captions
 EXTRAS = ("compensation", "soft", "deepcache")  # what a method's name may have after it
 
 
@@ -78,10 +76,12 @@ def apart(method: str) -> tuple[str, list[str]]:
 def calibration(method: str, captions: Sequence[str]) -> list[str]:
     """The captions a method of ``ecodiff.scores`` watches: the first 32; 8 for occlusion, which draws them anew for
     every part; all for Gauss-Newton, which makes one backward pass with each, as a learned mask makes many."""
-    return list(captions[: {"occlusion": 8, "gauss-newton": len(captions)}.get(method, 32)])
+    number = {"occlusion": 8, "gauss-newton": len(captions)}.get(method, 32)
+    return list(captions[:number])
 
 
 def sampling_of(config: LearnConfig, seed: int) -> dict:
+    """How scores generate images: arguments of the methods of ``ecodiff.scores``."""
     return {
         "seed": seed,
         "num_inference_steps": config.num_inference_steps,
@@ -94,6 +94,7 @@ def describe_cell(model: Identity, cell: Cell) -> dict:
     """Everything that the values of a cell of a model depend on: what its row is found by. No model is loaded."""
     captions, config = cell.captions(), cell.seeded
     base, extras = apart(cell.method)
+    # Names and values here are in the keys of all recorded rows: whatever changes one of them orphans those rows.
     described = {
         "weights": model.denoiser,
         "vae": model.vae,
@@ -106,7 +107,7 @@ def describe_cell(model: Identity, cell: Cell) -> dict:
         "seed": cell.seed,
         "protocol": asdict(cell.protocol),
     }
-    if base in UNSEEING and config.kinds != LearnConfig().kinds:
+    if base in UNSEEING and config.kinds != LearnConfig().kinds:  # rows with the default's kinds do not name them
         described["kinds"] = config.kinds
     if base == "learned":
         described["learned"] = describe_learning(model, cell)
@@ -117,6 +118,7 @@ def describe_cell(model: Identity, cell: Cell) -> dict:
     if "compensation" in extras or base not in ("original", "learned", *UNSEEING):
         described["calibration"] = {
             **sampling_of(config, cell.seed),
+            # Compensation sees the captions that "obs" sees, whatever the method.
             "captions": key({name: calibration(name, captions) for name in (base, "obs")}),
             "kinds": config.kinds,
             "version": 1,
@@ -126,7 +128,9 @@ def describe_cell(model: Identity, cell: Cell) -> dict:
 
 def describe_learning(model: Identity, cell: Cell) -> dict:
     """Everything that the learned gates of a cell depend on: what their file is named by."""
-    source = identity(cell.learned_on) if cell.learned_on else model
+    source = model
+    if cell.learned_on:
+        source = identity(cell.learned_on)
     return {**describe_run(source, cell.captions(), cell.seeded), "updates": cell.seeded.updates}
 
 

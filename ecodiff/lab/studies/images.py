@@ -17,21 +17,25 @@ from .protocol import Protocol
 
 
 def judge_pictures(drawn: Tensor, scenes: Sequence[openmoji.Scene], features: bool = True) -> dict[str, list | float]:
-    """What ``compare`` returns about pictures uint8 [N, 3, 64, 64] of scenes, without a reference."""
-    found = {"colour": openmoji.background_correct(drawn, [scene.colour for scene in scenes], openmoji.COLOURS)}
-    sets = {}
+    """What `measure.run` returns about images uint8 [N, 3, 64, 64] of scenes, without a reference."""
+    hits = {"colour": openmoji.background_correct(drawn, [scene.colour for scene in scenes], openmoji.COLOURS)}
+    numbers = {}
     if features:
-        seen = metrics.inception_features(drawn, progress=False)
+        drawn_features = metrics.inception_features(drawn, progress=False)
         real = real_features(scenes)
-        sets = {"fid": metrics.fid(real, seen), "kid": metrics.kid(real, seen)[0]}
+        numbers = {"fid": metrics.fid(real, drawn_features), "kid": metrics.kid(real, drawn_features)[0]}
         if all(len(scene.objects) == 1 for scene in scenes):
-            found["object"] = probe().correct(seen, [scene.objects[0] for scene in scenes], progress=False)
+            objects = [scene.objects[0] for scene in scenes]
+            hits["object"] = probe().correct(drawn_features, objects, progress=False)
     if judge():
         shown = verdicts(judge(), drawn, scenes)
-        found |= {"found": shown["objects"], "facts": shown["all"]}
-        likeness = judge().image_features(drawn) * judge().text_features([scene.caption for scene in scenes])
-        sets["clip"] = [round(100 * value, 2) for value in likeness.sum(-1).tolist()]
-    return {**{name: [int(hit) for hit in hits] for name, hits in found.items()}, **sets}
+        hits |= {"found": shown["objects"], "facts": shown["all"]}
+        cosines = judge().image_features(drawn) * judge().text_features([scene.caption for scene in scenes])
+        numbers["clip"] = [round(100 * value, 2) for value in cosines.sum(-1).tolist()]
+    values = {}
+    for name, each in hits.items():
+        values[name] = [int(hit) for hit in each]  # rows are JSON
+    return {**values, **numbers}
 
 
 def draw(

@@ -42,7 +42,7 @@ from .cell import BLOCKS, Cell, apart, calibration, describe_cell, sampling_of
 from .images import draw, judge_pictures
 from .plan import SEEDS
 from .protocol import Protocol
-from .results import as_it_is, asked, describe_removed, describe_sparing, file_of_gates
+from .results import as_it_is, chosen, describe_removed, describe_sparing, file_of_gates
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def run(cell: Cell, pipe=None, *, recompute: bool = False, identity: Identity | 
         recompute: measure again, from nothing that is kept, and replace the row.
         identity: of ``pipe``, where it is known already.
     """
-    pipe = load_once(cell.protocol.model) if pipe is None else pipe
+    if pipe is None:
+        pipe = load_once(cell.protocol.model)
     described = describe_cell(identity or Identity.of(pipe), cell)
     kept = NOTHING if recompute else Kept()
     row = records.measure(described, lambda: measure_cell(pipe, cell, kept), name="compare", recompute=recompute)
@@ -88,12 +89,12 @@ def measured(
     adjust: Callable[[Cell], Cell] = as_it_is,
 ) -> dict[str, list[dict]]:
     """A study as `results.recorded` returns it, with what is not recorded measured now."""
-    found: dict[str, list[dict]] = {}
+    rows: dict[str, list[dict]] = {}
     pipe = load_once(model)
     identity = Identity.of(pipe)
-    for _, name, cell in asked(study, model, seeds, only):
-        found.setdefault(name, []).append(run(adjust(cell), pipe, identity=identity))
-    return found
+    for _, name, cell in chosen(study, model, seeds, only):
+        rows.setdefault(name, []).append(run(adjust(cell), pipe, identity=identity))
+    return rows
 
 
 def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompute: bool = False) -> Gates:
@@ -106,11 +107,11 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     path = file_of_gates({**described, "updates": config.updates})
     if path in _learned_here:
         return _learned_here[path]
-    kept = records.enabled()
-    if kept and path.exists() and not (recompute or records.recompute_asked()):
+    stored = records.enabled()
+    if stored and path.exists() and not (recompute or records.recompute_asked()):
         return Gates.load(path, denoiser(pipe))
     gates = _learned_here[path] = learn(pipe, captions, config, progress=False)
-    if kept:
+    if stored:
         path.parent.mkdir(parents=True, exist_ok=True)
         gates.save(path)
     return gates
@@ -122,8 +123,8 @@ _learned_here: dict[Path, Gates] = {}  # so that a process that recomputes learn
 def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, kept: Kept = Kept()):
     """Scores {site: [units]} of a method by name: "learned" (with this seed), or one of ``ecodiff.scores``.
 
-    Methods that watch the model draw see the first captions (``calibration``), with the steps, guidance, kinds and call
-    arguments of ``config``.
+    Methods that watch the model generate images see the first captions (``calibration``), with the steps, guidance,
+    kinds and call arguments of ``config``.
     """
     method, _ = apart(method)
     if method == "learned":
@@ -133,25 +134,30 @@ def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, s
     seen, settings = calibration(method, captions), {"kinds": config.kinds, **sampling_of(config, seed)}
 
     def compute() -> Tensor:
-        found = METHODS[method](pipe, seen, progress=False, **settings)
-        return torch.cat([found[name] for name in sorted(found)])
+        computed = METHODS[method](pipe, seen, progress=False, **settings)
+        return torch.cat([computed[name] for name in sorted(computed)])  # the cache stores one tensor
 
-    sites = find_sites(denoiser(pipe), config.kinds)
     scores = _computed_once(pipe, {"method": method, "captions": seen, **settings}, compute, kept)
-    return dict(zip(sorted(sites), scores.split([sites[name].units for name in sorted(sites)]), strict=True))
+    sites = find_sites(denoiser(pipe), config.kinds)
+    names = sorted(sites)
+    parts = scores.split([sites[name].units for name in names])
+    return dict(zip(names, parts, strict=True))
 
 
 def _computed_once(pipe, request: dict, compute: Callable[[], Tensor], kept: Kept) -> Tensor:
-    """Scores, kept beside pictures: other ratios and evaluation sets need the same ones."""
+    """Scores, kept beside images: other ratios and evaluation sets need the same ones."""
     request = {**request, "version": 1}
-    request |= {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    request |= {"scheduler": json.loads(json.dumps(dict(pipe.scheduler.config), default=repr))}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            request[name] = weights_hash(part)
+    request["scheduler"] = json.loads(json.dumps(dict(pipe.scheduler.config), default=repr))
     return cached(cache_folder("scores", anew=not kept.images), "scores", request, compute)
 
 
 def pruned_by(pipe, method: str, mask: Mapping[str, Tensor], captions: Sequence[str], config: LearnConfig, seed: int):
     """The smaller pipeline for a mask: cut and, for a method "...+compensation", adapted to what has gone."""
-    if "compensation" not in apart(method)[1]:
+    _, extras = apart(method)
+    if "compensation" not in extras:
         return prune(pipe, mask)
     kinds = tuple(kind for kind in config.kinds if kind != "modulation")
     seen = calibration("obs", captions)
@@ -166,13 +172,14 @@ def smaller_model(pipe, cell: Cell, kept: Kept = Kept()):
     captions, settings = cell.captions(), cell.protocol.sampling
     seeds = [mix(cell.seed, i) for i in range(len(captions))]
     folder = cache_folder("pictures", anew=not kept.images)
-    pictures = generate(pipe, captions, seeds, cache_dir=folder, progress=False, **settings)
+    images = generate(pipe, captions, seeds, cache_dir=folder, progress=False, **settings)
     call = {name: value for name, value in settings.items() if name != "num_inference_steps"}
     config = replace(cell.retrain, seed=cell.seed, call=call)
-    return retrain(smaller, pictures, captions, config, progress=False)
+    return retrain(smaller, images, captions, config, progress=False)
 
 
 def _pruned(pipe, cell: Cell, kept: Kept):
+    """The pipeline of a cell before any retraining."""
     method, extras = apart(cell.method)
     if method == "original":
         return pipe
@@ -190,7 +197,9 @@ def _pruned(pipe, cell: Cell, kept: Kept):
 
 def source_of(pipe, cell: Cell):
     """The pipeline whose units are scored."""
-    return load_once(cell.learned_on) if cell.learned_on else pipe
+    if cell.learned_on:
+        return load_once(cell.learned_on)
+    return pipe
 
 
 def _mask(pipe, cell: Cell, kept: Kept = Kept()) -> dict[str, Tensor]:
@@ -208,16 +217,16 @@ def removed_units(pipe, cell: Cell) -> dict[str, dict]:
     """
 
     def count() -> dict:
-        mask, sites = _mask(pipe, cell), find_sites(denoiser(pipe))
-        return {
-            name: {
+        mask = _mask(pipe, cell)
+        counts = {}
+        for name, site in find_sites(denoiser(pipe)).items():
+            counts[name] = {
                 "kind": site.kind,
                 "units": site.units,
                 "removed": int((~mask[name]).sum()),
                 "params_per_unit": site.params_per_unit,
             }
-            for name, site in sites.items()
-        }
+        return counts
 
     return records.measure(describe_removed(Identity.of(pipe), cell), count, name="removed_units")["values"]
 
@@ -229,12 +238,14 @@ def sparing(pipe, cell: Cell, sites: Sequence[str]) -> dict:
     that is no site.
     """
     known = find_sites(denoiser(pipe))
-    if unknown := [name for name in sites if name not in known]:
+    unknown = [name for name in sites if name not in known]
+    if unknown:
         raise EcoDiffError(f"{unknown[0]!r} is no site of this model: take some of {', '.join(known)}.")
 
     def measure() -> dict:
         scores = dict(scores_of(pipe, cell.method, cell.captions(), cell.config, cell.seed))
-        scores |= {name: torch.full_like(scores[name], float("inf")) for name in sites}
+        for name in sites:
+            scores[name] = torch.full_like(scores[name], float("inf"))  # above every threshold
         mask = make_mask(scores, known, cell.ratio, scope=cell.scope, count=cell.count)
         return _judged(pipe, prune(pipe, mask), cell)
 
@@ -242,22 +253,26 @@ def sparing(pipe, cell: Cell, sites: Sequence[str]) -> dict:
 
 
 def _without_blocks(pipe, method: str, captions: Sequence[str], cell: Cell, kept: Kept):
-    model, settings = denoiser(pipe), sampling_of(cell.config, cell.seed)
-    sizes = blocks.candidates(model)
-    if method == "blocks-clip" and judge() is None:
-        raise EcoDiffError("blocks-clip needs the judge: run python -m ecodiff zoo train openmoji-clip.")
+    """The pipeline without the whole blocks that a method of ``BLOCKS`` chooses."""
+    settings = sampling_of(cell.config, cell.seed)
+    sizes = blocks.candidates(denoiser(pipe))
+    request = {"method": method, "captions": captions, **settings}
+    choose = blocks.choose
+    if method == "blocks-clip":
+        if judge() is None:
+            raise EcoDiffError("blocks-clip needs the judge: run python -m ecodiff zoo train openmoji-clip.")
+        request["judge"] = weights_hash(judge().model)
+        choose = blocks.choose_in_order
 
     def compute() -> Tensor:
         if method == "blocks":
-            found = blocks.scores(pipe, captions, progress=False, **settings)
+            computed = blocks.scores(pipe, captions, progress=False, **settings)
         else:
-            found = blocks.clip_scores(pipe, captions, judge(), progress=False, **settings)
-        return torch.tensor([found[name] for name in sizes], dtype=torch.float64)
+            computed = blocks.clip_scores(pipe, captions, judge(), progress=False, **settings)
+        return torch.tensor([computed[name] for name in sizes], dtype=torch.float64)
 
-    by = {"judge": weights_hash(judge().model)} if method == "blocks-clip" else {}
-    values = _computed_once(pipe, {"method": method, "captions": captions, **by, **settings}, compute, kept)
+    values = _computed_once(pipe, request, compute, kept)
     scores = dict(zip(sizes, values.tolist(), strict=True))
-    choose = blocks.choose if method == "blocks" else blocks.choose_in_order
     return blocks.remove(pipe, choose(scores, sizes, cell.ratio))
 
 
@@ -270,10 +285,12 @@ def _judged(pipe, smaller, cell: Cell, kept: Kept = Kept()) -> dict:
     """What ``run`` returns of a smaller pipeline, generated and judged now."""
     anew = not kept.images
     protocol, scenes = cell.protocol, cell.protocol.scenes()
-    reused = "deepcache" in apart(cell.method)[1]
+    _, extras = apart(cell.method)
+    reused = "deepcache" in extras
     drawn = original = draw(pipe, scenes, cell.seed, protocol, anew=anew)
     with deepcache(smaller, interval=2) if reused else nullcontext():
         if reused or smaller is not pipe:
+            # The cache knows images by the weights of the pipeline, which reuse does not change: it must not keep them.
             drawn = draw(smaller, scenes, cell.seed, protocol, keep=not reused, anew=anew)
         gflop = picture_gflop(smaller, protocol)
     return {
@@ -285,7 +302,9 @@ def _judged(pipe, smaller, cell: Cell, kept: Kept = Kept()) -> dict:
 
 
 def picture_gflop(pipe, protocol: Protocol) -> float:
-    """Billions of floating-point operations of the denoiser for one picture: all steps, with guidance's second call,
-    attention's products included. Counted while one is drawn."""
+    """Billions of floating-point operations of the denoiser for one image, counted while one is generated.
+
+    All steps count, guidance's second call and attention's products included.
+    """
     scenes = protocol.scenes()[:1]
     return flops_while(denoiser(pipe), lambda: draw(pipe, scenes, 0, protocol, keep=False)).total / 1e9

@@ -31,31 +31,33 @@ NETWORK = "inception-2015-12-05"
 def changed(scenes: Sequence[openmoji.Scene], seed: int = 0) -> dict[str, Tensor]:
     """Real scenes, each changed in one known way: {change: uint8 [N, 3, 64, 64]}, "nothing" first."""
     names, colours = openmoji.object_names(), list(openmoji.COLOURS)
-    pictures = openmoji.images(scenes)
-    x = pictures.float()
+    x = openmoji.images(scenes).float()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-
-    def other(choices: Sequence[str], now: str, step: int) -> str:
-        return choices[(choices.index(now) + 1 + step % (len(choices) - 1)) % len(choices)]
-
-    def drawn_again(objects, colour) -> Tensor:
-        found = [openmoji.render(objects(s), colour(s), s.boxes if objects(s) else ()) for s in scenes]
-        return torch.stack([torch.tensor(picture) for picture in found]).permute(0, 3, 1, 2)
-
-    found = {
+    other_colour, other_object, no_object = [], [], []
+    for scene in scenes:
+        colour = _other(colours, scene.colour, scene.index)
+        objects = tuple(_other(names, name, scene.index) for name in scene.objects)
+        other_colour.append(torch.tensor(openmoji.render(scene.objects, colour, scene.boxes)))
+        other_object.append(torch.tensor(openmoji.render(objects, scene.colour, scene.boxes)))
+        no_object.append(torch.tensor(openmoji.render((), scene.colour, ())))
+    images = {
         "nothing": x,
         "brighter by 20 of 255": x + 20,
         "noise, deviation 10 of 255": x + 10 * noise,
         "mean over 3x3 pixels": avg_pool2d(pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1),
         "moved by 1 pixel": pad(x, (1, 0, 0, 0), mode="replicate")[..., :-1],
         "moved by 3 pixels": pad(x, (3, 0, 0, 0), mode="replicate")[..., :-3],
-        "another background": drawn_again(lambda s: s.objects, lambda s: other(colours, s.colour, s.index)),
-        "another object": drawn_again(
-            lambda s: tuple(other(names, name, s.index) for name in s.objects), lambda s: s.colour
-        ),
-        "no object": drawn_again(lambda s: (), lambda s: s.colour),
+        "another background": torch.stack(other_colour).permute(0, 3, 1, 2),
+        "another object": torch.stack(other_object).permute(0, 3, 1, 2),
+        "no object": torch.stack(no_object).permute(0, 3, 1, 2),
     }
-    return {change: y.float().round().clamp(0, 255).to(torch.uint8) for change, y in found.items()}
+    return {change: y.float().round().clamp(0, 255).to(torch.uint8) for change, y in images.items()}
+
+
+def _other(choices: Sequence[str], present: str, step: int) -> str:
+    """One of the choices that is not the present one; which, ``step`` says."""
+    place = choices.index(present) + 1 + step % (len(choices) - 1)
+    return choices[place % len(choices)]
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:
@@ -79,13 +81,14 @@ def halves(scenes: int, sizes: Sequence[int], draws: int, seed: int = 0, recompu
         shown = list(openmoji.scenes("seen", scenes, count=1))
         features = real_features(shown)
         generator = torch.Generator().manual_seed(seed)
-        found: dict = {"fid": {}, "kid": {}}
+        values: dict = {"fid": {}, "kid": {}}
         for n in sizes:
             orders = [torch.randperm(scenes, generator=generator) for _ in range(draws)]
             pairs = [(features[order[:n]], features[order[n : 2 * n]]) for order in orders]
-            found["fid"][n] = [round(metrics.fid(*pair), 4) for pair in pairs]
-            found["kid"][n] = [round(kid(*pair), 8) for pair in pairs]
-        return found | {"object": probe().correct(features, [scene.objects[0] for scene in shown]).int()}
+            values["fid"][n] = [round(metrics.fid(*pair), 4) for pair in pairs]
+            values["kid"][n] = [round(kid(*pair), 8) for pair in pairs]
+        objects = [scene.objects[0] for scene in shown]
+        return values | {"object": probe().correct(features, objects).int()}
 
     return records.measure(config, measured, name="quality", recompute=recompute)
 
@@ -133,26 +136,29 @@ def _known_sets(pipe, cell: Cell, recompute: bool) -> dict:
         }
 
     def distances(reference: Tensor, seen: Tensor, ending: str = "") -> dict:
-        found = {"fid": round(metrics.fid(reference, seen), 4), "kid": round(kid(reference, seen), 8)}
-        return {name + ending: value for name, value in found.items()}
+        return {
+            f"fid{ending}": round(metrics.fid(reference, seen), 4),
+            f"kid{ending}": round(kid(reference, seen), 8),
+        }
 
-    found = {"real": measured(features[n:], others, openmoji.images(others))}
+    values = {"real": measured(features[n:], others, openmoji.images(others))}
     for name, images in pictures.items():
         seen = metrics.inception_features(images, progress=False)
-        small = own if name == "bicubic" else images
-        found[name] = {**measured(seen, scenes, small), **distances(features[n:], seen, "_others")}
+        small = own if name == "bicubic" else images  # colours are judged at the size of a scene
+        values[name] = {**measured(seen, scenes, small), **distances(features[n:], seen, "_others")}
         if name in references:
-            found[name]["ssim"] = [round(value, 4) for value in metrics.ssim(images, references[name]).tolist()]
-    return found
+            values[name]["ssim"] = [round(value, 4) for value in metrics.ssim(images, references[name]).tolist()]
+    return values
 
 
 def drawn_sets(pipe, cell: Cell, recompute: bool = False) -> dict[str, Tensor]:
     """The pictures ``original``, ``again`` and ``pruned`` of ``known_sets``: uint8 [N, 3, 64, 64]."""
     scenes = cell.protocol.scenes()
+    kept = NOTHING if recompute else Kept()
     return {
         "original": draw(pipe, scenes, cell.seed, cell.protocol),
         "again": draw(pipe, scenes, cell.seed + 1, cell.protocol),
-        "pruned": draw(smaller_model(pipe, cell, NOTHING if recompute else Kept()), scenes, cell.seed, cell.protocol),
+        "pruned": draw(smaller_model(pipe, cell, kept), scenes, cell.seed, cell.protocol),
     }
 
 
@@ -174,14 +180,15 @@ def judged_sets(pipe, cell: Cell, recompute: bool = False) -> dict | None:
         scenes = cell.protocol.scenes()
         captions = [scene.caption for scene in scenes]
         pictures = {"real": openmoji.images(scenes), **drawn_sets(pipe, cell, recompute)}
-        asked = {name: (images, captions) for name, images in pictures.items()}
-        asked["real, others' captions"] = (pictures["real"], captions[1:] + captions[:1])
-        return {name: _scores(*pair) for name, pair in asked.items()}
+        values = {name: _scores(images, captions) for name, images in pictures.items()}
+        values["real, others' captions"] = _scores(pictures["real"], captions[1:] + captions[:1])
+        return values
 
     return records.measure(config, measured, name="quality", recompute=recompute)
 
 
 def _scores(images: Tensor, captions: Sequence[str]) -> dict:
+    """CLIP scores of a set of images: torchmetrics' own of the set, and one for each image."""
     cosines = (judge().image_features(images) * judge().text_features(captions)).sum(-1)
     return {
         "score": round(clip_score(images, captions, judge()), 3),

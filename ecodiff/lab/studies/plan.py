@@ -19,7 +19,7 @@ its intervals over seeds.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 
@@ -63,8 +63,10 @@ def judging(cell: Cell, **changes) -> Cell:
 
 
 def smaller(cell: Cell, *, updates: int, most_prompts: int, pictures: int) -> Cell:
-    """The same cell with less work: chapters take their parameters in so. ``updates`` in the place of the default
-    number; cells that learn longer do so in proportion."""
+    """The same cell with less work, as chapters with smaller parameters measure it.
+
+    ``updates`` takes the place of the default number; cells that learn longer do so in proportion.
+    """
     updates = round(updates * cell.config.updates / LearnConfig().updates)
     cell = replace(cell, prompts=min(cell.prompts, most_prompts))
     return judging(learning(cell, updates=updates), pictures=pictures)
@@ -75,18 +77,24 @@ def is_flux(model: str) -> bool:
     return "flux" in model.lower()
 
 
+def _at_ratios(model: str, methods: Sequence[str], ratios: Sequence[float], **changes) -> dict[str, Cell]:
+    """Rows "method, 20%": these methods at these ratios, the methods of the first ratio first."""
+    rows = {}
+    for ratio in ratios:
+        for method in methods:
+            rows[f"{method}, {ratio:.0%}"] = base(model, method=method, ratio=ratio, **changes)
+    return rows
+
+
 def _main(model: str) -> dict[str, Cell]:
     cells = {"original": base(model, method="original")}
-    for ratio in (0.2, 0.1):
-        cells |= {f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio) for method in METHODS[:-1]}
-    cells |= {f"{method}, 20%": base(model, method=method) for method in ("blocks", "blocks-clip")}
+    cells |= _at_ratios(model, METHODS[:-1], (0.2, 0.1))
+    cells |= _at_ratios(model, ("blocks", "blocks-clip"), (0.2,))
     cells["2:4 weights"] = base(model, method="sparse24", ratio=0.5)
     if not is_flux(model):  # reuse needs skip connections
         cells["deepcache"] = base(model, method="original+deepcache")
         cells["learned+deepcache, 20%"] = base(model, method="learned+deepcache")
-    for ratio in (0.2, 0.1):
-        cells |= {f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio) for method in ADAPTED}
-    return cells | {f"{METHODS[-1]}, {ratio:.0%}": base(model, method=METHODS[-1], ratio=ratio) for ratio in (0.2, 0.1)}
+    return cells | _at_ratios(model, ADAPTED, (0.2, 0.1)) | _at_ratios(model, METHODS[-1:], (0.2, 0.1))
 
 
 def _pairs(model: str) -> dict[str, Cell]:
@@ -98,20 +106,14 @@ def _pairs(model: str) -> dict[str, Cell]:
 def _equal_parameters(model: str) -> dict[str, Cell]:
     """A share of the units' parameters in the place of a share of the units, which are not all of one size."""
     methods = (*METHODS, *ADAPTED, f"{METHODS[-1]}+compensation")
-    return {
-        f"{method}, {ratio:.0%}": base(model, method=method, ratio=ratio, count="parameters")
-        for ratio in (0.2, 0.1)
-        for method in methods
-    }
+    return _at_ratios(model, methods, (0.2, 0.1), count="parameters")
 
 
 def _ratios(model: str) -> dict[str, Cell]:
-    shorter = {"pictures": 64, "features": False}
-    return {
-        f"{method}, {ratio:.0%}": judging(base(model, method=method, ratio=ratio), **shorter)
-        for method in ("learned", "magnitude", "random")
-        for ratio in (0.05, 0.1, 0.2, 0.3, 0.5)
-    }
+    rows = {}
+    for method in ("learned", "magnitude", "random"):
+        rows |= _at_ratios(model, (method,), (0.05, 0.1, 0.2, 0.3, 0.5))
+    return {name: judging(cell, pictures=64, features=False) for name, cell in rows.items()}
 
 
 def _weight(model: str) -> dict[str, Cell]:
@@ -144,7 +146,9 @@ the recorded rows."""
 def tuned_l1(model: str) -> float:
     """β of the L1 of λ on a model: the best on captions of no table, or that of a model of its kind where none was
     tried."""
-    return TUNED_L1.get(model, TUNED_L1[DEV if is_flux(model) else SDXL])
+    if model in TUNED_L1:
+        return TUNED_L1[model]
+    return TUNED_L1[DEV if is_flux(model) else SDXL]
 
 
 def l1(cell: Cell, beta: float) -> Cell:
@@ -223,9 +227,10 @@ DISTILLED_FROM = {
 def _transfer(model: str) -> dict[str, Cell]:
     """Masks learned with other step counts, on other prompts or on another model than they are used with."""
     cell = base(model)
-    steps = (1, 2, 4) if model in DISTILLED_FROM else (4, 8, 12)
+    teacher = DISTILLED_FROM.get(model)
+    steps = (1, 2, 4) if teacher else (4, 8, 12)
     rows = {f"learned in {number} steps": learning(cell, num_inference_steps=number) for number in steps}
-    if teacher := DISTILLED_FROM.get(model):
+    if teacher:
         rows["learned on the model it was distilled from"] = replace(
             cell, learned_on=teacher, config=base(teacher).config
         )
@@ -297,12 +302,13 @@ class Study:
 
     def reference_of(self, row: str, rows: Collection[str]) -> str | None:
         """The row that ``row`` is compared with among these; None for a reference itself, or where it is not there."""
+        candidates = self.reference
         if row in self.against:
-            wanted = (self.against[row],)
-        else:
-            wanted = self.reference
-        found = next((name for name in wanted if name in rows), None)
-        return None if found == row else found
+            candidates = (self.against[row],)
+        for name in candidates:
+            if name in rows:
+                return None if name == row else name
+        return None
 
     def says(self) -> str:
         """A sentence on what the rows vary and what is held fixed."""
@@ -311,17 +317,18 @@ class Study:
 
 def changed(cell: Cell, reference: Cell) -> list[str]:
     """The fields in which two cells differ, with dots into their configurations, such as "config.delta"."""
-    found = []
+    names = []
     for item in fields(Cell):
         ours, theirs = getattr(cell, item.name), getattr(reference, item.name)
         if ours == theirs:
             continue
-        if is_dataclass(ours) and is_dataclass(theirs):
-            inner = [part.name for part in fields(ours) if getattr(ours, part.name) != getattr(theirs, part.name)]
-            found += [f"{item.name}.{name}" for name in inner]
-        else:
-            found.append(item.name)
-    return found
+        if not (is_dataclass(ours) and is_dataclass(theirs)):
+            names.append(item.name)
+            continue
+        for part in fields(ours):
+            if getattr(ours, part.name) != getattr(theirs, part.name):
+                names.append(f"{item.name}.{part.name}")
+    return names
 
 
 def check(study: Study, rows: Mapping[str, Cell]) -> None:
@@ -333,12 +340,13 @@ def check(study: Study, rows: Mapping[str, Cell]) -> None:
     for name, cell in rows.items():
         reference = study.reference_of(name, rows)
         if reference is not None:
-            found = changed(cell, rows[reference])
-            if not found:
+            differing = changed(cell, rows[reference])
+            if not differing:
                 raise EcoDiffError(
                     f"Study {study.title!r}: row {name!r} is the same cell as {reference!r}: it tests nothing."
                 )
-            if others := [field_name for field_name in found if field_name not in study.varies]:
+            others = [field_name for field_name in differing if field_name not in study.varies]
+            if others:
                 raise EcoDiffError(
                     f"Study {study.title!r}: row {name!r} differs from {reference!r} in {', '.join(others)}, which the "
                     f"study holds fixed; it varies {', '.join(study.varies)}."
@@ -462,9 +470,10 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
             "L1, δ = 0": "L1, δ = 0",
             "L1, δ = 0.1": "L1, δ = 0",
             "L1, δ = 0.5": "L1, δ = 0",
-            **{f"L1, δ = {delta}, λ starts at 5": f"L1, δ = {delta}" for delta in ("0.1", "0.5")},
+            "L1, δ = 0.1, λ starts at 5": "L1, δ = 0.1",
+            "L1, δ = 0.5, λ starts at 5": "L1, δ = 0.5",
         },
-        dead={f"L1, δ = {delta}, λ starts at 5": _ABOVE for delta in ("0.1", "0.5")},
+        dead={"L1, δ = 0.1, λ starts at 5": _ABOVE, "L1, δ = 0.5, λ starts at 5": _ABOVE},
     ),
     "transfer": Study(
         "Masks used where they were not learned",
@@ -503,8 +512,11 @@ def planned(study: str, model: str) -> int:
 
 @lru_cache(maxsize=64)
 def _checked_rows(study: Study, model: str, drawn: str, stored: bool) -> dict[str, Cell]:
-    """All rows of a study, built and checked once: claims ask for them hundreds of times. They depend on how the model
-    is drawn and on whether it is stored (see ``base``)."""
+    """All rows of a study, built and checked once: claims ask for them hundreds of times.
+
+    ``drawn`` and ``stored`` are in the key of the cache alone: rows depend on how the recipe of the model says that it
+    is drawn, and on whether it is stored (see ``base``).
+    """
     rows = study.rows(model)
     check(study, rows)
     return rows
@@ -516,8 +528,8 @@ def cells(study: str, model: str, seed: int = 0) -> dict[str, Cell]:
     if study not in STUDIES:
         raise EcoDiffError(f"There is no study {study!r}: take one of {', '.join(STUDIES)}.")
     rows = _checked_rows(STUDIES[study], model, json.dumps(recommended(model)), is_embedded(model))
-    names = STUDIES[study].short.get(model) or rows
+    names = STUDIES[study].short.get(model, rows)
     further = STUDIES[study].further.get(model)
-    if seed > 0 and further is not None:
+    if seed > 0 and further is not None:  # intervals need no FID: see ``Study.further``
         rows = {name: judging(cell, features=False) for name, cell in rows.items() if name in further}
     return {name: replace(cell, seed=seed) for name, cell in rows.items() if name in names}

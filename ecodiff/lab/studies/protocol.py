@@ -54,9 +54,11 @@ class Protocol:
 
 
 def recommended(model: str) -> dict:
-    """How the recipe of an embedded model says it is drawn: arguments of its call; nothing for any other model."""
+    """Arguments of the call that the recipe of an embedded model recommends; none for any other model."""
     path = data_dir() / "models" / model / "recipe.json"
-    return dict(sampling_of(path, path.stat().st_mtime_ns)) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return dict(sampling_of(path, path.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ forward pass then belongs to one draw of the gates, its backward pass to another
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,10 +73,8 @@ def cosines(
 def _cosine(pipe, captions: Sequence[str], log_alpha: float, delta: float, seed: int, settings: Mapping) -> float:
     first = CAPTIONS * seed % max(1, len(captions))
     batch = list(captions[first : first + CAPTIONS])
-    exact, redrawn = (
-        gradient(pipe, batch, log_alpha=log_alpha, delta=delta, seed=seed, restore=restore, settings=settings)
-        for restore in (True, False)
-    )
+    of = partial(gradient, pipe, batch, log_alpha=log_alpha, delta=delta, seed=seed, settings=settings)
+    exact, redrawn = of(restore=True), of(restore=False)
     return torch.nn.functional.cosine_similarity(exact, redrawn, dim=0).item()
 
 
@@ -99,7 +98,7 @@ def gradient(
     gates = Gates.start(find_sites(network), log_alpha, HardConcrete(delta=delta))
     arguments = {**settings, **collate(list(captions))}
 
-    def noise() -> list[torch.Generator]:
+    def noise() -> list[torch.Generator]:  # fresh ones for teacher and student: a generator moves on when it draws
         return [torch.Generator().manual_seed(seed + k) for k in range(len(captions))]
 
     teacher = final_latents(pipe, gradients=False, generator=noise(), **arguments)

@@ -46,8 +46,11 @@ def sample_units(sites: Mapping[str, Site], per_kind: int, seed: int = 0) -> lis
     if per_kind < 1:
         raise EcoDiffError(f"per_kind={per_kind}: a sample needs at least one unit of each kind.")
     chosen: list[Unit] = []
-    for kind in dict.fromkeys(site.kind for site in sites.values()):
-        units = [(name, i) for name, site in sites.items() if site.kind == kind for i in range(site.units)]
+    for kind in _kinds(sites):
+        units = []
+        for name, site in sites.items():
+            if site.kind == kind:
+                units += [(name, number) for number in range(site.units)]
         chosen += random.Random(f"{seed} {kind}").sample(units, min(per_kind, len(units)))
     return chosen
 
@@ -120,23 +123,36 @@ def removals(pipe, captions: list[str], noise: list[int], sampling: Mapping, per
     original = drawn()
     with in_bf16(pipe):
         rounded = drawn()
-    flips = 2 * torch.randint(0, 2, original.shape, generator=torch.Generator().manual_seed(0)) - 1
     references = {
         "another batch shape": drawn(batch_size=1) if len(captions) > 1 else original,
         "bf16 arithmetic": rounded,
-        "one level": torch.where((original + flips).clamp(0, 255) == original, original - flips, original + flips),
+        "one level": _one_level_off(original),
         "another noise": drawn(seeds=[value + 1000 for value in noise]),
     }
     units = sample_units(sites, per_kind, seed)
     changes = [change(drawn([unit]), original) for unit in units]
-    hidden = [unit for unit, found in zip(units, changes, strict=True) if max(found["rms"]) <= ONE_LEVEL]
+    hidden = []  # removed alone, none of these shows in any image
+    for unit, found in zip(units, changes, strict=True):
+        if max(found["rms"]) <= ONE_LEVEL:
+            hidden.append(unit)
+    population = dict.fromkeys(_kinds(sites), 0)
+    for site in sites.values():
+        population[site.kind] += site.units
     return {
         "units": [[name, index, sites[name].kind] for name, index in units],
-        "population": {kind: sum(s.units for s in sites.values() if s.kind == kind) for kind in _kinds(sites)},
-        **{name: [found[name] for found in changes] for name in ("rms", "ssim")},
-        "references": {name: change(pictures.to(torch.uint8), original) for name, pictures in references.items()},
+        "population": population,
+        "rms": [found["rms"] for found in changes],
+        "ssim": [found["ssim"] for found in changes],
+        "references": {name: change(images.to(torch.uint8), original) for name, images in references.items()},
         "together": {"units": len(hidden), **change(drawn(hidden), original)},
     }
+
+
+def _one_level_off(images: Tensor) -> Tensor:
+    """Images with each value up or down by one, at random; values at an end of 0 to 255 go the other way."""
+    flips = 2 * torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
+    at_an_end = (images + flips).clamp(0, 255) == images
+    return torch.where(at_an_end, images - flips, images + flips)
 
 
 @contextmanager
@@ -148,13 +164,17 @@ def in_bf16(pipe) -> Iterator[None]:
 
 
 def _kinds(sites: Mapping[str, Site]) -> list[str]:
+    """The kinds of these sites, each once, in their order."""
     return list(dict.fromkeys(site.kind for site in sites.values()))
 
 
 def worst(values: Mapping, kind: str | None = None) -> list[float]:
     """The change (``rms``) of each unit's removal in the picture that changes most; of one kind, or of all units."""
-    pairs = zip(values["units"], values["rms"], strict=True)
-    return [max(levels) for (_, _, found), levels in pairs if kind in (None, found)]
+    changes = []
+    for (_, _, kind_of_unit), levels in zip(values["units"], values["rms"], strict=True):
+        if kind in (None, kind_of_unit):
+            changes.append(max(levels))
+    return changes
 
 
 def limits(values: Mapping) -> dict[str, float]:

@@ -18,8 +18,8 @@ from .plan import SEEDS, cells, planned
 
 
 def interval_text(per_seed: Sequence[Sequence[float]], scale: float = 1.0, digits: int | None = None) -> str:
-    """Mean over all seeds' values with its 95 % interval (bootstrap over seeds and pictures) as text, such as
-    "0.812 (0.798 to 0.825)"; with three digits, or one for values that are scaled up, unless told otherwise."""
+    """Mean over all seeds' values with its 95 % interval (bootstrap over seeds and images) as text, such as
+    "0.812 (0.798 to 0.825)"; with three digits, or one for values that are scaled up, unless ``digits`` says so."""
     values = [[scale * value for value in seed_values] for seed_values in per_seed if seed_values]
     if not values:
         return "–"
@@ -36,10 +36,11 @@ def verdict(cells: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], ours: 
         if other == ours:
             continue
         for measure, words in (("ssim", "SSIM"), ("object", "objects named")):
-            sets = [[cell.get(measure, []) for cell in cells[name]] for name in (ours, other)]
-            if not sets[0][0]:
+            first = [cell.get(measure, []) for cell in cells[ours]]
+            second = [cell.get(measure, []) for cell in cells[other]]
+            if not first[0]:
                 continue
-            d = difference(*sets)
+            d = difference(first, second)
             shown = f"{d.mean:+.3f}, 95 % interval {d.low:+.3f} to {d.high:+.3f}"
             lines.append(f"- {words}, {ours} against {other}: {d.word} (paired difference {shown}).")
     return "\n".join(lines)
@@ -65,7 +66,9 @@ def find_sparing(cell: Cell, sites: Sequence[str], of: Identity | None = None) -
 
 def _values(described: dict, name: str) -> dict | None:
     row = records.find(described, name=name)
-    return row["values"] if row else None
+    if row is None:
+        return None
+    return row["values"]
 
 
 def describe_removed(model: Identity, cell: Cell) -> dict:
@@ -92,12 +95,12 @@ def file_of_gates(learning: Mapping) -> Path:
 
 
 def as_it_is(cell: Cell) -> Cell:
-    """No change."""
+    """The cell without any change: what `recorded` and `measured` adjust cells by unless told otherwise."""
     return cell
 
 
-def asked(study: str, model: str, seeds: int, only: Sequence[str]) -> Iterator[tuple[int, str, Cell]]:
-    """The cells of a study, (seed, row, cell), seed by seed; ``only``: these rows."""
+def chosen(study: str, model: str, seeds: int, only: Sequence[str]) -> Iterator[tuple[int, str, Cell]]:
+    """The cells of a study, (seed, row, cell), seed by seed; ``only`` names the rows, where these are not all."""
     for seed in range(seeds):
         for name, cell in cells(study, model, seed).items():
             if not only or name in only:
@@ -119,13 +122,14 @@ def recorded(
     ``only``: these rows. ``adjust`` changes each cell first, such as to fewer images. ``of``: what the model is,
     where its id does not say.
     """
-    found: dict[str, list[dict]] = {}
-    for seed, name, cell in asked(study, model, seeds, only):
-        if len(found.get(name, [])) < seed:
+    rows: dict[str, list[dict]] = {}
+    for seed, name, cell in chosen(study, model, seeds, only):
+        if len(rows.get(name, [])) < seed:  # an earlier seed is missing
             continue
-        if values := find(adjust(cell), of):
-            found.setdefault(name, []).append(values)
-    return found
+        values = find(adjust(cell), of)
+        if values:
+            rows.setdefault(name, []).append(values)
+    return rows
 
 
 def progress(found: Mapping[str, Sequence], study: str, model: str, seeds: int = SEEDS) -> str:
@@ -150,11 +154,7 @@ MEASURES = {  # column of a table -> what of a cell, scale, digits
     "background right (%)": ("colour", 100, 0),
     "CLIP score": ("clip", 1, 1),
 }
-
-
 GFLOP = "GFLOP a picture"  # the denoiser's, all calls
-
-
 SET_MEASURES = {"FID": ("fid", 1, 0), "KID x 1000": ("kid", 1000, 1)}
 
 
@@ -171,8 +171,6 @@ def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[d
 
 
 PAIRED = {"ssim": ("SSIM", 1, 3), "facts": ("facts right", 100, 1), "object": ("objects named", 100, 1)}
-
-
 """Measures that are compared image by image -> words, scale, digits.
 
 SSIM to the original is close to what learning optimises; the facts are what an image is asked to show."""
@@ -192,13 +190,13 @@ def minus(rows: Mapping[str, Sequence[dict]], row: str, reference: str | None, m
 def in_words(rows: Mapping[str, Sequence[dict]], reference: str | None, measure: str = "ssim") -> str:
     """Which rows have more of a measure than the reference, which less, and for which the 95 % interval says that no
     difference matters or decides nothing; empty where there is nothing to compare."""
-    found: dict[str, list[str]] = {word: [] for word in EFFECTS}
+    groups: dict[str, list[str]] = {word: [] for word in EFFECTS}
     _, scale, digits = PAIRED[measure]
     for row in rows:
         d = paired(rows, row, reference, measure)
         if d is not None:
-            found[d.word].append(f"{row} ({scale * d.mean:+.{digits}f})")
-    return "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
+            groups[d.word].append(f"{row} ({scale * d.mean:+.{digits}f})")
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
 
 
 def paired(
@@ -208,23 +206,28 @@ def paired(
     reference itself, and where one of them does not have the measure."""
     if row == reference:
         return None
-    both = min(len(rows[row]), len(rows.get(reference, [])))
-    sets = [[cell.get(measure) for cell in rows.get(name, [])[:both]] for name in (row, reference)]
-    pairs = [(ours, theirs) for ours, theirs in zip(*sets, strict=True) if ours and theirs]
-    if not pairs:
-        return None
-    return difference([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+    ours, theirs = [], []
+    for first, second in zip(rows[row], rows.get(reference, []), strict=False):  # up to the last seed that both have
+        if first.get(measure) and second.get(measure):
+            ours.append(first[measure])
+            theirs.append(second[measure])
+    return difference(ours, theirs) if ours else None
 
 
 def _shown(column: str, per_seed: Sequence[dict]) -> str:
+    """One entry of ``table``."""
     if column == GFLOP:
         counted = [cell["gflop"] for cell in per_seed if "gflop" in cell]
-        return f"{statistics.mean(counted):.2f}" if counted else "–"
+        if not counted:
+            return "–"
+        return f"{statistics.mean(counted):.2f}"
     if column in SET_MEASURES:
         name, scale, digits = SET_MEASURES[column]
         values = [scale * cell[name] for cell in per_seed if name in cell]
-        if len(values) < 2:  # one seed has no range
-            return f"{values[0]:.{digits}f}" if values else "–"
+        if not values:
+            return "–"
+        if len(values) == 1:  # one seed has no range
+            return f"{values[0]:.{digits}f}"
         return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
     name, scale, digits = MEASURES[column]
     return interval_text([cell.get(name, []) for cell in per_seed], scale, digits)

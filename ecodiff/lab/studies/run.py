@@ -6,7 +6,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
@@ -22,60 +22,59 @@ from .results import find, gates_file
 
 
 def seeds_of(names: Sequence[str], model: str, most: int | None = None) -> dict[str, int]:
-    """How many seeds of each study to measure on a model. No ``names``: the plan, at most ``most`` seeds of each.
-    Studies that are named: ``most`` seeds, or left out those of the plan, or one."""
+    """How many seeds of each study to measure on a model, {study: seeds}.
+
+    Without ``names`` it is the plan, with at most ``most`` seeds of each study. Studies that are named have ``most``
+    seeds; without that number, those of the plan, or one.
+    """
     if names:
         return {name: most or planned(name, model) or 1 for name in names}
-    plan = {name: min(planned(name, model), most or planned(name, model)) for name in studies.STUDIES}
-    return {name: seeds for name, seeds in plan.items() if seeds}
+    seeds = {}
+    for name in studies.STUDIES:
+        number = planned(name, model)
+        if most:
+            number = min(number, most)
+        if number:
+            seeds[name] = number
+    return seeds
 
 
 def missing(seeds: Mapping[str, int], model: str) -> list[tuple[str, str, Cell]]:
     """Cells of these studies, {study: seeds}, that are not recorded, (study, row, cell): seed 0 of all studies, then
     seed 1, ... Each cell once."""
     todo, known = [], set()
-    asked = [
-        (study, *item)
-        for seed in range(max(seeds.values(), default=0))
-        for study, number in seeds.items()
-        if seed < number
-        for item in cells(study, model, seed).items()
-    ]
     of = identity(model)
-    for study, row, cell in asked:
-        name = key(describe_cell(of, cell))
-        if name not in known and find(cell, of) is None:
-            todo.append((study, row, cell))
-        known.add(name)
+    for seed in range(max(seeds.values(), default=0)):
+        for study, number in seeds.items():
+            if seed >= number:
+                continue
+            for row, cell in cells(study, model, seed).items():
+                name = key(describe_cell(of, cell))
+                if name not in known and find(cell, of) is None:
+                    todo.append((study, row, cell))
+                known.add(name)
     return todo
 
 
 def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[str]:
     """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare; a sentence each.
 
-    Gates are those that are kept; scores and pictures are made anew. Raises EcoDiffError where a mean of SSIM or of a
+    Gates are those that are kept; scores and images are made anew. Raises EcoDiffError where a mean of SSIM or of a
     share differs by more than 0.02, parameters or operations by more than 1 %: another processor rounds otherwise, and
-    a picture or a unit near a threshold may fall to its other side.
+    an image or a unit near a threshold may fall to its other side.
     """
     from .measure import Kept, measure_cell
 
     of = Identity.of(pipe)
-    found = [
-        (study, row, cell) for study in names for row, cell in cells(study, model).items() if find(cell, of) is not None
-    ]
+    recorded = []
+    for study in names:
+        for row, cell in cells(study, model).items():
+            if find(cell, of) is not None:
+                recorded.append((study, row, cell))
     lines = []
-    for study, row, cell in random.Random(seed).sample(found, min(number, len(found))):
-        before = find(cell, of)
+    for study, row, cell in random.Random(seed).sample(recorded, min(number, len(recorded))):
         after = measure_cell(pipe, cell, Kept(gates=True, images=False))
-        means = {
-            name: [statistics.mean(values[name]) for values in (before, after)]
-            for name in ("ssim", "object", "found", "facts", "colour")
-            if before.get(name)
-        }
-        wrong = {name: pair for name, pair in means.items() if abs(pair[0] - pair[1]) > 0.02}
-        counts = {name: [before[name], after[name]] for name in ("parameters", "gflop") if name in before}
-        wrong |= {name: pair for name, pair in counts.items() if abs(pair[0] - pair[1]) > 0.01 * pair[1]}
-        for name, (then, now) in wrong.items():
+        for name, then, now in _differences(find(cell, of), after):
             raise EcoDiffError(
                 f"{study}, {row}: {name} is {now:,.3f} now and was recorded as {then:,.3f}; measure it again with "
                 f"ECODIFF_RECOMPUTE=1 python -m ecodiff study {study} --model {model}."
@@ -84,44 +83,61 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
     return lines
 
 
+def _differences(before: Mapping, after: Mapping) -> Iterator[tuple[str, float, float]]:
+    """What differs by more than rounding does, (name, before, after): see ``verify``."""
+    for name in ("ssim", "object", "found", "facts", "colour"):
+        if before.get(name):
+            then, now = statistics.mean(before[name]), statistics.mean(after[name])
+            if abs(then - now) > 0.02:
+                yield name, then, now
+    for name in ("parameters", "gflop"):
+        if name in before and abs(before[name] - after[name]) > 0.01 * after[name]:
+            yield name, before[name], after[name]
+
+
 def _estimate(todo: Sequence) -> float:
     """Seconds, from the longest that recorded cells of the same method took, on the same model where there are any.
 
     The longest one found no scores kept. A cell that finds its learned mask kept takes what others take.
     """
-    took: dict[str, list[float]] = {}
-    rows, models = records.rows("compare"), {cell.protocol.model for _, _, cell in todo}
-    for row in [row for row in rows if row["config"]["protocol"]["model"] in models] or rows:
-        took.setdefault(apart(row["config"]["method"])[0], []).append(row["seconds"])
-
-    def seconds(cell: Cell) -> float:
-        method = apart(cell.method)[0]
+    models = {cell.protocol.model for _, _, cell in todo}
+    all_rows = records.rows("compare")
+    rows = [row for row in all_rows if row["config"]["protocol"]["model"] in models]
+    longest: dict[str, float] = {}
+    for row in rows or all_rows:
+        method, _ = apart(row["config"]["method"])
+        longest[method] = max(longest.get(method, 0.0), row["seconds"])
+    total = 0.0
+    for _, _, cell in todo:
+        method, _ = apart(cell.method)
         if method == "learned" and gates_file(cell).is_file():
             method = "original"
-        return max(took.get(method, [180.0 if method == "learned" else 45.0]))
-
-    return sum(seconds(cell) for _, _, cell in todo)
+        unknown = 180.0 if method == "learned" else 45.0  # nothing of the kind is recorded yet
+        total += longest.get(method, unknown)
+    return total
 
 
 def run(options: argparse.Namespace) -> int:
+    """Do what the command was asked to; returns its exit status."""
     for name, least in (("seeds", 1), ("verify", 1), ("minutes", 0)):
-        if (value := getattr(options, name)) is not None and value < least:
+        value = getattr(options, name)
+        if value is not None and value < least:
             raise EcoDiffError(f"--{name} {value:g}: give {least} or more.")
     names, end = options.studies, time.monotonic() + 60 * options.minutes
-    models = embedded() if options.model == "all" else [options.model]
+    models = [options.model]
+    if options.model == "all":
+        models = embedded()
     if not models:
         raise EcoDiffError("No embedded pipeline is trained here: run python -m ecodiff zoo train all.")
     for name in names:
-        cells(name, models[0])
+        cells(name, models[0])  # raises for a study that is none, before anything is measured
     if options.verify:
         from ecodiff.pipelines.loading import load_once
 
-        found = [
-            line
-            for model in models
-            for line in verify(load_once(model), names or list(studies.STUDIES), model, options.verify, options.draw)
-        ]
-        print("\n".join(found) or "nothing is recorded")
+        lines = []
+        for model in models:
+            lines += verify(load_once(model), names or list(studies.STUDIES), model, options.verify, options.draw)
+        print("\n".join(lines) or "nothing is recorded")
         return 0
     todo, seconds = [], 0.0
     for model in models:
@@ -139,29 +155,29 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         return 0
 
-    def told(done: int, study: str, row: str, cell: Cell, ssim: float, took: float) -> None:
+    def report(done: int, study: str, row: str, cell: Cell, ssim: float, took: float) -> None:
         where = f"{cell.protocol.model}, " if len(models) > 1 else ""
         print(
             f"[{done}/{len(todo)}] {where}{study}, {row}, seed {cell.seed}: SSIM {ssim:.3f}, {took:.0f} s", flush=True
         )
 
-    left = _measure_all(todo, end, told)
-    if left:
-        print(f"{left} cells left; run again to go on")
+    number_left = _measure_all(todo, end, report)
+    if number_left:
+        print(f"{number_left} cells left; run again to go on")
     return 0
 
 
-def _measure_all(todo: Sequence, end: float, told: Callable) -> int:
-    """Measure cells until all are there or time is up; how many are left."""
+def _measure_all(todo: Sequence, end: float, report: Callable) -> int:
+    """Measure cells until all are there or time is up; returns how many are left."""
     for done, (study, row, cell) in enumerate(todo):
         if time.monotonic() > end:
             return len(todo) - done
-        told(done + 1, study, row, cell, *_measured(cell))
+        report(done + 1, study, row, cell, *_measured(cell))
     return 0
 
 
 def _measured(cell: Cell) -> tuple[float, float]:
-    """Measure a cell; its mean SSIM and the seconds it took."""
+    """Measure a cell; returns its mean SSIM and the seconds that it took."""
     from . import measure  # whoever only lists waits for no torch
 
     started = time.perf_counter()
@@ -170,6 +186,7 @@ def _measured(cell: Cell) -> tuple[float, float]:
 
 
 def _list(seeds: Mapping[str, int], todo: Sequence) -> None:
+    """Print a line for each study: what of it is left, and how long that takes."""
     for name, number in seeds.items():
         left = [item for item in todo if item[0] == name]
         minutes = _estimate(left) / 60
