@@ -4,7 +4,7 @@ The network runs on meta tensors: shapes, dtypes and storages are those of a rea
 memory is used. A dispatch mode sees every operation, forward and backward, and keeps account of every storage from
 its making to its last reference. (Networks that mix in tensors of the CPU, and autocast, take ``FakeTensorMode``,
 which is slower.) What it cannot see is memory inside a kernel (workspaces of convolutions) and the allocator's
-rounding; `tests/test_cost.py` and `ecodiff/lab/benchmarks/full_size.py` compare with real runs.
+rounding; `tests/cost/test_cost.py` and `ecodiff/lab/benchmarks/full_size.py` compare with real runs.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def learn(
         warnings.warn(sentence, stacklevel=2)
 
     with on_device(pipe, "learn") as device, undisturbed(device):
-        task = _Task(encoding_once(pipe), prompts, config, device)
+        task = Task(encoding_once(pipe), prompts, config, device)
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
         folder, done = None, 0
@@ -112,7 +112,7 @@ def learn(
         return _finished(gates)
 
 
-def _descend(task: _Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:
+def _descend(task: Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:
     """Take the updates that follow the first ``done`` (the loop of Alg. 1); λ, history and snapshots go to ``gates``.
 
     Raises EcoDiffError for a loss, gradient or λ that is not finite.
@@ -144,7 +144,7 @@ def _descend(task: _Task, gates: Gates, optimizer, done: int, folder: resume.Fol
                 folder.save_state(gates, optimizer)
 
 
-class _Task:
+class Task:
     """The samples, their teacher latents, and the gradient of one update."""
 
     def __init__(self, pipe, prompts, config: LearnConfig, device: torch.device):
@@ -263,7 +263,7 @@ class _Task:
             in_batches(batch, self.size, add)
 
         # Eq. 2: the loss is the reconstruction plus β times the regulariser. Gradients of both add up in λ.
-        prices = _regulariser(gates, config.regulariser)
+        prices = prices_of_open_gates(gates, config.regulariser)
         weights = self.weights(gates, update)
         if prices:
             sum(weights[kind] * price for kind, price in prices.items()).backward()
@@ -372,7 +372,7 @@ def _by_kind(gates: Gates) -> dict[str, list[Tensor]]:
     return tensors
 
 
-def _regulariser(gates: Gates, form: str) -> dict[str, Tensor]:
+def prices_of_open_gates(gates: Gates, form: str) -> dict[str, Tensor]:
     """The price of open gates of each kind, scalars: Eq. 4 in closed form ("l0"), or the published stand-in ("l1")."""
     prices = {}
     for kind, tensors in _by_kind(gates).items():

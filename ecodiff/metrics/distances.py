@@ -25,11 +25,11 @@ def fid(real: Tensor, fake: Tensor, **feature_settings) -> float:
     sets = _feature_sets(real, fake, feature_settings)
     # Few images take milliseconds this way; torchmetrics takes some ten seconds on a CPU with 2048 features.
     if max(map(len, sets)) <= sets[0].shape[1]:
-        return _fid_of_few(*(features.double() for features in sets))
-    return _distance(FrechetInceptionDistance, *sets).compute().item()
+        return fid_of_few(*(features.double() for features in sets))
+    return distance(FrechetInceptionDistance, *sets).compute().item()
 
 
-def _fid_of_few(a: Tensor, b: Tensor) -> float:
+def fid_of_few(a: Tensor, b: Tensor) -> float:
     """The same distance without a covariance matrix, which takes long where there are more features than images."""
     # With A and B the centred features over sqrt(n - 1), one row an image, AᵀA and BᵀB are the covariances, and
     # tr((AᵀA BᵀB)^1/2) is the sum of the singular values of A Bᵀ, which is small where images are few.
@@ -59,7 +59,7 @@ def kid(
             f"KID with subsets of {size} needs at least two and at most as many pictures as the sets have ({smaller})."
         )
     sets = _feature_sets(real, fake, feature_settings)
-    metric = _distance(KernelInceptionDistance, *sets, subsets=subsets, subset_size=size)
+    metric = distance(KernelInceptionDistance, *sets, subsets=subsets, subset_size=size)
     with torch.random.fork_rng([]):  # torchmetrics draws from the global generator
         torch.manual_seed(seed)
         mean, deviation = metric.compute()
@@ -94,7 +94,7 @@ def _feature_sets(real: Tensor, fake: Tensor, feature_settings: dict) -> list[Te
     return sets
 
 
-def _distance(metric, real: Tensor, fake: Tensor, **settings):
+def distance(metric, real: Tensor, fake: Tensor, **settings):
     """A metric of torchmetrics that has seen both sets of features."""
     # The warning is about the memory that features take; here they are in memory already.
     with warnings.catch_warnings():

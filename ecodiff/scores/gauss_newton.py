@@ -71,7 +71,7 @@ def scores(
                 **call,
             ).float()
             for probe in range(probes):
-                signs = torch.stack([_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
+                signs = torch.stack([random_signs(latents.shape[1:], mix(settings.seed, probe, i)) for i in numbers])
                 # Each sample has gates of its own, so one backward pass of the sum gives vᵀJ of every sample.
                 product = (latents * signs.to(latents.device)).sum()
                 is_last = probe == probes - 1
@@ -88,6 +88,6 @@ def scores(
     return {name: math.sqrt(math.pi / 2) * total / (len(prompts) * probes) for name, total in totals.items()}
 
 
-def _signs(shape: Sequence[int], seed: int) -> Tensor:
+def random_signs(shape: Sequence[int], seed: int) -> Tensor:
     """Random signs, fp32 of this shape; the same for the same seed, whatever runs in the same batch."""
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0

@@ -34,7 +34,7 @@ def binary() -> Claim:
         "minus those that stay at their gates: SSIM and right images above minus the smallest effect.",
         ("12_settings", "03_where_masks_go"),
         (
-            _between(SDXL),
+            gates_between(SDXL),
             _cut_against_gates(SDXL),
             _cut_against_gates(DEV),
         ),
@@ -46,11 +46,11 @@ def _cut_against_gates(model: str) -> Decision:
     return kept(model, *places, BOTH, "0 and 1 against gates")
 
 
-def _between(model: str) -> Decision:
+def gates_between(model: str) -> Decision:
     """The decision on the share of stored gates that are neither 0 nor 1 without noise. Nothing is learned here."""
     files = []
     if on_embedded.readable(model):
-        files = [_kept_gates(model, seed) for seed in range(studies.SEEDS)]
+        files = [kept_gates(model, seed) for seed in range(studies.SEEDS)]
         files = [path for path in files if path.is_file()]
     if not files:
         return on_embedded.missing(model, "main", "learned gates")
@@ -72,7 +72,7 @@ def _between(model: str) -> Decision:
     return Decision(on_embedded.on(model, "learned gates"), verdict, evidence)
 
 
-def _kept_gates(model: str, seed: int) -> Path:
+def kept_gates(model: str, seed: int) -> Path:
     """The file with λ of the main study."""
     study, row = LEARNED
     return gates_file(studies.cells(study, model, seed)[row], identity(model))

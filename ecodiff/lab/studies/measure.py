@@ -105,19 +105,19 @@ def learned_gates(pipe, captions: Sequence[str], config: LearnConfig, *, recompu
     """
     described = describe_run(Identity.of(pipe, vae=False), list(captions), config)
     path = file_of_gates({**described, "updates": config.updates})
-    if path in _learned_here:
-        return _learned_here[path]
+    if path in learned_here:
+        return learned_here[path]
     stored = records.enabled()
     if stored and path.exists() and not (recompute or records.recompute_asked()):
         return Gates.load(path, denoiser(pipe))
-    gates = _learned_here[path] = learn(pipe, captions, config, progress=False)
+    gates = learned_here[path] = learn(pipe, captions, config, progress=False)
     if stored:
         path.parent.mkdir(parents=True, exist_ok=True)
         gates.save(path)
     return gates
 
 
-_learned_here: dict[Path, Gates] = {}  # so that a process that recomputes learns each mask once
+learned_here: dict[Path, Gates] = {}  # so that a process that recomputes learns each mask once
 
 
 def scores_of(pipe, method: str, captions: Sequence[str], config: LearnConfig, seed: int, kept: Kept = Kept()):

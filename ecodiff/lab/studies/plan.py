@@ -224,7 +224,7 @@ DISTILLED_FROM = {
 }
 
 
-def _transfer(model: str) -> dict[str, Cell]:
+def transfer(model: str) -> dict[str, Cell]:
     """Masks learned with other step counts, on other prompts or on another model than they are used with."""
     cell = base(model)
     teacher = DISTILLED_FROM.get(model)
@@ -478,7 +478,7 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
     "transfer": Study(
         "Masks used where they were not learned",
         "not in the paper",
-        _transfer,
+        transfer,
         # A mask of another model is learned with that model's own settings.
         (
             "config.num_inference_steps",

@@ -95,7 +95,7 @@ def _differences(before: Mapping, after: Mapping) -> Iterator[tuple[str, float, 
             yield name, before[name], after[name]
 
 
-def _estimate(todo: Sequence) -> float:
+def estimate(todo: Sequence) -> float:
     """Seconds, from the longest that recorded cells of the same method took, on the same model where there are any.
 
     The longest one found no scores kept. A cell that finds its learned mask kept takes what others take.
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
         left = missing(seeds, model)
         if options.list:
             _list(seeds, left)
-        took = _estimate(left)
+        took = estimate(left)
         print(f"{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
         todo, seconds = todo + left, seconds + took
     if len(models) > 1:
@@ -189,6 +189,6 @@ def _list(seeds: Mapping[str, int], todo: Sequence) -> None:
     """Print a line for each study: what of it is left, and how long that takes."""
     for name, number in seeds.items():
         left = [item for item in todo if item[0] == name]
-        minutes = _estimate(left) / 60
+        minutes = estimate(left) / 60
         title = studies.STUDIES[name].title
         print(f"{name:12} {title:52} seeds {number}, {len(left):3} cells to go, {minutes:4.0f} minutes")
