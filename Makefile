@@ -27,7 +27,7 @@ book: $(STAMP)  ## run stale notebooks, build the HTML
 	@echo "The book: $(OUT)/html/index.html"
 
 test: $(STAMP)
-	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 measure: $(STAMP)
 	$(PY) -m ecodiff study --model all

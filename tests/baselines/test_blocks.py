@@ -30,6 +30,7 @@ def settings(pipe, **more):
             "progress": False, **more}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TINY)
 def test_every_candidate_can_go_on_every_pipeline(model):
     pipe = TINY[model]()
@@ -46,6 +47,7 @@ def test_every_candidate_can_go_on_every_pipeline(model):
     assert torch.equal(latents(pipe), before)
 
 
+@pytest.mark.slow
 def test_a_block_that_adds_nothing_has_the_lowest_score():
     pipe = tiny_sdxl()
     name = next(name for name in candidates(pipe.unet) if name.endswith("transformer_blocks.0"))
@@ -103,6 +105,7 @@ class Redness:
         return torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.double).repeat(len(captions), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [tiny_sd, TINY["flux"]])
 def test_clip_score_of_a_block_is_what_pictures_lose_for_the_work_it_costs(model):
     pipe = model()

@@ -14,6 +14,7 @@ from ecodiff.pipelines.parts import denoiser
 from ecodiff.scores.calibration import Sampling, draw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 def test_interval_one_is_the_original_bit_for_bit(make):
     pipe = make()
@@ -23,6 +24,7 @@ def test_interval_one_is_the_original_bit_for_bit(make):
     assert (reuse.calls, reuse.reused) == (3, 0)
 
 
+@pytest.mark.slow
 def test_alone_and_on_a_pruned_pipeline():
     pipe = tiny_sdxl()
     small = prune(pipe, {name: torch.arange(site.units) > 0 for name, site in find_sites(denoiser(pipe)).items()})
@@ -72,6 +74,7 @@ def test_what_is_reused_is_the_deep_feature_of_the_last_full_step():
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3]) and not torch.equal(seen[1], seen[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
 def test_schedules_that_repeat_a_time_step_are_counted_in_steps(scheduler):
     pipe = tiny_sd()

@@ -57,6 +57,7 @@ def forward(name):
     return trace(network, shapes, dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_have_the_published_number_of_parameters(name):
     p = presets.preset(name)
@@ -71,6 +72,7 @@ SOURCED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCED)
 def test_presets_fill_the_published_weights_file(name):
     source, network = SOURCED[name], presets.preset(name).build()
@@ -122,11 +124,13 @@ def test_flops_of_one_attention():
     assert flops.paper == flops.linear and flops.total == flops.linear + flops.attention
 
 
+@pytest.mark.slow
 def test_table_1_counts_five_forwards_of_flux_at_256_text_tokens():
     published = next(row["gflop"] for row in paper.table("table1") if row["model"] == "FLUX" and row["ratio"] == 0)
     assert round(5 * forward("flux-schnell").flops.paper / 1e12) * 1000 == published == 281_000
 
 
+@pytest.mark.slow
 def test_table_1_counts_eighty_forwards_of_sdxl():
     published = next(row["gflop"] for row in paper.table("table1") if row["model"] == "SDXL" and row["ratio"] == 0)
     once = forward("sdxl").flops.paper
@@ -145,6 +149,7 @@ def test_table_1_prints_nominal_gflop_for_pruned_models():
             assert abs(row["gflop"] - (1 - row["ratio"]) * base[row["model"]]) <= 500  # printed in thousands
 
 
+@pytest.mark.slow
 def test_published_masks_leave_the_parameters_of_table_1():
     from ecodiff.method.surgery import prune_denoiser
 
@@ -155,6 +160,7 @@ def test_published_masks_leave_the_parameters_of_table_1():
         assert round(left / 1e9, 3) == billion
 
 
+@pytest.mark.slow
 def test_cost_grows_with_steps_and_batch():
     one = counted(steps=2)
     more_steps, more_pictures = counted(steps=5), counted(steps=2, batch=2)
@@ -169,12 +175,14 @@ def test_cost_grows_with_steps_and_batch():
     assert peaks[2] < peaks[3] < peaks[4]
 
 
+@pytest.mark.slow
 def test_guidance_doubles_the_work():
     guided, free = counted(steps=2), counted(steps=2, guidance=1.0)
     assert guided.forwards == 2 * free.forwards and guided.flops == free.flops
     assert guided.saved == pytest.approx(2 * free.saved, rel=0.01)
 
 
+@pytest.mark.slow
 def test_pruning_by_ratio_and_by_mask():
     pruned = counted(steps=2, ratio=0.2).pruned
     original = counted(steps=2)
@@ -194,6 +202,7 @@ def test_pruning_by_ratio_and_by_mask():
     assert already.parameters["total"] == by_mask.parameters["total"] and already.flops == by_mask.flops
 
 
+@pytest.mark.slow
 def test_budget_decides_keep_last():
     two = counted(steps=20)
     budget = (two.update_peak(keep_last=7) + 0.5e9 + 1e6) / 0.97
@@ -202,6 +211,7 @@ def test_budget_decides_keep_last():
     assert two.max_keep_last("1GB") is None
 
 
+@pytest.mark.slow
 def test_a_configuration_is_made_to_fit_a_memory_budget():
     pipe, prompts = tiny("sd"), ["a cat", "a dog"]
     pipe.set_progress_bar_config(disable=True)
@@ -218,6 +228,7 @@ def test_a_configuration_is_made_to_fit_a_memory_budget():
         fit(pipe, config, prompts[0], "much")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_more_memory_to_the_same_mask(tmp_path):
     pipe, prompts = tiny("sd"), ["a cat", "a dog"]
     pipe.set_progress_bar_config(disable=True)
@@ -231,6 +242,7 @@ def test_a_run_goes_on_with_more_memory_to_the_same_mask(tmp_path):
     assert all(torch.equal(again.log_alpha[name], value) for name, value in free.log_alpha.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_predicted_bytes_against_a_real_run(name):
     """Saved bytes within 5 %, peaks of all variants within 10 % of what torch's allocator reports on the CPU."""
@@ -305,6 +317,7 @@ def _peak(run):
     return peak
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_inside_the_denoiser():
     whole = cost(tiny("sdxl"), size=64, steps=3)
     assert whole.update_peak(inner=True) < whole.update_peak()
@@ -347,6 +360,7 @@ def test_unknown_models_are_named():
         cost(42)
 
 
+@pytest.mark.slow
 def test_command(capsys, monkeypatch):
     assert main(["cost", "sd2", "--ratio", "0.2", "--steps", "10", "--batch", "2", "--gpu", "24GB"]) == 0
     shown = capsys.readouterr().out
@@ -389,6 +403,7 @@ def test_published_tables_are_kept_as_printed():
         paper.table("table99")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "guidance"), [("sd", 5.0), ("sdxl", 1.0), ("sd3", 5.0), ("flux", 3.5)])
 def test_the_pipeline_shows_the_arguments_of_a_class_that_is_not_known(name, guidance, monkeypatch):
     """Captured from the pipeline's own loop, the cost is the one that is counted from the known arguments."""
@@ -407,6 +422,7 @@ def test_the_pipeline_shows_the_arguments_of_a_class_that_is_not_known(name, gui
     assert "forward" not in vars(denoiser(pipe))
 
 
+@pytest.mark.slow
 def test_a_denoiser_of_another_class_is_costed_by_its_pipelines_own_call():
     pipe = _tiny_dit()
     asked = {"call": {"class_labels": [1, 2]}, "batch": 2}

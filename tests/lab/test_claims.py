@@ -107,6 +107,7 @@ def test_there_are_claims_of_every_part_of_the_paper_and_none_twice(store):
     assert tally[rules.COUNTED] == 0 < tally[rules.PRINTED]
 
 
+@pytest.mark.slow
 def test_rows_of_studies_are_the_ones_that_are_named(family):
     """A row that a study does not have is an error, not a row that is missing."""
     claims.check([*claims.CLAIMS, *claims.REVIEWERS], presets=())
@@ -114,6 +115,7 @@ def test_rows_of_studies_are_the_ones_that_are_named(family):
         on_embedded.better(MODEL, A, ("toy", "nonsense"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mean", "right", "expected"),
     [
@@ -136,6 +138,7 @@ def test_better_is_more_of_something_and_less_of_nothing(family, mean, right, ex
     assert "small, for SDXL" in found.on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("right", "expected"),
     [
@@ -220,6 +223,7 @@ def test_a_model_that_is_not_trained_is_trained_first(store):
     assert found.command.startswith("python -m ecodiff zoo train openmoji-flux-dev && python -m ecodiff study main")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ours", "expected"),
     [
@@ -294,6 +298,7 @@ def on_family(function):
     return [d for d in decisions(function) if d.on.startswith(f"`{MODEL}`")]
 
 
+@pytest.mark.slow
 def test_main_claims_on_rows_of_the_main_study(family):
     for seed in range(3):
         record(family, on_embedded.ORIGINAL, seed, ssim=[1.0] * 100, object=hits(95), fid=20.0)
@@ -316,6 +321,7 @@ def test_main_claims_on_rows_of_the_main_study(family):
     assert on_family(results.a_fifth_of_sdxl)[1].verdict == rules.MISSING  # two objects are another study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "expected", "text"),
     [

@@ -47,12 +47,14 @@ def test_caption_names_every_object_and_the_background():
         assert all(name in item.caption for name in item.objects) and item.colour in item.caption
 
 
+@pytest.mark.slow
 def test_background_has_the_named_colour():
     for item in openmoji.scenes("seen", 40):
         corner = np.median(np.concatenate([item.image[0], item.image[-1]]), axis=0)
         assert np.abs(corner - np.array(openmoji.COLOURS[item.colour])).max() <= 1, item.caption
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relation", openmoji.RELATIONS)
 def test_relations_place_the_objects_as_they_say(relation):
     found = [item for item in openmoji.scenes("train", 300) if item.relation == relation]
@@ -76,6 +78,7 @@ def test_count_is_obeyed():
     assert {len(item.objects) for item in openmoji.scenes("train", 20, count=3)} == {3}
 
 
+@pytest.mark.slow
 def test_served_as_a_data_set_with_its_licence():
     table = openmoji.dataset("heldout", 3)
     assert table.column_names == ["image", "caption", "objects", "colour", "relation", "boxes"]

@@ -36,11 +36,13 @@ def elsewhere(tmp_path, monkeypatch):
     identities._hashed.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", store.stored_ids())
 def test_a_stored_identity_is_that_of_the_weights(name):
     identities.check(data_dir() / "models" / name, store.identity_of_weights(name))
 
 
+@pytest.mark.slow
 def test_looking_a_row_up_needs_no_model_and_no_torch():
     looked = subprocess.run([sys.executable, "-c", LOOK_UP], capture_output=True, text=True)
     assert looked.returncode == 0, looked.stderr
@@ -61,6 +63,7 @@ def test_what_is_stored_and_differs_is_named(elsewhere):
         identities.identity("mine")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_hashed_once_until_a_file_changes(elsewhere, monkeypatch):
     pipe = tiny_sd()
     pipe.save_pretrained(elsewhere / "own")
@@ -77,6 +80,7 @@ def test_a_model_of_ones_own_is_hashed_once_until_a_file_changes(elsewhere, monk
     assert identities.identity(model).scheduler["beta_end"] == 0.5 and len(loads) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_elsewhere_is_hashed_whatever_identity_lies_in_it(elsewhere):
     tiny_sd().save_pretrained(elsewhere / "copy")
     stale = {"denoiser": "a", "vae": None, "pipeline": "P", "scheduler": {}, "text_encoders": {}}

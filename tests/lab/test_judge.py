@@ -83,6 +83,7 @@ def test_captions_of_the_same_picture_have_one_key():
     assert len({Facts(objects, "red", relation).key for objects, relation in same + other}) == 4
 
 
+@pytest.mark.slow
 def test_an_oracle_finds_every_fact_of_right_pictures(scenes):
     pictures = openmoji.images(scenes)
     found = verdicts(Oracle(pictures, [Facts.of(s) for s in scenes]), pictures, scenes)
@@ -90,6 +91,7 @@ def test_an_oracle_finds_every_fact_of_right_pictures(scenes):
     assert set(found) == {"objects", "number", "relation", "colour", "all"}
 
 
+@pytest.mark.slow
 def test_larger_pictures_are_judged_as_the_scenes_they_show(scenes):
     pictures = openmoji.images(scenes)
     judge = Oracle(pictures, [Facts.of(s) for s in scenes])
@@ -97,6 +99,7 @@ def test_larger_pictures_are_judged_as_the_scenes_they_show(scenes):
     assert verdicts(judge, larger, scenes)["all"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, fact", [(0, "colour"), (1, "objects")])
 def test_an_oracle_misses_exactly_the_fact_that_is_wrong(scenes, kind, fact):
     pictures, rng = openmoji.images(scenes), np.random.default_rng(0)
@@ -105,6 +108,7 @@ def test_an_oracle_misses_exactly_the_fact_that_is_wrong(scenes, kind, fact):
     assert all(found[other].all() for other in {"objects", "number", "relation", "colour"} - {fact})
 
 
+@pytest.mark.slow
 def test_an_oracle_sees_a_wrong_relation_and_a_wrong_number(scenes):
     two = [s for s in scenes if len(s.objects) == 2]
     pictures = openmoji.images(two)

@@ -103,6 +103,7 @@ def test_known_sets(drawn):
     assert row["real"]["object"] == [1, 0] * 3
 
 
+@pytest.mark.slow
 def test_judged_sets(drawn, monkeypatch):
     monkeypatch.setattr(metric_checks, "judge", lambda: None)
     assert metric_checks.judged_sets(*drawn) is None

@@ -18,6 +18,7 @@ def gradient(pipe, restore, keep_last=0, steps=2):
     )
 
 
+@pytest.mark.slow
 def test_a_restored_draw_has_the_gradient_of_kept_activations_and_a_new_draw_has_another():
     pipe = tiny_sd()
     exact = gradient(pipe, restore=True, keep_last=2)
@@ -25,6 +26,7 @@ def test_a_restored_draw_has_the_gradient_of_kept_activations_and_a_new_draw_has
     assert not torch.equal(gradient(pipe, restore=False), exact)
 
 
+@pytest.mark.slow
 def test_a_kept_step_would_hide_the_difference():
     """With T = 1 and its only step kept, nothing is recomputed: the cosine would be 1 whatever is drawn."""
     pipe = tiny_sd()
@@ -32,6 +34,7 @@ def test_a_kept_step_would_hide_the_difference():
     assert not torch.equal(gradient(pipe, restore=False, steps=1), gradient(pipe, restore=True, steps=1))
 
 
+@pytest.mark.slow
 def test_cosines_are_recorded_one_per_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "data_dir", lambda: tmp_path)
     pipe = tiny_sd()

@@ -56,6 +56,7 @@ def test_change_is_in_levels():
     assert redundancy.change(other, original) == {"rms": [0.0, 3.0], "ssim": [1.0, pytest.approx(0.999, abs=2e-3)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 def test_removals_of_a_model_with_a_dead_unit(make):
     pipe = make()
@@ -79,6 +80,7 @@ def test_removals_of_a_model_with_a_dead_unit(make):
     assert redundancy.worst(values, "attention") == redundancy.worst(values)[:2]
 
 
+@pytest.mark.slow
 def test_a_removal_is_what_the_gate_of_that_unit_draws():
     pipe = tiny_sd()
     values = redundancy.removals(pipe, ["a red apple"], [3], SAMPLING, 1, 0)

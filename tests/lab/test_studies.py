@@ -203,6 +203,7 @@ def test_a_model_is_drawn_as_its_recipe_says(store):
     assert Protocol.of("another").sampling == {}
 
 
+@pytest.mark.slow
 def test_missing_cells_are_measured_once_and_then_read(toy):
     todo = run.missing({"toy": 2}, "tiny")
     assert [(row, cell.seed) for _, row, cell in todo] == [
@@ -217,6 +218,7 @@ def test_missing_cells_are_measured_once_and_then_read(toy):
     assert {name: len(values) for name, values in found.items()} == {"random": 2, "learned": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["blocks", "sparse24", "original+deepcache", "random+compensation+deepcache"])
 def test_methods_beside_unit_scores_have_cells_too(toy, method):
     cell = Cell(method, 0.5, protocol=SMALL, config=CONFIG, prompts=2)
@@ -231,6 +233,7 @@ def test_methods_beside_unit_scores_have_cells_too(toy, method):
         assert 0 < values["gflop"] < whole["gflop"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_operations_counted_while_a_picture_is_drawn_are_those_of_the_cost_model(toy, guidance):
     drawn = replace(SMALL, num_inference_steps=3, guidance_scale=guidance)
@@ -238,6 +241,7 @@ def test_operations_counted_while_a_picture_is_drawn_are_those_of_the_cost_model
     assert measure.picture_gflop(toy, drawn) == pytest.approx(counted.picture_flops.total / 1e9, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_cell_can_retrain_what_it_pruned(toy):
     protocol = replace(SMALL, guidance_scale=None, num_inference_steps=3)
     cell = Cell("random", 0.5, protocol=protocol, config=CONFIG, prompts=2)
@@ -246,6 +250,7 @@ def test_a_cell_can_retrain_what_it_pruned(toy):
     assert before["parameters"] == after["parameters"] and before["ssim"] != after["ssim"]
 
 
+@pytest.mark.slow
 def test_a_table_gives_means_with_intervals_and_says_what_is_not_there(toy):
     for _, _, cell in run.missing({"toy": 1}, "tiny"):
         measure.run(cell)
@@ -273,6 +278,7 @@ def test_rows_are_told_apart_in_words():
     assert studies.minus(rows, "default", "default") == "–" and studies.minus(rows, "worse", "default")[:6] == "-0.100"
 
 
+@pytest.mark.slow
 def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
     assert run.verify(toy, ["toy"], "tiny", 1, seed=0) == []
@@ -290,6 +296,7 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
         run.verify(toy, ["toy"], "tiny", 1, seed=0)
 
 
+@pytest.mark.slow
 def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
     measure.run(studies.cells("toy", "tiny")["random"])
     drawn, real = [], images.generate
@@ -301,6 +308,7 @@ def test_what_is_verified_is_drawn_again(toy, store, monkeypatch):
     assert kept == {path: path.stat().st_mtime_ns for path in (store / ".cache").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_seeds_after_one_that_is_missing_do_not_take_its_place(toy):
     for seed in (0, 2):
         measure.run(studies.cells("toy", "tiny", seed)["random"])
@@ -358,6 +366,7 @@ def test_the_command_names_a_study_that_is_none(capsys):
     assert "There is no study 'nonsense': take one of main, pairs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_command_measures_all_models_seed_0_of_all_first(toy, monkeypatch, capsys):
     small = {"original": Cell("original", protocol=SMALL, config=CONFIG, prompts=2)}
 
@@ -417,6 +426,7 @@ def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
     assert studies.progress({name: [{}] * 2 for name in ("original", "random", "learned")}, "toy", "tiny") == ""
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_time_is_up_and_goes_on_later(toy, monkeypatch, capsys):
     assert main(["study", "--model", "tiny", "--seeds", "1"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]) == 3
@@ -425,6 +435,7 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(toy, monkeypatch, caps
     assert "3 cells left; run again to go on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, store):
     todo = run.missing({"toy": 1}, "tiny")
     assert run.estimate(todo) == 45 + 45 + 180  # nothing measured yet
@@ -438,6 +449,7 @@ def test_the_estimate_knows_what_each_method_took_and_which_masks_are_kept(toy, 
     assert run.estimate(learned) == took["original"]
 
 
+@pytest.mark.slow
 def test_gates_of_units_that_stay_can_stay_too(toy):
     config = replace(CONFIG, log_alpha_start=0.5)  # where gates are neither 0 nor 1
     cut = Cell("learned", 0.5, protocol=SMALL, config=config, prompts=2)
@@ -470,6 +482,7 @@ def test_the_units_that_go_are_recorded_and_depend_on_no_image(toy, monkeypatch)
     assert measure.removed_units(toy, other) == found
 
 
+@pytest.mark.slow
 def test_sites_can_be_spared_and_as_much_goes_elsewhere(toy, monkeypatch):
     cell = Cell("magnitude", 0.5, protocol=SMALL, config=CONFIG, prompts=2, count="parameters")
     before = {name: site["removed"] for name, site in measure.removed_units(toy, cell).items()}
@@ -484,6 +497,7 @@ def test_sites_can_be_spared_and_as_much_goes_elsewhere(toy, monkeypatch):
         measure.sparing(toy, cell, ["nowhere"])
 
 
+@pytest.mark.slow
 def test_a_mask_can_come_from_another_model(toy, monkeypatch):
     other = tiny_sd()
     with torch.no_grad():

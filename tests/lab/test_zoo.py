@@ -17,6 +17,9 @@ from ecodiff.lab.zoo.train import plan, train
 from ecodiff.metrics.clip import Judge
 from ecodiff.storage.paths import data_dir
 
+# One process has the family, which takes half a minute to make.
+pytestmark = pytest.mark.xdist_group("family")
+
 PIPELINES = {
     "openmoji-sd2": "StableDiffusionPipeline",
     "openmoji-sdxl": "StableDiffusionXLPipeline",
@@ -26,10 +29,16 @@ PIPELINES = {
 
 
 def tiny(name, steps=2):
-    """The smoke recipe, smaller still: the same code in seconds."""
+    """The smoke recipe, smaller still: the same code in seconds.
+
+    AdamW stands in for Muon, whose steps along full-size matrices would take nearly all of the time; tests of its own
+    step it on small ones.
+    """
     recipe = recipes.load_recipe(name, smoke=True)
     for stage in recipe["stages"]:
         recipe[stage]["train"] |= {"steps": steps, "batch_size": 2, "warmup": 1}
+        if "optimizer" in recipe[stage]["train"]:
+            recipe[stage]["train"]["optimizer"] = "adamw"
     if "tokenizer" in recipe:
         recipe["tokenizer"]["captions"] = 50
     return recipe
@@ -67,6 +76,7 @@ def test_plan_says_steps_and_minutes_before_the_start(name):
     assert all(f"{stage} {recipe[stage]['train']['steps']} steps" in text for stage in recipe["stages"])
 
 
+@pytest.mark.slow
 def test_the_family_fits_its_budget(family):
     models = family[0]
     megabytes = {name: 2 * build.parameters(model) / 1e6 for name, model in models.items()}
@@ -74,6 +84,7 @@ def test_the_family_fits_its_budget(family):
     assert megabytes["openmoji-clip"] < 3.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_saved_pipeline_is_plain_diffusers_and_draws(family, name):
     folder = family[1] / name
@@ -87,12 +98,14 @@ def test_a_saved_pipeline_is_plain_diffusers_and_draws(family, name):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_the_saved_judge_is_plain_transformers(family):
     judge = Judge.load(family[1] / "openmoji-clip")
     assert type(judge.model).__name__ == "CLIPModel" and judge.model.dtype == torch.float32
     assert judge.text_features(["a cat on red"]).shape == (1, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_sites_of_the_family(family, name):
     pipe = family[0][name]
@@ -108,6 +121,7 @@ def test_sites_of_the_family(family, name):
         assert {m.inner_dim // m.heads for m in pipe.unet.modules() if type(m).__name__ == "Attention"} == {16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-schnell"])
 def test_gates_are_learned_and_a_pruned_one_draws(family, name):
     pipe = family[0][name]
@@ -126,6 +140,7 @@ def test_gates_are_learned_and_a_pruned_one_draws(family, name):
     assert pictures.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.recipe_ids())
 def test_a_killed_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch, name):
     _, folder, exact = family
@@ -187,6 +202,7 @@ def test_text_encoders_have_adamw_at_their_own_rate(name):
     assert {group["lr"] for optimizer in together for group in optimizer.param_groups} == {0.01}
 
 
+@pytest.mark.slow
 def test_t5_is_begun_anew_on_captions_and_learns_to_restore_words(family, tmp_path):
     from ecodiff.lab.zoo import stages
 
@@ -234,6 +250,7 @@ def longer(name):
     return recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-dev"])
 def test_a_stored_model_is_trained_on_by_a_stage_that_is_new(family, tmp_path, monkeypatch, name):
     folder, seen = family[1], []
@@ -249,6 +266,7 @@ def test_a_stored_model_is_trained_on_by_a_stage_that_is_new(family, tmp_path, m
     assert moved >= {"transformer" if "flux" in name else "unet", "text_encoder"} and "vae" not in moved
 
 
+@pytest.mark.slow
 def test_going_on_says_what_it_cannot_go_on_from(family, tmp_path):
     with pytest.raises(EcoDiffError, match="has all stages of its recipe: add one"):
         train(tiny("openmoji-sd2"), tmp_path, family[1], go_on=True)
@@ -260,6 +278,7 @@ def test_going_on_says_what_it_cannot_go_on_from(family, tmp_path):
         train(longer("openmoji-sd2"), tmp_path, tmp_path, go_on=True)
 
 
+@pytest.mark.slow
 def test_dev_follows_its_guidance_number_and_schnell_starts_as_dev_at_three(family):
     dev = deepcopy(family[0]["openmoji-flux-dev"].transformer)
     generator = torch.Generator().manual_seed(0)
@@ -280,6 +299,7 @@ def test_dev_follows_its_guidance_number_and_schnell_starts_as_dev_at_three(fami
     assert not torch.allclose(at_one, at_three, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_flux_latents_are_packed_and_centred(family):
     from ecodiff.lab.zoo.stages import encode
 
@@ -288,6 +308,7 @@ def test_flux_latents_are_packed_and_centred(family):
     assert latents.shape == (64, 64, 16) and abs(latents.mean().item()) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openmoji-sdxl", "openmoji-flux-dev"])
 def test_a_caption_can_be_given_as_tokens_without_its_pooled_vector(family, name):
     from ecodiff.lab.zoo.stages import conditioning
@@ -308,6 +329,7 @@ def test_a_caption_can_be_given_as_tokens_without_its_pooled_vector(family, name
     assert not torch.allclose(pooled[0], pooled[1])
 
 
+@pytest.mark.slow
 def test_a_stage_drops_the_share_of_pooled_vectors_that_its_options_name(family, tmp_path, monkeypatch):
     from ecodiff.lab.zoo import stages
 
@@ -318,6 +340,7 @@ def test_a_stage_drops_the_share_of_pooled_vectors_that_its_options_name(family,
     assert seen and all(keep.all() and not pooled.any() for keep, pooled in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openmoji-sd2", "openmoji-flux-schnell", "openmoji-clip"])
 def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
     from ecodiff.lab.zoo import card, measure
@@ -345,6 +368,7 @@ def test_a_card_states_what_was_measured(family, tmp_path, monkeypatch, name):
     assert all(f"| {key} | {value} |" in text for key, value in measured.items())
 
 
+@pytest.mark.slow
 def test_crossed_captions_tell_which_of_them_is_drawn(family, monkeypatch):
     from ecodiff.lab.zoo import measure
 
@@ -362,6 +386,7 @@ def test_crossed_captions_tell_which_of_them_is_drawn(family, monkeypatch):
     assert asked and all(by_caption[p["prompt"]].colour != by_caption[p["prompt_2"]].colour for p in asked)
 
 
+@pytest.mark.slow
 def test_every_caption_fits_the_tokenizers(family):
     from ecodiff.lab.zoo.measure import free_wordings, scene_sets
 
@@ -378,6 +403,7 @@ def test_the_tokenizers_are_the_same_each_time():
         assert make(tiny("openmoji-flux-dev")).get_vocab() == make(tiny("openmoji-flux-dev")).get_vocab()
 
 
+@pytest.mark.slow
 def test_other_options_do_not_continue_a_run(tmp_path):
     recipe = tiny("openmoji-clip")
     train(recipe, tmp_path)
@@ -386,6 +412,7 @@ def test_other_options_do_not_continue_a_run(tmp_path):
         train(recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_vae_does_not_continue_a_run(family, tmp_path):
     recipe, folder = tiny("openmoji-sd2"), family[1]
     train(recipe, tmp_path / "run", folder)
@@ -396,6 +423,7 @@ def test_another_vae_does_not_continue_a_run(family, tmp_path):
         train(recipe, tmp_path / "run", tmp_path / "models")
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_continue_after_another_earlier_stage(family, tmp_path):
     recipe = tiny("openmoji-sdxl")
     train(recipe, tmp_path)
@@ -421,6 +449,7 @@ def test_unknown_recipe_is_one_sentence(capsys):
     assert "there is no recipe 'openmoji-sd9'" in capsys.readouterr().err.lower()
 
 
+@pytest.mark.slow
 def test_a_model_that_was_never_evaluated_cannot_be_checked(family, tmp_path, monkeypatch):
     (tmp_path / "models").symlink_to(family[1])
     monkeypatch.setattr(store, "data_dir", lambda: tmp_path)
@@ -430,12 +459,14 @@ def test_a_model_that_was_never_evaluated_cannot_be_checked(family, tmp_path, mo
             store.check(name)
 
 
+@pytest.mark.slow
 def test_the_first_steps_tell_what_the_rest_costs(tmp_path, capsys):
     train(tiny("openmoji-clip", steps=fit.MEASURED + 1), tmp_path)
     assert "contrast: 1 steps to go, about 0 minutes at the" in capsys.readouterr().out
     assert "10 steps to go, about 1 minutes at the 6.00 s" in fit.estimate("x", 10, [90.0, 6.0, 6.0, 7.0, 5.0])
 
 
+@pytest.mark.slow
 def test_a_missing_teacher_is_one_sentence(capsys, tmp_path):
     arguments = ["--smoke", "--runs", str(tmp_path), "--models", str(tmp_path / "none")]
     assert main(["zoo", "distill", *arguments]) == 2
@@ -451,6 +482,7 @@ def test_stored_files_are_those_of_the_manifest():
     assert {path.relative_to(data_dir()).as_posix() for path in store.data_files()} == listed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not store.stored_ids(), reason="no trained model is stored yet")
 def test_stored_models_load_and_draw_their_fixed_picture():
     for name in store.stored_ids():
@@ -465,11 +497,13 @@ def test_a_recipe_of_an_unknown_class_is_refused_in_one_sentence():
         build.build({**recipes.load_recipe("openmoji-sd2"), "pipeline": "NoSuchPipeline"})
 
 
+@pytest.mark.slow
 def test_a_saved_model_names_no_folder_of_the_machine_that_trained_it(family):
     configs = [*family[1].rglob("config.json"), *family[1].rglob("model_index.json")]
     assert len(configs) > 10 and not [path for path in configs if "_name_or_path" in path.read_text()]
 
 
+@pytest.mark.slow
 def test_a_saved_tokenizer_does_not_tell_how_the_last_batch_was_padded(family, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(family[1] / "openmoji-flux-dev")
     for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):

@@ -129,6 +129,7 @@ def method_of_the_pipeline(pipe):
     pipe.encode_prompt = encode_prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -238,6 +239,7 @@ def test_gates_that_are_open_are_not_copied_into_the_pruned_model():
     assert torch.equal(latents(small), expected)
 
 
+@pytest.mark.slow
 def test_one_warning_names_what_cannot_be_carried_over():
     pipe = tiny_sd()
     pipe.unet.compile(backend="eager")
@@ -252,6 +254,7 @@ def test_one_warning_names_what_cannot_be_carried_over():
     assert latents(small).isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_models_are_pruned_whichever_way_they_were_compiled():
     expected = latents(prune(tiny_sd(), mask_of(tiny_sd().unet)))
     whole, part = tiny_sd(), tiny_sd()
@@ -277,6 +280,7 @@ def ways_of_offloading(pipe, folder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["sequential", "disk", "group"])
 def test_weights_that_a_hook_keeps_elsewhere_are_fetched(way, tmp_path):
     pipe, mask = tiny_sd(), mask_of(tiny_sd().unet)
@@ -337,6 +341,7 @@ def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "targets"),
     [
@@ -368,6 +373,7 @@ def test_a_lora_of_the_original_is_refused_before_anything_changes(build, target
         assert torch.equal(latents(small), plain)
 
 
+@pytest.mark.slow
 def test_a_lora_that_fits_is_loaded_by_the_pipeline(tmp_path):
     from safetensors.torch import load_file
 

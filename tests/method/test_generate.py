@@ -32,6 +32,7 @@ def sdxl():
     return tiny_sdxl()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_batch_size_and_order_change_nothing(name):
     pipe = TINY[name]()
@@ -58,6 +59,7 @@ def test_a_picture_is_what_the_pipeline_draws_by_itself(sdxl):
     assert distance(draw(sdxl)[1], (alone * 255).round().to(torch.uint8)) <= 1
 
 
+@pytest.mark.slow
 def test_seed_and_settings_matter_and_equal_requests_are_drawn_once(sdxl):
     a, b, c = draw(sdxl, [PROMPTS[0]] * 3, [0, 0, 1])
     assert torch.equal(a, b) and distance(a, c) > 10
@@ -114,6 +116,7 @@ def test_cache_gives_back_what_was_drawn(sdxl, tmp_path, monkeypatch):
 CHANGES = ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "seed", "steps", "size", "prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_cache_knows_all_that_a_picture_depends_on(tmp_path, change):
     pipe, settings = tiny_sd(), {"num_inference_steps": 1, "guidance_scale": 1.0, "cache_dir": tmp_path}
@@ -133,6 +136,7 @@ def test_cache_knows_all_that_a_picture_depends_on(tmp_path, change):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_masked_pictures_never_come_from_the_cache(sdxl, tmp_path):
     plain = draw(sdxl, cache_dir=tmp_path)
     sites = ecodiff.find_sites(sdxl.unet)
@@ -220,6 +224,7 @@ def test_canonical_text_is_one_for_equal_settings():
             canonical({"a": bad})
 
 
+@pytest.mark.slow
 def test_threads_can_keep_the_same_result_at_the_same_time(tmp_path):
     compute = lambda: torch.arange(200_000)  # noqa: E731
     for turn in range(20):

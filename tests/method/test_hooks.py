@@ -86,6 +86,7 @@ def eager():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [whole_in_place, whole_wrapped, blocks_in_place, blocks_wrapped])
 def test_a_compiled_denoiser_is_gated_scored_counted_and_learned_like_any_other(way, eager):
     pipe = small()
@@ -159,6 +160,7 @@ def bypassed(way):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["forward", "weight"])
 def test_a_layer_that_is_used_without_being_called_is_named(way):
     pipe = bypassed(way)
@@ -184,6 +186,7 @@ def test_it_is_named_before_the_second_batch_is_drawn():
     assert len(calls) == QUICK.num_inference_steps
 
 
+@pytest.mark.slow
 def test_a_site_that_is_excluded_may_stay_unused():
     pipe = bypassed("weight")
     others = find_sites(pipe.transformer).keys() - {DOUBLE}
@@ -269,6 +272,7 @@ def test_feature_reuse_of_a_denoiser_that_never_runs_is_named():
 # Settings that would act silently
 
 
+@pytest.mark.slow
 def test_the_callers_autocast_and_gradient_mode_do_not_change_what_is_learned(eager):
     pipe = small()
     with torch.autocast("cpu", torch.bfloat16):
@@ -279,6 +283,7 @@ def test_the_callers_autocast_and_gradient_mode_do_not_change_what_is_learned(ea
         assert close(learned(pipe), eager["learned"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0.2, 0.7, "3", None, math.nan, torch.tensor(0.5), 2**64])
 def test_seeds_that_are_no_whole_numbers_are_refused(bad):
     for make in (LearnConfig, Sampling, RetrainConfig):
@@ -295,6 +300,7 @@ def test_whole_numbers_of_other_types_are_the_same_seed():
     assert repr(Sampling(seed=torch.tensor(3)).seed) == "3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_guidance_that_is_not_finite_is_refused(bad):
     for make in (LearnConfig, Sampling):
@@ -308,6 +314,7 @@ def test_guidance_that_is_not_finite_is_refused(bad):
         generate(small(), PROMPTS, [0], true_cfg_scale=bad, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 2])
 def test_lambda_that_overflows_in_a_step_is_an_error_and_not_saved(updates, tmp_path, monkeypatch):
     step, done = torch.optim.Adam.step, []

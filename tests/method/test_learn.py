@@ -23,6 +23,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TINY)
 def test_learns_on_every_pipeline(model):
     pipe = TINY[model]()
@@ -37,6 +38,7 @@ def test_learns_on_every_pipeline(model):
     json.dumps(gates.history)
 
 
+@pytest.mark.slow
 def test_a_unit_that_does_nothing_closes_before_one_that_matters():
     pipe = tiny_sd()
     name = next(name for name in find_sites(denoiser(pipe)) if name.endswith("ff"))
@@ -53,6 +55,7 @@ def test_a_unit_that_does_nothing_closes_before_one_that_matters():
     assert (useful[:, None] > idle).float().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_learning_warns_of_nothing():
     """Warnings would stand in a chapter's output, with a folder of the machine."""
     with warnings.catch_warnings():
@@ -61,12 +64,14 @@ def test_learning_warns_of_nothing():
         quiet(tiny_sd(), config=replace(QUICK, updates=1, gate_draw="trajectory", target_open=None))
 
 
+@pytest.mark.slow
 def test_with_zero_weight_and_open_gates_nothing_moves():
     gates = quiet(tiny_sd(), config=replace(QUICK, weight=0.0, log_alpha_start=60.0, updates=2))
     assert all((value == 60.0).all() for value in gates.log_alpha.values())
     assert gates.history[0]["reconstruction"] < 1e-9
 
 
+@pytest.mark.slow
 def test_pipeline_is_left_as_it_was():
     pipe = tiny_sdxl()
     before = {key: value for key, value in vars(pipe).items() if key != "_internal_dict"}
@@ -78,6 +83,7 @@ def test_pipeline_is_left_as_it_was():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in denoiser(pipe).modules())
 
 
+@pytest.mark.slow
 def test_same_seed_same_result_and_checkpointing_changes_nothing():
     pipe = tiny_sd()
     torch.manual_seed(1)
@@ -90,6 +96,7 @@ def test_same_seed_same_result_and_checkpointing_changes_nothing():
     assert not same(first.log_alpha, quiet(pipe, config=replace(QUICK, seed=1)).log_alpha)
 
 
+@pytest.mark.slow
 def test_samples_with_gates_of_their_own_can_be_run_together_or_one_by_one():
     first = {}
     for size in (None, 1):
@@ -103,6 +110,7 @@ def test_samples_with_gates_of_their_own_can_be_run_together_or_one_by_one():
         assert first["trajectory", None][name] != pytest.approx(first["sample", None][name], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["trajectory", "sample", "call"])
 def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, draw):
     pipe, config = (
@@ -134,6 +142,7 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, 
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_read_again_and_made_longer(tmp_path):
     pipe, config = tiny_sd(), replace(QUICK, target_open=None)
     short = quiet(pipe, config=replace(config, updates=2), resume_dir=tmp_path)
@@ -143,6 +152,7 @@ def test_a_finished_run_can_be_read_again_and_made_longer(tmp_path):
         quiet(pipe, config=replace(config, updates=2), resume_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_line_to_a_target_cannot_be_made_longer(tmp_path):
     quiet(tiny_sd(), config=replace(QUICK, updates=2), resume_dir=tmp_path)
     with pytest.raises(EcoDiffError, match=r"config.updates was 2, is 4\): choose another resume_dir"):
@@ -218,6 +228,7 @@ def test_text_encoders_run_once_a_prompt_and_give_what_the_pipeline_gives():
         assert torch.allclose(first, pipe(**call_kwargs(pipe, n=3, steps=2)).images, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prompts_may_be_mappings_of_call_arguments():
     pipe = tiny_sd()
     with torch.no_grad():
@@ -323,6 +334,7 @@ def test_without_a_target_beta_acts_on_closed_gates_too():
     assert task.weights(gates, 0) == {"attention": config.weight, "feed_forward": config.weight}
 
 
+@pytest.mark.slow
 def test_a_target_keeps_more_gates_open():
     config = replace(QUICK, updates=40, num_inference_steps=1, weight=20.0, target_open=None)
     far = quiet(tiny_sd(), config=config).history[-1]
@@ -341,6 +353,7 @@ def test_every_epoch_visits_every_sample_once():
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
 
 
+@pytest.mark.slow
 def test_published_presets_and_the_dead_start():
     sdxl, flux = LearnConfig.paper("sdxl"), LearnConfig.paper("flux")
     assert (sdxl.weight, sdxl.delta, sdxl.lr["attention"], sdxl.lr["feed_forward"], sdxl.lr["modulation"]) == (
@@ -391,6 +404,7 @@ def test_bad_configurations_are_named(bad):
         LearnConfig(**bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [[], "a cat", [""], ["a cat", "  "], ["a cat", {"prompt_embeds": 0}], None])
 def test_bad_prompts(prompts):
     with pytest.raises(EcoDiffError, match="prompt"):
@@ -404,6 +418,7 @@ def test_unknown_preset_and_missing_sites():
         quiet(tiny_sd(), config=replace(QUICK, kinds=("modulation",)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["trajectory", "call"])
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 def test_the_step_objective_is_the_mean_error_of_single_calls(make, draw):

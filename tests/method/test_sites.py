@@ -70,6 +70,7 @@ def test_full_size_flux():
     assert not skipped_modules(transformer)
 
 
+@pytest.mark.slow
 def test_full_size_sd35():
     transformer = full_size("SD3Transformer2DModel", **SD35_LARGE)
     found = totals(transformer)
@@ -88,6 +89,7 @@ def test_order_is_that_of_the_modules():
         assert {site.kind for site in find_sites(model).values()} == {"attention", "feed_forward"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attention", "feed_forward"),
     [

@@ -38,6 +38,7 @@ def keep_first(model, units, kinds):
     return {name: torch.arange(site.units) < units for name, site in find_sites(model, kinds).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_folded_gates_draw_what_gates_do(name):
     pipe = TINY[name]()
@@ -59,6 +60,7 @@ def test_gates_that_cannot_be_folded_are_named():
             fold_gates(pipe, {name: gate})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("site_kind", KINDS)
 @pytest.mark.parametrize("what", ["some", 1, 0])
@@ -77,6 +79,7 @@ def test_removed_is_masked(kind, site_kind, what):
     assert parameters(model) - parameters(pruned) == gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 def test_everything_at_once_and_nothing_at_all(kind):
     pipe = TINY[kind]()
@@ -86,6 +89,7 @@ def test_everything_at_once_and_nothing_at_all(kind):
     assert torch.equal(latents(whole), latents(pipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 def test_an_attention_without_heads_costs_nothing(kind):
     model = denoiser(TINY[kind]())
@@ -157,6 +161,7 @@ def test_pipeline_settings_stay():
     assert pruned._progress_bar_config == {"disable": True}
 
 
+@pytest.mark.slow
 def test_full_size_sdxl_with_the_published_lambda(shared_file):
     from safetensors.torch import load_file
 
@@ -168,6 +173,7 @@ def test_full_size_sdxl_with_the_published_lambda(shared_file):
         assert {parameter.device.type for parameter in pruned.parameters()} == {"meta"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
     pipe = TINY[kind]()
@@ -194,6 +200,7 @@ def test_saved_and_loaded_bit_for_bit(kind, tmp_path):
     assert {parameter.dtype for parameter in denoiser(half).parameters()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_loads_in_a_new_process(tmp_path):
     pipe = tiny_sdxl()
     small = prune(pipe, random_mask(pipe.unet))
@@ -241,6 +248,7 @@ def test_changed_files_do_not_load(tmp_path):
             ecodiff.PrunedUNet2DConditionModel.from_pretrained(tmp_path / "unet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 def test_pruned_again(kind, tmp_path):
     pipe = TINY[kind]()
@@ -256,6 +264,7 @@ def test_pruned_again(kind, tmp_path):
     assert torch.equal(latents(loaded), latents(twice))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_pruned_again_says_so():
     pipe = tiny_flux()
     once = prune(pipe, random_mask(pipe.transformer, kinds=KINDS))
@@ -301,6 +310,7 @@ def test_not_a_diffusers_model():
             pruned_class(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_flux])
 def test_torch_compile_without_graph_breaks(build):
     pipe = build()
@@ -314,6 +324,7 @@ def test_torch_compile_without_graph_breaks(build):
     assert (outputs(small) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "targets"),
     [
@@ -388,6 +399,7 @@ def test_gradients_flow_through_a_pruned_model():
     assert all(parameter.grad is not None for name, parameter in small.unet.named_parameters())
 
 
+@pytest.mark.slow
 def test_offloading_hooks_of_accelerate():
     """What enable_model_cpu_offload does, with the CPU as the device: hooks that move the denoiser around each call."""
     from accelerate import cpu_offload_with_hook

@@ -45,11 +45,13 @@ def assert_exact(pipe, options, **same):
         assert torch.equal(checkpointed, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TINY)
 def test_checkpointing_changes_no_bit(model):
     assert_exact(TINY[model](), [{}, {"keep_last": 0}, {"keep_last": 2}, {"keep_last": 99}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_checkpointing_is_exact_with_first_order_multistep_and_stochastic_schedulers(name):
     pipe = tiny_sd()
@@ -157,6 +159,7 @@ def test_gradients_reach_gates_and_arguments_through_autograd_grad_and_autocast(
     assert torch.equal(flat[0], flat[1]) and torch.equal(flat[0], flat[2])
 
 
+@pytest.mark.slow
 def test_checkpoints_inside_the_denoiser_go_with_checkpoints_around_it():
     pipe = tiny_sd()
     plain = latents_and_gradient(pipe, checkpoint=False)

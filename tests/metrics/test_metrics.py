@@ -118,6 +118,7 @@ def test_kid_is_fixed_by_its_seed_and_leaves_the_random_state_alone():
     assert first[1] > 0
 
 
+@pytest.mark.slow
 @needs_inception
 def test_inception_is_the_stored_network():
     images = pictures(2, size=299)

@@ -161,6 +161,7 @@ def alone(pipe, prompt, seed, **more):
     return pipe([prompt], generator=[torch.Generator().manual_seed(seed)], **more)[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_the_same_alone_and_in_a_batch(kind):
     pipe = made(kind)
@@ -174,6 +175,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(kind):
     assert len(one_by_one) == (kind in ONE_BY_ONE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one by one")
 @pytest.mark.parametrize("kind", [Stacked, Longest, Summed])
 @pytest.mark.parametrize("objective", ["final", "step"])
@@ -189,6 +191,7 @@ def test_learning_in_a_batch_is_learning_one_by_one(kind, objective):
         assert torch.allclose(value, found[1][name], atol=1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one by one")
 @pytest.mark.parametrize("method", ["wanda", "fisher", "gauss-newton", "obs"])
 @pytest.mark.parametrize("kind", [Stacked, Longest])

@@ -13,6 +13,7 @@ from ecodiff.pipelines.parts import denoiser, denoiser_name
 from ecodiff.scores import METHODS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [("sd", "unet"), ("sdxl", "unet"), ("sd3", "transformer"), ("flux", "transformer")]
 )
@@ -28,6 +29,7 @@ def test_no_denoiser():
             denoiser(thing)
 
 
+@pytest.mark.slow
 def test_load_folder_and_embedded_name(tmp_path, monkeypatch):
     tiny_sd().save_pretrained(tmp_path / "models" / "tiny")
     monkeypatch.setenv("ECODIFF_DATA", str(tmp_path))
@@ -88,6 +90,7 @@ def test_magnitude_is_the_mean_weight_that_would_go(kind):
         assert torch.allclose(before[name][-1], total / count, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_import_is_light_and_names_are_there():
     code = (
         "import sys, ecodiff; assert not {'torch', 'diffusers'} & set(sys.modules);"

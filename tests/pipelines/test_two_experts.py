@@ -143,6 +143,7 @@ def test_gates_on_one_expert_alone_get_gradients_too(wan, alone):
     assert all(gate.grad.abs().sum() > 0 for gate in gates.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"gate_draw": "trajectory"}, {"objective": "step"}, {"checkpoint": False}])
 def test_learning_moves_gates_of_both(wan, more):
     gates = ecodiff.learn(wan, PROMPTS[:2], config(**more), progress=False)
@@ -150,6 +151,7 @@ def test_learning_moves_gates_of_both(wan, more):
     assert all((value != 3.0).all() for value in gates.log_alpha.values())
 
 
+@pytest.mark.slow
 def test_learning_goes_on_after_an_interruption(wan, tmp_path):
     shorter, longer = config(updates=1, target_open=None), config(updates=2, target_open=None)
     whole = ecodiff.learn(wan, PROMPTS[:2], longer, progress=False)
@@ -162,6 +164,7 @@ def test_learning_goes_on_after_an_interruption(wan, tmp_path):
         ecodiff.learn(other, PROMPTS[:2], longer, progress=False, resume_dir=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_scores_both(wan, method):
     scores = METHODS[method](wan, PROMPTS[:2], **SAMPLING)
@@ -222,6 +225,7 @@ def test_compensation_adapts_both(wan):
     assert both(obs(wan, PROMPTS[:2], **SAMPLING))
 
 
+@pytest.mark.slow
 def test_flops_of_sites_and_cost_count_both(wan):
     network = denoiser(wan)
     sites = with_flops(network, ecodiff.find_sites(network), lambda: drawn(wan))

@@ -50,6 +50,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_page_knows_its_provenance_and_hides_injected_parameters(project):
     source = chapter(project, "01_a", "print(size)")
     page = build.run(source, "smoke", project / "out")
@@ -71,6 +72,7 @@ def test_nothing_is_injected_where_the_profile_says_the_same(project):
     assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
 
 
+@pytest.mark.slow
 def test_a_page_has_a_table_of_its_parameters_above_their_folded_cell(project):
     source = chapter(project, "01_a", "size")
     for profile, line in (("default", "| `size` | `3` | how many |"), ("smoke", "| `size` | `3` | `1` | how many |")):
@@ -86,6 +88,7 @@ def test_a_comment_is_shown_as_it_is_written(project):
     assert r"| a\|b, \*c\* and \`d\_e\` of \[f\](\$g\$); 0: none |" in build.parameter_table(source, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -103,6 +106,7 @@ def test_a_failed_chapter_leaves_no_page(project, code, message):
     assert list(page.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_described_figure_is_accepted(project):
     header = "---\nmystnb:\n  figure: {name: fig-a, caption: A line.}\n  image: {alt: A rising line.}\n---\n"
     source = chapter(project, "01_a", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);", cell_header=header)
@@ -244,6 +248,7 @@ def test_what_one_chapter_makes_another_may_read(project, stale):
     assert stale()[0] == ["01_a"], "made again with the same content"
 
 
+@pytest.mark.slow
 def test_html_warnings_fail_and_leave_the_old_html(project):
     """Jupyter Book on one page: a clean build, then one with a broken reference."""
     page = chapter(project, "01_a", "1")

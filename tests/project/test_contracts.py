@@ -368,6 +368,7 @@ def test_every_file_of_results_is_asked_for_by_code_that_is_known_here():
     assert set(RESULTS) | {"gates"} == set(KEYS_OF) == set(GOLDEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_a_measurement_has_the_key_that_it_had_before_files_moved(name, keys_of):
     keys = keys_of(name)
@@ -474,6 +475,7 @@ def test_the_saved_files_are_those_that_were_saved_before_files_moved():
     assert total.hexdigest() == SHA256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", [load_plainly, ecodiff.load])
 def test_a_pipeline_that_was_pruned_and_saved_before_draws_what_it_drew(saved, loader):
     pipe = loader(SAVED / saved.name / "pipeline")

@@ -32,6 +32,7 @@ def test_a_solution_answers(exercise):
     assert [words for words in EVASIONS if words in exercise.solution] == []
 
 
+@pytest.mark.slow
 @every
 def test_named_parameters_exist_and_are_of_their_type(exercise):
     own = own_parameters(exercise.notebook)
@@ -57,6 +58,7 @@ def read_as(text: str, kind: type):
     return float(value) if kind is float and isinstance(value, int) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("label", "run"), RUNS)
 def test_the_solution_states_what_comes_out(label, run, monkeypatch):
     matplotlib.use("Agg")

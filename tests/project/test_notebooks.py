@@ -41,6 +41,7 @@ def test_front_matter(source):
     assert isinstance(metadata["ecodiff"]["data"], list)
 
 
+@pytest.mark.slow
 @chapters
 def test_a_chapter_names_the_parts_of_the_lab_that_it_uses(source):
     """Otherwise it is not run again when they change. It names no other, or it is run again without need."""
@@ -173,6 +174,7 @@ def test_repository_address_is_the_same_everywhere():
         assert found <= {address}, path.name
 
 
+@pytest.mark.slow
 def test_papermill_runs_a_chapter_from_another_folder(tmp_path):
     notebook = root() / "notebooks" / "01_hard_concrete.ipynb"
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb"]

@@ -146,12 +146,14 @@ def moved(page):
     return found
 
 
+@pytest.mark.slow
 def test_a_page_of_everything_is_not_cut_and_can_be_read(browser, serve, specimen):
     address = serve(specimen)
     found = [f"{name}, {fault}" for name in pages(specimen) for fault in faults(browser, f"{address}/{name}")]
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_widgets_move_and_can_be_read_from_the_start(browser, serve, specimen, scheme):
     page, complaints = opened(browser, f"{serve(specimen)}/notebooks/01_specimen.html", scheme, 390)

@@ -26,6 +26,7 @@ def test_a_wheel_is_the_library_and_its_licence(wheel):
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 2 * 1024**2
 
 
+@pytest.mark.slow
 def test_a_wheel_prunes_a_pipeline_by_itself(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ECODIFF_DATA": str(tmp_path / "none")}

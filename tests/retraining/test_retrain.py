@@ -57,6 +57,7 @@ def set_loss(pipe):
         return sum(task.loss(range(4), torch.Generator().manual_seed(seed)).item() for seed in range(4)) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("model", TINY)
 def test_the_loss_falls_on_every_pipeline_also_where_a_site_has_no_unit_left(model, method):
@@ -68,6 +69,7 @@ def test_the_loss_falls_on_every_pipeline_also_where_a_site_has_no_unit_left(mod
     assert not changed(plain, weights(pipe)) and set_loss(pipe) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TINY)
 def test_straight_through_ends_in_2_4_weights_that_are_better_than_cut_ones(model):
     pipe = smaller(TINY[model]())
@@ -82,6 +84,7 @@ def test_straight_through_ends_in_2_4_weights_that_are_better_than_cut_ones(mode
     assert set_loss(better) < 0.95 * cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, tiny_flux])
 def test_adapters_change_the_layers_of_the_sites_and_nothing_else(build):
     pipe = smaller(build())
@@ -94,6 +97,7 @@ def test_adapters_change_the_layers_of_the_sites_and_nothing_else(build):
     assert changed(weights(pipe), weights(quiet(pipe, kinds=("attention",)))) == only & expected
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_changes_all_that_the_denoiser_uses_and_no_other_part():
     pipe = smaller(tiny_sdxl())
     others = {
@@ -109,6 +113,7 @@ def test_full_fine_tuning_changes_all_that_the_denoiser_uses_and_no_other_part()
         assert not changed(values, better.components[name].state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_no_steps_give_the_same_pipeline_bit_for_bit(method):
     for build in (tiny_sd, tiny_flux):
@@ -117,6 +122,7 @@ def test_no_steps_give_the_same_pipeline_bit_for_bit(method):
         assert torch.equal(latents(pipe), latents(same)) and denoiser(same) is not denoiser(pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_flux])
 def test_merged_adapters_draw_what_unmerged_ones_do(build, monkeypatch):
     module, drawn = importlib.import_module("ecodiff.retraining.retrain"), {}
@@ -135,6 +141,7 @@ def test_merged_adapters_draw_what_unmerged_ones_do(build, monkeypatch):
     assert not any("lora" in name for name in weights(better))
 
 
+@pytest.mark.slow
 def test_the_result_is_saved_and_loaded_and_pruned_again_as_before(tmp_path):
     for build in (tiny_sd, tiny_flux):
         pipe = smaller(build())
@@ -151,6 +158,7 @@ def test_the_result_is_saved_and_loaded_and_pruned_again_as_before(tmp_path):
         assert latents(prune(better, {name: torch.zeros(site.units, dtype=torch.bool)})).isfinite().all()
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_and_random_state_stays():
     pipe = smaller(tiny_sd())
     torch.manual_seed(1)
@@ -163,6 +171,7 @@ def test_same_seed_same_weights_and_random_state_stays():
     assert changed(first, weights(quiet(pipe, seed=1)))
 
 
+@pytest.mark.slow
 def test_an_interruption_or_a_loss_that_is_not_finite_leaves_the_pipeline_untouched(monkeypatch):
     pipe = smaller(tiny_sdxl())
     denoiser(pipe).conv_in.weight.requires_grad_(False)
@@ -188,6 +197,7 @@ def test_an_interruption_or_a_loss_that_is_not_finite_leaves_the_pipeline_untouc
     assert [p.requires_grad for p in denoiser(quiet(pipe)).parameters()] == flags
 
 
+@pytest.mark.slow
 def test_half_precision_pipelines_are_trained_in_fp32_and_come_back_as_they_were():
     pipe = smaller(tiny_sdxl()).to(torch.float16)
     pipe.vae.to(torch.float32)
@@ -239,6 +249,7 @@ def test_a_denoiser_that_predicts_the_target_has_no_loss():
     assert losses.flow_loss(flow, x, {}, generator().manual_seed(7), time=1000.0) == 0
 
 
+@pytest.mark.slow
 def test_the_denoiser_is_told_what_the_pipelines_own_call_tells_it():
     told = {name: conditioning.conditioning(pipe := make(), PROMPTS[0], (16, 16), config_for(pipe).call)
             for name, make in TINY.items()}  # fmt: skip
@@ -292,6 +303,7 @@ def test_bad_pictures_and_captions(pictures, captions, message):
         retrain(tiny_sd(), pictures, captions, RetrainConfig(**QUICK), progress=False)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_retrained_says_why(monkeypatch):
     pipe = tiny_sd()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)

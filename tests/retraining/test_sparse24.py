@@ -23,6 +23,7 @@ def test_two_of_every_four_and_the_largest():
         assert (kept.min(1).values >= values[~groups].view(-1, 2).max(1).values).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 def test_a_sparse_pipeline_draws_and_the_original_is_whole(make):
     pipe = make()

@@ -48,6 +48,7 @@ def first(pipe, kind):
     return next(site for site in find_sites(denoiser(pipe)).values() if site.kind == kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TINY)
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_of_every_method_on_every_pipeline(name, model):
@@ -66,6 +67,7 @@ def test_scores_of_every_method_on_every_pipeline(name, model):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser(pipe).modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEING)
 def test_batch_size_changes_nothing_and_the_seed_does(name):
     pipe = tiny_sd()
@@ -85,6 +87,7 @@ def zeroed(pipe):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])
 def test_a_unit_that_does_nothing_has_the_lowest_score(name, make):
@@ -154,6 +157,7 @@ def test_fisher_squares_the_slope_of_every_prompt_and_step(make):
     assert scores[site.name][best].item() == pytest.approx(slopes.square().sum().item(), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 def test_gauss_newton_is_the_derivative_of_final_latents_along_random_signs(make):
     pipe, given = make(), settings(make(), probes=2)
@@ -179,6 +183,7 @@ def test_gauss_newton_is_the_derivative_of_final_latents_along_random_signs(make
         assert scores[site.name][best].item() == pytest.approx(expected.item(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_gauss_newton_foretells_how_far_latents_move_when_a_gate_closes_a_little():
     """With many probes: ‖J_j‖ (1 - m) for the gate of one unit."""
     pipe = tiny_sd()
@@ -193,6 +198,7 @@ def test_gauss_newton_foretells_how_far_latents_move_when_a_gate_closes_a_little
         assert moved.item() == pytest.approx(scores[unit].item() * 0.05, rel=0.2)
 
 
+@pytest.mark.slow
 def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
     asked = []
 
@@ -210,12 +216,14 @@ def test_methods_that_draw_do_so_on_accelerates_device(monkeypatch):
     assert asked == ["wanda.norms", *taylor, *slopes, "occlusion.scores", "wanda.norms", "compensation.second_moments"]
 
 
+@pytest.mark.slow
 def test_taylor_needs_no_gradients_switched_on_by_the_caller():
     expected = score("taylor", tiny_sd())
     with torch.no_grad():
         close(score("taylor", tiny_sd()), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_taylor_in_gates_is_weight_times_gradient_of_the_reading_layer():
     pipe = tiny_sd()
     scores = score("taylor", pipe, threshold=0.0)
@@ -240,6 +248,7 @@ def test_taylor_in_gates_is_weight_times_gradient_of_the_reading_layer():
         torch.testing.assert_close(elementwise[site.name], each, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_taylor_stops_where_the_loss_has_become_small():
     pipe = tiny_sd()
     loss = NoisePrediction.prepare(pipe, PROMPTS[:2], Sampling(**settings(pipe, num_inference_steps=5)))
@@ -273,6 +282,7 @@ def test_noised_input_of_each_family_of_schedulers():
     torch.testing.assert_close(target, noise - z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", ["moments", "paired"])
 def test_occlusion_is_what_removing_a_head_does(distance):
     pipe = tiny_sdxl()
@@ -289,6 +299,7 @@ def test_occlusion_is_what_removing_a_head_does(distance):
         torch.testing.assert_close(scores[site.name][unit], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_occlusion_shares_the_effect_of_a_group_among_its_neurons():
     pipe = tiny_sd()
     scores = METHODS["occlusion"](pipe, PROMPTS[:2], **settings(pipe, groups=2, kinds=("feed_forward",)))
@@ -303,6 +314,7 @@ def test_occlusion_shares_the_effect_of_a_group_among_its_neurons():
         torch.testing.assert_close(scores[site.name][group].sum(), moved, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_occlusion_says_what_it_costs(capsys):
     pipe = tiny_sd()
     METHODS["occlusion"](pipe, PROMPTS[:1], **settings(pipe, groups=1, progress=True))
@@ -323,6 +335,7 @@ def inputs_of(pipe, layer, **more):
     return seen
 
 
+@pytest.mark.slow
 def test_second_moments_weigh_early_steps_more():
     pipe = tiny_sd()
     layer = first(pipe, "feed_forward").readers[0].layer
@@ -338,6 +351,7 @@ def test_second_moments_weigh_early_steps_more():
     torch.testing.assert_close(in_parts, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attention", "feed_forward"])
 def test_obs_is_the_least_squares_error_without_the_unit(kind):
     pipe = tiny_sd3()
@@ -360,6 +374,7 @@ def test_obs_is_the_least_squares_error_without_the_unit(kind):
         assert scores[site.name][unit].item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_sd3, tiny_flux])
 def test_compensation_lowers_the_error_of_every_layer(make):
     pipe = make()
@@ -384,6 +399,7 @@ def test_compensation_lowers_the_error_of_every_layer(make):
     assert same.count(False) == len(moments)  # only the reading layers' weights differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])
 def test_a_pruned_model_is_adapted_to_prompts_in_one_call(make, tmp_path):
     pipe = make()
@@ -401,6 +417,7 @@ def _columns_left(weight, smaller):
     return keep
 
 
+@pytest.mark.slow
 def test_a_copied_neuron_costs_nothing_once_its_twin_is_adapted():
     pipe = tiny_sd()
     site = first(pipe, "feed_forward")
@@ -422,6 +439,7 @@ def test_a_copied_neuron_costs_nothing_once_its_twin_is_adapted():
     assert (better - whole).norm() < 0.05 * (plain - whole).norm()
 
 
+@pytest.mark.slow
 def test_a_site_without_units_needs_no_compensation():
     pipe = tiny_sd()
     site = first(pipe, "attention")
@@ -444,6 +462,7 @@ def test_methods_that_look_at_readers_refuse_modulation_layers(name):
         score(name, tiny_sd3(), kinds=("attention", "modulation"))
 
 
+@pytest.mark.slow
 def test_bad_input_is_named():
     pipe = tiny_sd()
     for name in SEEING:
@@ -471,6 +490,7 @@ def test_noise_of_a_prompt_is_its_own():
     assert len({mix(0, i) for i in range(100)} | {mix(1, i) for i in range(100)}) == 200
 
 
+@pytest.mark.slow
 def test_a_comparison_calls_every_method_by_name(monkeypatch):
     monkeypatch.setenv("ECODIFF_RECORDS", "off")
     pipe = tiny_sd()

@@ -148,6 +148,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*not cached")
 @pytest.mark.parametrize("change", CHANGES)
 def test_images_never_come_back_after_a_change(tmp_path, change):
@@ -183,6 +184,7 @@ def test_a_shift_that_was_set_counts():
     assert key(of_pipeline(pipe)) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["buffer", "padding side", "chat template", "nothing"])
 def test_what_shows_in_no_weight_counts(change):
     pipe = tiny_sd()
@@ -196,6 +198,7 @@ def test_what_shows_in_no_weight_counts(change):
     assert (key(of_pipeline(pipe)) == before) == (change == "nothing")
 
 
+@pytest.mark.slow
 def test_what_changes_no_image_is_found_again(tmp_path):
     pipe = tiny_sdxl()
     pipe.scheduler = EulerDiscreteScheduler.from_config({"beta_schedule": "scaled_linear"})
@@ -213,6 +216,7 @@ def test_what_changes_no_image_is_found_again(tmp_path):
     assert key(of_pipeline(ecodiff.load(tmp_path / "saved"))) == first
 
 
+@pytest.mark.slow
 def test_a_picture_in_the_call_counts_by_its_pixels(tmp_path):
     pipe = StableDiffusionImg2ImgPipeline(**tiny_sd().components, requires_safety_checker=False)
     settings = {"num_inference_steps": 2, "strength": 0.5, "progress": False, "cache_dir": tmp_path}
@@ -224,6 +228,7 @@ def test_a_picture_in_the_call_counts_by_its_pixels(tmp_path):
     assert not torch.equal(first, other) and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_prompts_may_be_mappings_with_pictures(tmp_path):
     pipe = StableDiffusionImg2ImgPipeline(**tiny_sd().components, requires_safety_checker=False)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
@@ -244,6 +249,7 @@ def test_code_of_ones_own_is_named_and_nothing_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_pruned_and_smaller_pipelines_are_kept(tmp_path):
     pipe = tiny_sd()
     mask = {name: torch.arange(site.units) > 0 for name, site in ecodiff.find_sites(pipe.unet).items()}
@@ -291,6 +297,7 @@ def run(pipe, folder, updates, **call):
     return ecodiff.learn(pipe, PROMPTS[:1], config, resume_dir=folder, progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_whatever_the_order_of_a_set_and_after_a_save(tmp_path):
     pipe = private_copy(tiny_sdxl())
     pipe.scheduler = EulerDiscreteScheduler.from_config({"beta_schedule": "scaled_linear"})
@@ -305,6 +312,7 @@ def test_a_run_goes_on_whatever_the_order_of_a_set_and_after_a_save(tmp_path):
         run(pipe, tmp_path / "run", 4)
 
 
+@pytest.mark.slow
 def test_a_run_is_told_apart_by_the_pixels_and_numbers_in_its_call(tmp_path):
     pipe = StableDiffusionImg2ImgPipeline(**tiny_sd().components, requires_safety_checker=False)
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
@@ -321,6 +329,7 @@ def test_a_run_is_told_apart_by_the_pixels_and_numbers_in_its_call(tmp_path):
         learn(Image.fromarray(pixels), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.safetensors", "teacher.safetensors", "snapshots/000001.safetensors"])
 def test_a_flipped_bit_in_a_runs_file_is_a_clear_error(tmp_path, name):
     pipe = tiny_sd()

@@ -90,6 +90,7 @@ def project(folder):
     return contents(folder)
 
 
+@pytest.mark.slow
 def test_only_written_files_are_replaced(pipes, tmp_path):
     _, half, most = pipes
     foreign = project(tmp_path)
@@ -135,6 +136,7 @@ def test_what_is_in_the_way_is_named_and_stays(pipes, tmp_path):
     assert os.listdir(tmp_path / "two") == ["model_index.json"]  # folders made on the way are gone, too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("40KB", None), (None, "40KB"), ("40KB", "90KB"), ("90KB", "40KB")])
 def test_weights_of_an_earlier_save_do_not_load_with_the_new(pipes, tmp_path, order):
     _, half, most = pipes
@@ -217,6 +219,7 @@ class monkey:  # noqa: N801  used like a function
         return self.real(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["symlink", "replace", "fsync", "mkdir"])
 def test_whatever_fails_the_earlier_model_stays(pipes, tmp_path, name):
     _, half, most = pipes
@@ -278,6 +281,7 @@ def killed(act, at):
     return status == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shards", "step"), [(("90KB", "10GB"), 1), (("10GB", "90KB"), 3)])
 def test_killed_at_any_moment_one_of_the_models_loads(pipes, tmp_path, shards, step):
     _, half, most = pipes
@@ -308,6 +312,7 @@ def test_killed_at_any_moment_one_of_the_models_loads(pipes, tmp_path, shards, s
     assert seen == sorted(seen) and n > 60 and seen.count(1) > 20 / step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [40, 55, 70, 75])
 def test_killed_while_tidying_up_after_a_kill(pipes, tmp_path, first):
     _, half, most = pipes
@@ -329,6 +334,7 @@ def test_killed_while_tidying_up_after_a_kill(pipes, tmp_path, first):
     assert second > 5
 
 
+@pytest.mark.slow
 def test_killed_in_a_new_folder_nothing_or_all_is_there(pipes, tmp_path):
     half, folder = pipes[1], tmp_path / "deep" / "small"
     for n in range(1, 1000):
@@ -343,6 +349,7 @@ def test_killed_in_a_new_folder_nothing_or_all_is_there(pipes, tmp_path):
     assert os.listdir(folder.parent) == ["small"]
 
 
+@pytest.mark.slow
 def test_killed_with_text_encoders_and_loaded_by_ecodiff(pipes, tmp_path):
     _, half, most = pipes
     half.save_pretrained(tmp_path / "template", max_shard_size="90KB")
@@ -360,6 +367,7 @@ def test_killed_with_text_encoders_and_loaded_by_ecodiff(pipes, tmp_path):
     assert same_weights(loaded.unet, most.unet)
 
 
+@pytest.mark.slow
 def test_a_save_that_runs_is_left_alone(pipes, tmp_path):
     _, half, most = pipes
     half.save_pretrained(tmp_path / "small")
@@ -478,6 +486,7 @@ def test_a_copy_saves_what_it_holds(pipes, tmp_path):
     assert n == 2
 
 
+@pytest.mark.slow
 def test_every_pipeline_with_a_pruned_denoiser_saves_all_or_nothing(pipes, tmp_path):
     dense, half, _ = pipes
     half.save_pretrained(tmp_path / "small")
@@ -494,6 +503,7 @@ def test_every_pipeline_with_a_pruned_denoiser_saves_all_or_nothing(pipes, tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_arguments_are_those_of_diffusers(pipes, tmp_path):
     half = pipes[1]
     ours, theirs = inspect.signature(half.save_pretrained), inspect.signature(tiny_sd().save_pretrained)
@@ -579,6 +589,7 @@ def test_push_to_hub(pipes, tmp_path, monkeypatch):
     assert "_upload_folder" not in {**vars(half), **vars(half.unet)}
 
 
+@pytest.mark.slow
 def test_a_broken_connection_does_not_undo_the_save(pipes, tmp_path, monkeypatch):
     half = pipes[1]
     Hub(monkeypatch, fails=True)
@@ -593,6 +604,7 @@ def damaged(folder, change):
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", [True, False])
 def test_weights_that_are_not_in_the_files_are_an_error(pipes, tmp_path, slow):
     half = pipes[1]
