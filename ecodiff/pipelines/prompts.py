@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -208,24 +209,27 @@ def joined(rows: Sequence, rule):
     if rule == "one":
         return first
     if rule == "list":
-        return type(first)(part for row in rows for part in row)
+        return type(first)(chain.from_iterable(rows))
     if isinstance(rule, int):
         try:
             return torch.cat(list(rows), rule)
         except RuntimeError as error:
             raise NotJoined(f"these prompts are encoded to different lengths ({error}): run them one by one") from error
     if isinstance(rule, Mapping):
-        return type(first)({name: joined([row[name] for row in rows], part) for name, part in rule.items()})
+        values = {}
+        for name, part in rule.items():
+            values[name] = joined([row[name] for row in rows], part)
+        return type(first)(values)
     return type(first)(joined(parts, part) for parts, part in zip(zip(*rows, strict=True), rule, strict=True))
 
 
 def fits(a: Tensor, b: Tensor, own: Tensor, dimension: int) -> bool:
     """Whether ``a`` and ``b``, one after the other along a dimension, have the shape of ``own``."""
-    shapes = [list(tensor.shape) for tensor in (a, b, own)]
     if not a.dim() == b.dim() == own.dim():
         return False
-    sizes = [shape.pop(dimension) for shape in shapes]
-    return sizes[0] + sizes[1] == sizes[2] and shapes[0] == shapes[1] == shapes[2]
+    shapes = [list(tensor.shape) for tensor in (a, b, own)]
+    lengths = [shape.pop(dimension) for shape in shapes]
+    return lengths[0] + lengths[1] == lengths[2] and shapes[0] == shapes[1] == shapes[2]
 
 
 def near(a: Tensor, b: Tensor) -> bool:

@@ -84,8 +84,9 @@ def in_words(seconds: float) -> str:
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards as before."""
-    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-    training = [m for module in modules for m in module.modules() if m.training]
+    together = nn.ModuleList(modules)
+    learning = [parameter for parameter in together.parameters() if parameter.requires_grad]
+    training = [module for module in together.modules() if module.training]
     for parameter in learning:
         parameter.requires_grad_(False)
     for module in training:

@@ -14,11 +14,9 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.pipelines.loading import align
 
-from .recipes import load_recipe, recipe_ids, trained_folder
+from .recipes import trained_folder
 from .stages import pixels
 from .tokens import clip_tokenizer, t5_tokenizer
-
-__all__ = ["build", "clip_tokenizer", "fold_guidance", "load_recipe", "parameters", "recipe_ids", "t5_tokenizer"]
 
 
 def build(recipe: dict, models: Path | None = None):
@@ -36,35 +34,47 @@ def build(recipe: dict, models: Path | None = None):
 
 def parameters(model) -> int:
     """Number of parameters of all parts of a pipeline or judge; each takes two bytes on disk."""
-    parts = [part for part in model.components.values() if isinstance(part, torch.nn.Module)]
-    return sum(p.numel() for part in parts for p in part.parameters())
+    total = 0
+    for part in model.components.values():
+        if isinstance(part, torch.nn.Module):
+            total += sum(parameter.numel() for parameter in part.parameters())
+    return total
 
 
 def _clip_text(recipe: dict, key: str, tokenizer, models: Path | None = None):
-    """A new text encoder, or a trained one of another model of the family, as published pipelines share theirs.
-
-    A borrowed one reads the same captions with the same tokenizer, and may keep only its first layers.
-    """
+    """A new text encoder, or a trained one of another model of the family, as published pipelines share theirs."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    options = dict(recipe[key])
-    if lender := options.pop("from", None):
-        folder, part = trained_folder(lender, recipe["id"], models), options.pop("part")
-        source = CLIPTextModelWithProjection.from_pretrained(folder, subfolder=part).text_model
-        encoder = CLIPTextModel(CLIPTextConfig(**{**source.config.to_dict(), **options})).eval()
-        weights = source.state_dict()
-        encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-        if encoder.config.vocab_size != len(tokenizer):
-            raise EcoDiffError(
-                f"{recipe['id']} reads {len(tokenizer)} tokens, the text encoder of {lender} "
-                f"{encoder.config.vocab_size}: give both recipes the same tokenizer, and train the lender again."
-            )
-        return encoder
+    options = recipe[key]
+    if "from" in options:
+        return _borrowed_clip_text(recipe, options, tokenizer, models)
     config = CLIPTextConfig(**_clip_words(tokenizer), **options)
-    return (CLIPTextModelWithProjection if "projection_dim" in recipe[key] else CLIPTextModel)(config)
+    if "projection_dim" in options:
+        return CLIPTextModelWithProjection(config)
+    return CLIPTextModel(config)
+
+
+def _borrowed_clip_text(recipe: dict, options: dict, tokenizer, models: Path | None):
+    """The text encoder of another model; it reads captions with the same tokenizer, and may keep only first layers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    changed = dict(options)
+    lender, part = changed.pop("from"), changed.pop("part")
+    folder = trained_folder(lender, recipe["id"], models)
+    source = CLIPTextModelWithProjection.from_pretrained(folder, subfolder=part).text_model
+    encoder = CLIPTextModel(CLIPTextConfig(**{**source.config.to_dict(), **changed})).eval()
+    weights = source.state_dict()
+    encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+    if encoder.config.vocab_size != len(tokenizer):
+        raise EcoDiffError(
+            f"{recipe['id']} reads {len(tokenizer)} tokens, the text encoder of {lender} "
+            f"{encoder.config.vocab_size}: give both recipes the same tokenizer, and train the lender again."
+        )
+    return encoder
 
 
 def _clip_words(tokenizer) -> dict:
+    """The entries of a CLIP text configuration that follow from the tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
@@ -83,8 +93,8 @@ def _t5_encoder(recipe: dict, key: str, tokenizer):
 
 def _vae(recipe: dict, models: Path | None) -> diffusers.AutoencoderKL:
     """A new VAE, or the trained one of another model of the family, whose latents all its pipelines share."""
-    if lender := recipe["vae"].get("from"):
-        folder = trained_folder(lender, recipe["id"], models)
+    if "from" in recipe["vae"]:
+        folder = trained_folder(recipe["vae"]["from"], recipe["id"], models)
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
         align(vae)
         return vae

@@ -14,10 +14,9 @@ FIRST_CAPTION = 10_000_000  # tokenizers read captions of scenes that no model i
 
 def _texts(recipe: dict) -> list[str]:
     """Every object and colour by name, then running captions for the small words and their frequencies."""
-    texts = [f"{row['article']} {name}" for name, row in openmoji.object_table().items()] * 20 + list(
-        openmoji.COLOURS
-    ) * 20
-    return texts + openmoji.prompts("train", recipe["tokenizer"]["captions"], start=FIRST_CAPTION)
+    names = [f"{row['article']} {name}" for name, row in openmoji.object_table().items()]
+    captions = openmoji.prompts("train", recipe["tokenizer"]["captions"], start=FIRST_CAPTION)
+    return names * 20 + list(openmoji.COLOURS) * 20 + captions
 
 
 def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
@@ -47,7 +46,9 @@ def t5_tokenizer(recipe: dict):
     """A unigram tokenizer of T5's class: whole words with their log frequency, single characters for all else."""
     from transformers import T5TokenizerFast
 
-    counts = Counter(word for text in _texts(recipe) for word in text.replace(",", "").split())
+    counts: Counter[str] = Counter()
+    for text in _texts(recipe):
+        counts.update(text.replace(",", "").split())
     total = sum(counts.values())
     words = [(f"▁{word}", math.log(n / total)) for word, n in sorted(counts.items())]
     characters = [(letter, -20.0) for letter in string.ascii_letters + string.digits + string.punctuation]

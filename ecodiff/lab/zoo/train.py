@@ -19,6 +19,7 @@ from .build import build
 from .contrast import train_contrast
 from .distil import train_distil, train_guidance
 from .fit import fast_precision
+from .recipes import is_judge
 from .stages import train_decoder, train_denoiser, train_vae, train_words
 
 STAGES = {
@@ -38,11 +39,12 @@ def plan(recipe: dict) -> str:
     for stage in recipe["stages"]:
         options = recipe[stage]["train"]
         parts.append(f"{stage} {options['steps']} steps of {options['batch_size']} scenes")
-    place = "this GPU" if torch.cuda.is_available() else "this CPU"
+    place = "gpu" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if fast_precision() == "bf16" else "fp32"
     minutes = sum(recipe["minutes"].values())
     return (
         f"{recipe['id']}: {', '.join(parts)}; at full size about {minutes} minutes on two idle CPU cores with fast "
-        f"bf16, minutes on a GPU. {place.capitalize()} will use {'bf16' if fast_precision() == 'bf16' else 'fp32'}."
+        f"bf16, minutes on a GPU. This {place} will use {precision}."
     )
 
 
@@ -79,14 +81,15 @@ def _stored(recipe: dict, models: Path | None):
     folder = (models or data_dir() / "models") / recipe["id"]
     if not (folder / "recipe.json").is_file():
         raise EcoDiffError(f"{recipe['id']} is not in {folder.parent}: train it first, without --go-on.")
-    kept = json.loads((folder / "recipe.json").read_text())
-    before = {stage: entry for stage, entry in kept["log"].items() if stage in kept["recipe"]["stages"]}
+    trained = json.loads((folder / "recipe.json").read_text())
+    before = {stage: entry for stage, entry in trained["log"].items() if stage in trained["recipe"]["stages"]}
     for stage in before:
-        if stage not in recipe["stages"] or kept["recipe"][stage] != recipe[stage]:
+        if stage not in recipe["stages"] or trained["recipe"][stage] != recipe[stage]:
             raise EcoDiffError(
                 f"{folder} was trained by another recipe (stage {stage!r} differs): a stage that is over must stay as "
                 "it was; add a new one, such as denoiser_2."
             )
     if len(before) == len(recipe["stages"]):
         raise EcoDiffError(f"{folder} has all stages of its recipe: add one, such as denoiser_2, to go on.")
-    return (Judge.load(folder) if recipe["pipeline"] == "CLIPModel" else load(folder)), before
+    model = Judge.load(folder) if is_judge(recipe) else load(folder)
+    return model, before
