@@ -30,8 +30,8 @@ def together(runner, prompts: Sequence, **call) -> bool:
     if len(prompts) < 2:
         return True
     by_size = sorted(prompts, key=_size)
-    longest_first = reversed(by_size)
-    pair = [by_size[0], next((prompt for prompt in longest_first if differ(prompt, by_size[0])), by_size[-1])]
+    others = [prompt for prompt in by_size if differ(prompt, by_size[0])] or by_size
+    pair = [by_size[0], others[-1]]
     runner = private_copy(runner)
     try:
         first, second = (_first_call(runner, [prompt], [seed], call) for seed, prompt in enumerate(pair))
@@ -49,7 +49,7 @@ def together(runner, prompts: Sequence, **call) -> bool:
     warnings.warn(
         f"{name}: prompts run one by one, which takes longer, since in a batch the denoiser would not be told of each "
         f"what it is told of it alone{reason}.",
-        stacklevel=4,  # the caller of generate, learn and the like, behind `size_together`
+        stacklevel=4,  # past `size_together` and who calls it
     )
     return False
 
@@ -89,7 +89,7 @@ def _first_call(runner, prompts: list, seeds: list[int], call: Mapping):
     handles = [network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for network in networks]
     try:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with eagerly(), torch.random.fork_rng([]):
+        with eagerly(), torch.random.fork_rng([]):  # a trial must not change what is drawn without a generator
             runner(generator=generators, **collate(prompts), **call)
     except _Stopped as stopped:
         return stopped.args

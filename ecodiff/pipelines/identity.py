@@ -52,7 +52,7 @@ class Identity:
             pipeline=type(pipe).__name__,
             denoiser=weights_hash(denoiser(pipe)),
             vae=weights_hash(pipe.vae) if with_vae else None,
-            scheduler=json.loads(json.dumps(scheduler, default=_by_value)),
+            scheduler=json.loads(json.dumps(scheduler, default=_by_value)),  # equal to one that was written and read
             text_encoders={name: weights_hash(part) for name, part in sorted(encoders.items())},
         )
 

@@ -139,11 +139,6 @@ def denoisers(pipe) -> dict[str, nn.Module]:
     return found
 
 
-def denoiser_name(pipe) -> str:
-    """The name, such as unet or transformer, of the (first) component that the sampling loop calls at every step."""
-    return next(iter(denoisers(pipe)))
-
-
 def denoiser(pipe) -> nn.Module:
     """The network that predicts noise, velocity or flow; the one that is pruned. `Experts` where there are several."""
     found = denoisers(pipe)
@@ -169,7 +164,8 @@ def with_denoiser(pipe, network: nn.Module):
     Where ``pipe`` offloads whole components, the new one does so, too.
     """
     parts = {**pipe.components, **dict(zip(denoisers(pipe), experts(network), strict=True))}
-    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
+    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]  # without self
+    # What is no component, such as Wan's boundary between its experts, is in the configuration.
     given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
     result = type(pipe)(**given)
     result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))

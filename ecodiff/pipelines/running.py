@@ -28,6 +28,7 @@ def on_device(pipe, caller: str):
         raise EcoDiffError(f"{caller} runs in one process, not in {state.num_processes}: start it without a launcher.")
     home = pipe.device
     placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
+    # Between calls the components of an offloaded pipeline are on the CPU; it knows itself where they compute.
     device = pipe._execution_device if placed else state.device
     moved = not placed and device != home
     if moved:

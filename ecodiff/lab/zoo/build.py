@@ -9,9 +9,21 @@ from pathlib import Path
 
 import diffusers
 import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
+from ecodiff.metrics.clip import Judge
 from ecodiff.pipelines.loading import align
 
 from .recipes import trained_folder
@@ -29,7 +41,10 @@ def build(recipe: dict, models: Path | None = None):
         known = ", ".join(_ASSEMBLE)
         raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['pipeline']}: take one of {known}.")
     torch.manual_seed(recipe["seed"])
-    return _ASSEMBLE[recipe["pipeline"]](recipe, models)
+    model = _ASSEMBLE[recipe["pipeline"]](recipe, models)
+    if isinstance(model, diffusers.DiffusionPipeline):
+        model.set_progress_bar_config(disable=True)
+    return model
 
 
 def parameters(model) -> int:
@@ -43,8 +58,6 @@ def parameters(model) -> int:
 
 def _clip_text(recipe: dict, key: str, tokenizer, models: Path | None = None):
     """A new text encoder, or a trained one of another model of the family, as published pipelines share theirs."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     options = recipe[key]
     if "from" in options:
         return _borrowed_clip_text(recipe, options, tokenizer, models)
@@ -56,8 +69,6 @@ def _clip_text(recipe: dict, key: str, tokenizer, models: Path | None = None):
 
 def _borrowed_clip_text(recipe: dict, options: dict, tokenizer, models: Path | None):
     """The text encoder of another model; it reads captions with the same tokenizer, and may keep only first layers."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     changed = dict(options)
     lender, part = changed.pop("from"), changed.pop("part")
     folder = trained_folder(lender, recipe["id"], models)
@@ -85,8 +96,6 @@ def _clip_words(tokenizer) -> dict:
 
 
 def _t5_encoder(recipe: dict, key: str, tokenizer):
-    from transformers import T5Config, T5EncoderModel
-
     # Dropout would draw from the global random state, which a resumed run does not restore.
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **recipe[key]))
 
@@ -113,15 +122,10 @@ def _scheduler(recipe: dict):
     return getattr(diffusers, recipe["scheduler"]["class"])(**recipe["scheduler"]["config"])
 
 
-def _silent(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def _sdxl(recipe: dict, models: Path | None):
     # SDXL's two tokenizers differ in their padding token, and so do these.
     tokenizer, tokenizer_2 = clip_tokenizer(recipe), clip_tokenizer(recipe, pad_token="!")
-    pipe = diffusers.StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=_vae(recipe, models),
         text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
         text_encoder_2=_clip_text(recipe, "text_encoder_2", tokenizer_2),
@@ -132,12 +136,11 @@ def _sdxl(recipe: dict, models: Path | None):
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    return _silent(pipe)
 
 
 def _sd(recipe: dict, models: Path | None):
     tokenizer = clip_tokenizer(recipe)
-    pipe = diffusers.StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=_vae(recipe, models),
         text_encoder=_clip_text(recipe, "text_encoder", tokenizer, models),
         tokenizer=tokenizer,
@@ -147,7 +150,6 @@ def _sd(recipe: dict, models: Path | None):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _silent(pipe)
 
 
 def _flux(recipe: dict, models: Path | None):
@@ -158,7 +160,7 @@ def _flux(recipe: dict, models: Path | None):
         with torch.no_grad():
             mean = vae.encode(pixels(list(openmoji.scenes("train", 64)), "cpu")).latent_dist.mean.mean().item()
         vae.register_to_config(shift_factor=round(mean, 4))
-    pipe = diffusers.FluxPipeline(
+    return diffusers.FluxPipeline(
         scheduler=_scheduler(recipe),
         vae=vae,
         text_encoder=_clip_text(recipe, "text_encoder", tokenizer, models),
@@ -167,7 +169,6 @@ def _flux(recipe: dict, models: Path | None):
         tokenizer_2=tokenizer_2,
         transformer=diffusers.FluxTransformer2DModel(**recipe["denoiser"]["config"]),
     )
-    return _silent(pipe)
 
 
 def _flux_student(recipe: dict, folder: Path):
@@ -177,7 +178,7 @@ def _flux_student(recipe: dict, folder: Path):
         align(part)
     transformer = fold_guidance(pipe.transformer, recipe["denoiser"]["guidance"])
     pipe.register_modules(transformer=transformer, scheduler=_scheduler(recipe))
-    return _silent(pipe)
+    return pipe
 
 
 @torch.no_grad()
@@ -189,6 +190,7 @@ def fold_guidance(transformer, scale: float):
     """
     folded = diffusers.FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
     embed = transformer.time_text_embed
+    # FLUX's transformer, too, multiplies the guidance by 1000 before it embeds it.
     constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000.0 * scale])))[0]
     state = {k: v.clone() for k, v in transformer.state_dict().items() if ".guidance_embedder." not in k}
     state["time_text_embed.timestep_embedder.linear_2.bias"] += constant
@@ -197,11 +199,6 @@ def fold_guidance(transformer, scale: float):
 
 
 def _judge(recipe: dict, models: Path | None):
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from ecodiff.metrics.clip import Judge
-
     tokenizer = clip_tokenizer(recipe)
     text = {**_clip_words(tokenizer), **recipe["text"]}
     vision = {"image_size": openmoji.SIZE, **recipe["vision"]}

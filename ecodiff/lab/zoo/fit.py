@@ -185,7 +185,7 @@ def fit(
         return batch
 
     bar = tqdm(total=options["steps"], initial=state["step"], desc=name, unit="step", mininterval=5)
-    stage, took = sum(map(ord, name)), []
+    stage, took = sum(map(ord, name)), []  # a number for the stage, the same in every process: hash(name) is not
     # One thread draws the next batch while the model works on this one.
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(scenes_of, state["step"])

@@ -42,8 +42,8 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
     """
     judge, scenes_of = judges.judge(), scene_sets(prompts)
     captions_of = {name: [scene.caption for scene in scenes] for name, scenes in scenes_of.items()}
-    one = scenes_of["free wording"] = scenes_of["one object"]
-    captions_of["free wording"] = free_wordings(one)
+    one = scenes_of["one object"]
+    scenes_of["free wording"], captions_of["free wording"] = one, free_wordings(one)
     images = openmoji.images(list(openmoji.scenes("seen", 256, start=5_000_000)))
     rows = {"VAE PSNR (dB)": f"{metrics.psnr(through_vae(pipe.vae, images), images).mean():.2f}"}
     for name, scenes in scenes_of.items():

@@ -7,6 +7,9 @@ import math
 import string
 from collections import Counter
 
+from tokenizers import Tokenizer, models, trainers
+from transformers import CLIPTokenizer, T5TokenizerFast
+
 from ecodiff.lab import openmoji
 
 FIRST_CAPTION = 10_000_000  # tokenizers read captions of scenes that no model is trained on
@@ -21,9 +24,6 @@ def _texts(recipe: dict) -> list[str]:
 
 def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
     """A byte-pair tokenizer of CLIP's class."""
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import CLIPTokenizer
-
     options = recipe["tokenizer"]
     blank = CLIPTokenizer()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
@@ -44,8 +44,6 @@ def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
 
 def t5_tokenizer(recipe: dict):
     """A unigram tokenizer of T5's class: whole words with their log frequency, single characters for all else."""
-    from transformers import T5TokenizerFast
-
     counts: Counter[str] = Counter()
     for text in _texts(recipe):
         counts.update(text.replace(",", "").split())

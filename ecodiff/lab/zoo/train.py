@@ -71,7 +71,8 @@ def train(recipe: dict, folder: Path, models: Path | None = None, go_on: bool = 
         # name what it started from.
         parts = {n: weights_hash(m) for n, m in model.components.items() if isinstance(m, torch.nn.Module)}
         options = {**recipe[stage]["train"], "origin": key(parts)}
-        log[stage] = STAGES[stage.partition("_")[0]](model, {**recipe, stage: {"train": options}}, folder, stage)
+        train_stage = STAGES[stage.partition("_")[0]]  # denoiser_2 trains what denoiser does
+        log[stage] = train_stage(model, {**recipe, stage: {"train": options}}, folder, stage)
     model.to("cpu")
     return model, {**before, **log, "machine": machine(), "commit": commit()}
 
