@@ -64,7 +64,9 @@ def run(options: argparse.Namespace) -> int:
         for name, value in store.evaluate(options.id, options.prompts, options.seeds).items():
             print(f"{name:56s} {value}")
     else:
-        names = [options.id] if options.id else store.stored_ids()
+        names = store.stored_ids()
+        if options.id:
+            names = [options.id]
         for name in names:
             print(f"{name}: {store.check(name)}")
     return 0
@@ -86,5 +88,7 @@ def _train(name: str, options: argparse.Namespace) -> None:
     model, log = train(recipe, checkpoints, models, options.go_on)
     folder = options.out or models / name
     store.save(model, recipe, log, folder)
-    following = "" if options.smoke else f"; next: python -m ecodiff zoo evaluate {name}"
-    print(f"saved to {folder}{following}", flush=True)
+    saved = f"saved to {folder}"
+    if not options.smoke:
+        saved += f"; next: python -m ecodiff zoo evaluate {name}"
+    print(saved, flush=True)

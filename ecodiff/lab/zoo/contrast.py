@@ -83,7 +83,9 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, image_keys: lis
     out there.
     """
     n = len(image)
-    rows = [[key == text_key for text_key in text_keys] for key in image_keys]
+    rows = []
+    for key in image_keys:
+        rows.append([key == text_key for text_key in text_keys])
     same = torch.tensor(rows, device=image.device)
     same[:, :n] &= ~torch.eye(n, dtype=torch.bool, device=image.device)  # an image's own caption stays
     logits = (scale * image @ text.T).masked_fill(same, float("-inf"))

@@ -41,7 +41,9 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
     what ``crossed`` says.
     """
     judge, scenes_of = judges.judge(), scene_sets(prompts)
-    captions_of = {name: [scene.caption for scene in scenes] for name, scenes in scenes_of.items()}
+    captions_of = {}
+    for name, scenes in scenes_of.items():
+        captions_of[name] = [scene.caption for scene in scenes]
     one = scenes_of["one object"]
     scenes_of["free wording"], captions_of["free wording"] = one, free_wordings(one)
     images = openmoji.images(list(openmoji.scenes("seen", 256, start=5_000_000)))

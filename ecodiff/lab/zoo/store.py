@@ -74,7 +74,10 @@ def _in_fp16(pipe):
 
 def _loaded_in_fp32(config: dict) -> dict:
     """A configuration that names fp32 as its dtype, also in the configurations inside it."""
-    changed = {name: _loaded_in_fp32(value) if isinstance(value, dict) else value for name, value in config.items()}
+    changed = dict(config)
+    for name, value in config.items():
+        if isinstance(value, dict):
+            changed[name] = _loaded_in_fp32(value)
     if "dtype" in config:
         changed["dtype"] = "float32"
     return changed

@@ -37,6 +37,7 @@ def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
     )
     learner.train_from_iterator(_texts(recipe), trainer)
     model = json.loads(learner.to_str())["model"]
+    # Versions of tokenizers write a merge as a pair or as one text.
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=options["max_length"])
