@@ -1,9 +1,9 @@
-"""What images depend on, described by value: the description is what kept images are filed under.
+"""What images depend on, described by value: the description is what stored images are filed under.
 
-Plain values, tensors, pictures and the objects of the libraries below are described by their class and their contents,
+Plain values, tensors, images and the objects of the libraries below are described by their class and their contents,
 never by an address, a shortened text or the order of a set. Code that is no library's (a function of one's own, a hook,
 a patched method) has no description by value, for it may change without a trace. ``Undescribed`` says what it is, and
-then nothing is kept.
+then nothing is stored.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def of_pipeline(pipe) -> dict:
     name = type(pipe).__name__
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise Undescribed("torch has hooks on all modules")
+    config = {k: v for k, v in _public(pipe.config).items() if k not in pipe.components}
     described = {
         "class": _class(type(pipe), f"{name}, the pipeline's class,", except_for="__call__"),
         "device": pipe.device.type,
         "versions": versions(),
-        "config": {k: v for k, v in _public(pipe.config).items() if k not in pipe.components},
+        "config": describe(config, "the pipeline's config"),
     }
-    described["config"] = describe(described["config"], "the pipeline's config")
     # What a call sets for itself: it assigns it, or shows it under a name without the underscore.
     changing = _assigned_by(type(pipe).__call__)
     changing |= {name for name in vars(pipe) if isinstance(getattr(type(pipe), name[1:], None), property)}
@@ -99,13 +99,15 @@ def describe(value, where: str = "the value", seen: frozenset = frozenset()):
         return {"class": _class(type(value), where), "name": value.name}
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, (int, str)):  # a subclass, such as numpy's text, becomes what it holds
-        return int(value) if isinstance(value, int) else str(value)
+    if isinstance(value, int):  # a subclass, such as numpy's text, becomes what it holds
+        return int(value)
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
     if isinstance(value, (float, complex)):
-        return {"number": repr(value)}
-    if id(value) in seen:
+        return {"number": repr(value)}  # complex, or one that JSON does not have: NaN, infinity
+    if id(value) in seen:  # it lies inside itself, and would be described without end
         return {"again": type(value).__name__}
     inside = seen | {id(value)}
     if isinstance(value, Tensor):
@@ -157,11 +159,14 @@ def _picture(value: Image.Image) -> dict:
 
 
 def _public(config) -> dict:
-    """A configuration without what a save or a load adds: paths, versions, which values are defaults, the dtype (that
-    of the weights counts)."""
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    """A configuration without what a save or a load adds.
+
+    That is paths, versions, which values are defaults, and the dtype (that of the weights counts).
+    """
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
     added = ("transformers_version", "architectures", "dtype", "torch_dtype")
-    return {k: v for k, v in config.items() if not str(k).startswith("_") and k not in added}
+    return {k: v for k, v in dict(config).items() if not str(k).startswith("_") and k not in added}
 
 
 def _attributes(value, where: str, left_out: set, seen: frozenset) -> dict:
@@ -180,14 +185,15 @@ def _object(value, where: str, seen: frozenset) -> dict:
     left_out = {*_IGNORED}
     if hasattr(value, "to_dict") and type(value).__module__.startswith("transformers."):  # their configurations
         return described | {"config": describe(_public(value), where, seen)}
-    if isinstance(config := vars(value).get("_internal_dict"), Mapping):
+    config = vars(value).get("_internal_dict")
+    if isinstance(config, Mapping):
         described["config"] = describe(_public(config), f"{where}.config", seen)
         left_out.add("_internal_dict")
     return described | {"attributes": _attributes(value, where, left_out, seen)}
 
 
 def _module(module: nn.Module, where: str) -> dict:
-    """Weights and buffers, and of every module inside the class and all attributes."""
+    """Weights and buffers, and the class and all attributes of every module inside."""
     for parameter in module.parameters():
         if type(parameter) is not nn.Parameter or parameter.is_meta:
             raise Undescribed(f"{where} has weights that cannot be read here (quantised, or kept elsewhere by a hook)")
@@ -213,12 +219,14 @@ def _state(module: nn.Module, where: str) -> dict:
         if "group_offloading" not in name:
             raise Undescribed(f"{where} has the hook {name!r}")
     left_out = {*_OF_EVERY_MODULE, *_IGNORED, "_diffusers_hook"}
-    if (offloading := vars(module).get("_hf_hook")) is not None:  # it moves weights and calls what was there before
+    offloading = vars(module).get("_hf_hook")
+    if offloading is not None:  # it moves weights and calls what was there before
         before = vars(module).get("_old_forward")
         if not _home(type(offloading)).startswith("accelerate.") or not _is_own(module, before, "forward"):
             raise Undescribed(f"{where} has hooks")
         left_out |= {"_hf_hook", "_old_forward", "forward", "to", "cuda"}
-    if isinstance(config := vars(module).get("_internal_dict"), Mapping):
+    config = vars(module).get("_internal_dict")
+    if isinstance(config, Mapping):
         described["config"] = describe(_public(config), f"{where}.config")
         left_out.add("_internal_dict")
     for name in sorted(module._non_persistent_buffers_set):
@@ -227,7 +235,7 @@ def _state(module: nn.Module, where: str) -> dict:
 
 
 def _tokenizer(value, where: str) -> dict:
-    """What it makes of a text; how the last call padded is left out."""
+    """What a tokenizer makes of a text; how the last call padded is left out."""
     described = {
         "class": _class(type(value), where),
         "vocabulary": key(value.get_vocab()),
@@ -235,7 +243,8 @@ def _tokenizer(value, where: str) -> dict:
     }
     for name in ("padding_side", "truncation_side", "special_tokens_map", "chat_template", "split_special_tokens"):
         described[name] = describe(getattr(value, name, None), f"{where}.{name}")
-    if (backend := getattr(value, "backend_tokenizer", None)) is not None:
+    backend = getattr(value, "backend_tokenizer", None)
+    if backend is not None:
         rules = json.loads(backend.to_str())
         described["rules"] = key({name: rules[name] for name in rules if name not in ("padding", "truncation")})
     return described
@@ -264,9 +273,10 @@ def _sets_up(name: str) -> bool:
 
 def _assigned_by(function) -> set[str]:
     """Names of the attributes that a function assigns, read in its code."""
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    return {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"} if code else set()
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:  # one that is built in
+        return set()
+    return {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
 
 
 def _callable(value, where: str, seen: frozenset) -> dict:
@@ -281,7 +291,7 @@ def _callable(value, where: str, seen: frozenset) -> dict:
     if isinstance(value, types.BuiltinFunctionType) and owner is not None and not isinstance(owner, types.ModuleType):
         return {"method": value.__name__, "of": describe(owner, where, seen)}
     home, name = _home(value), value.__qualname__
-    if home.partition(".")[0] not in _LIBRARIES or _found(home, name) is not value:
+    if not _of_library(home) or _found(home, name) is not value:
         raise Undescribed(f"{where} is {value.__name__}, a function of one's own")
     return {"function": f"{home}.{name}"}
 
@@ -305,6 +315,10 @@ def _home(thing) -> str:
     return type(thing).__module__
 
 
+def _of_library(module: str) -> bool:
+    return module.partition(".")[0] in _LIBRARIES
+
+
 def _found(module: str, name: str):
     """What an import of this name gives, None where there is nothing."""
     try:
@@ -318,24 +332,18 @@ def _found(module: str, name: str):
 
 def _class(cls: type, where: str, except_for: str = "") -> str:
     """A library's class by its name, checked to be that class as the library made it."""
-    name, patched = _named(cls)
-    if name is None:
+    if not _of_library(cls.__module__) or _found(cls.__module__, cls.__qualname__) is not cls:
         raise Undescribed(f"{where} is of a class of one's own ({cls.__qualname__})")
-    if patched := [method for method in patched if method != except_for]:
-        raise Undescribed(f"{where} has a class with a patched method ({cls.__qualname__}.{patched[0]})")
-    return name
-
-
-def _named(cls: type) -> tuple[str | None, list[str]]:
-    known = cls.__module__.partition(".")[0] in _LIBRARIES and _found(cls.__module__, cls.__qualname__) is cls
-    if not known:
-        return None, []
-    return f"{cls.__module__}.{cls.__qualname__}", [name for base in cls.__mro__ for name in _foreign(base)]
+    for base in cls.__mro__:
+        for method in _foreign(base):
+            if method != except_for:
+                raise Undescribed(f"{where} has a class with a patched method ({cls.__qualname__}.{method})")
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _foreign(cls: type) -> Iterator[str]:
-    """Names of a library's class whose functions are no library's."""
-    if cls.__module__.partition(".")[0] not in _LIBRARIES:
+    """Names under which a library's class has functions that are no library's."""
+    if not _of_library(cls.__module__):
         return
     for name, value in vars(cls).items():
         function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
@@ -343,7 +351,7 @@ def _foreign(cls: type) -> Iterator[str]:
             continue
         code = getattr(function, "__code__", None)
         written = code is not None and code.co_filename == "<string>"  # by a dataclass or a named tuple for itself
-        if not written and _home(function).partition(".")[0] not in _LIBRARIES:
+        if not written and not _of_library(_home(function)):
             yield name
 
 
@@ -356,12 +364,12 @@ def weights_hash(module: nn.Module) -> str:
     total = hashlib.sha256()
     state = {plain_name(name): value for name, value in module.state_dict().items()}  # torch.compile's prefix
     for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            if value.is_meta:
-                raise EcoDiffError(
-                    f"{type(module).__name__}: {name} is on the meta device and has no values to hash: load its "
-                    "weights."
-                )
-            total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            total.update(raw_bytes(value))
+        if not isinstance(value, Tensor):  # a module's extra state may be anything
+            continue
+        if value.is_meta:
+            raise EcoDiffError(
+                f"{type(module).__name__}: {name} is on the meta device and has no values to hash: load its weights."
+            )
+        total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        total.update(raw_bytes(value))
     return total.hexdigest()

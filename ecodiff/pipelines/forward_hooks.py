@@ -59,10 +59,14 @@ class Hooks:
             self.ran.add(layer)
             if args:
                 result = function(args[0])
-                return None if result is None else ((result, *args[1:]), kwargs)
-            first = next(iter(kwargs))
-            result = function(kwargs[first])
-            return None if result is None else (args, {**kwargs, first: result})
+                changed = (result, *args[1:]), kwargs
+            else:
+                first = next(iter(kwargs))
+                result = function(kwargs[first])
+                changed = args, {**kwargs, first: result}
+            if result is None:  # then the layer is called as it was
+                return None
+            return changed
 
         self._add(layer, site, "register_forward_pre_hook", hook)
 
@@ -117,7 +121,9 @@ def hooked(model: nn.Module, caller: str, must_run: bool = True) -> Iterator[Hoo
 def never_ran(caller: str, layers: Iterable[str], of: int, site: str) -> EcoDiffError:
     """The error for hooks that did not run: how many of how many layers, one of them, and what may be the cause."""
     layers = list(layers)
-    where = f"{site!r}" if layers[0] in (site, "") else f"{site!r} (its layer {layers[0]!r})"
+    where = f"{site!r}"
+    if layers[0] not in (site, ""):
+        where += f" (its layer {layers[0]!r})"
     return EcoDiffError(
         f"{caller}: {len(layers)} of {of} hooked layers never ran while their model was to be observed or gated, such "
         f"as {where}. {_CAUSES}"
@@ -126,8 +132,9 @@ def never_ran(caller: str, layers: Iterable[str], of: int, site: str) -> EcoDiff
 
 @contextmanager
 def replaced_forward(module: nn.Module, wrap: Callable[[Callable], Callable], must_run: bool = True) -> Iterator[None]:
-    """Inside, ``module.forward`` is ``wrap(module.forward)``, run eagerly; one that was set on the instance before
-    comes back on leaving. For `ecodiff.pipelines.parts.Experts` the forward of each.
+    """Inside, ``module.forward`` is ``wrap(module.forward)``, run eagerly; for `Experts` the forward of each.
+
+    A forward that was set on the instance before comes back on leaving.
 
     Raises EcoDiffError where no wrapped forward was ever called, unless the block raised something itself or
     ``must_run`` is False.

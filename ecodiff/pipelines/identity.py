@@ -35,26 +35,30 @@ class Identity:
 
     @classmethod
     def of(cls, pipe, vae: bool = True) -> Identity:
-        """The identity of a pipeline as it is now; reads all weights, about a second a gigabyte. ``vae``: also those
-        of the VAE, on which no latents depend. Raises EcoDiffError for weights that are not there (meta device)."""
+        """The identity of a pipeline as it is now; this reads all weights, about a second a gigabyte.
+
+        ``vae``: read those of the VAE, too, on which no latents depend. Raises EcoDiffError for weights that are not
+        there (meta device).
+        """
         from .contents import weights_hash
         from .parts import denoiser
 
         encoders = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and part is not None}
+        with_vae = vae and getattr(pipe, "vae", None) is not None
         scheduler = {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}
         if _DEFAULTS in scheduler:  # diffusers makes this list from a set, whose order is another in every process
             scheduler[_DEFAULTS] = sorted(scheduler[_DEFAULTS])
         return cls(
             pipeline=type(pipe).__name__,
             denoiser=weights_hash(denoiser(pipe)),
-            vae=weights_hash(pipe.vae) if vae and getattr(pipe, "vae", None) is not None else None,
-            scheduler=json.loads(json.dumps(scheduler, default=_by_value)),
+            vae=weights_hash(pipe.vae) if with_vae else None,
+            scheduler=json.loads(json.dumps(scheduler, default=_by_value)),  # equal to one that was written and read
             text_encoders={name: weights_hash(part) for name, part in sorted(encoders.items())},
         )
 
     @property
     def conditions(self) -> dict:
-        """What a trajectory depends on beside the denoiser."""
+        """What a sampling trajectory depends on beside the denoiser."""
         return {"scheduler": dict(self.scheduler), "text_encoders": dict(self.text_encoders)}
 
     def write(self, path: Path) -> None:
@@ -80,7 +84,7 @@ def describe_run(identity: Identity, prompts: Sequence, config) -> dict:
         del settings["objective"]
     if settings["target_open"] is None:
         del settings["target_open"]
-    else:  # the line to it depends on them
+    else:  # the straight line to it depends on their number
         settings["updates"] = config.updates
     if config.gate_draw == "call":
         settings["version"] = 2  # each sample has gates of its own
@@ -97,7 +101,7 @@ def describe_run(identity: Identity, prompts: Sequence, config) -> dict:
 
 
 def _by_value(value):
-    """What JSON cannot hold (a tensor, a picture), by its contents: its text may be shortened or be an address."""
+    """What JSON cannot hold (a tensor, an image), by its contents: its text may be shortened or be an address."""
     from .contents import Undescribed, describe
 
     try:
@@ -105,5 +109,5 @@ def _by_value(value):
     except Undescribed as error:
         raise EcoDiffError(
             f"An argument of the run cannot be told apart from others in a later process ({error}): take plain values, "
-            "tensors or pictures, or learn without resume_dir."
+            "tensors or images, or learn without resume_dir."
         ) from error

@@ -1,4 +1,4 @@
-"""Loading a pipeline and finding its denoiser."""
+"""Loading a pipeline by the name of an embedded one, from a folder or from the Hub."""
 
 from __future__ import annotations
 
@@ -32,31 +32,14 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
         if argument in from_pretrained_kwargs:
             from_pretrained_kwargs[argument] = _dtype(from_pretrained_kwargs[argument])
     name = os.fspath(id_or_path)
-    models = data_dir() / "models"
-    source: Path | str
-    is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
-    if is_plain_name and (models / name / "model_index.json").is_file():
-        source = models / name
-    elif name and Path(name).is_dir():
-        source = Path(name)
-        if not (source / "model_index.json").is_file():
-            raise EcoDiffError(
-                f"{name}: this folder has no model_index.json; save a pipeline there with save_pretrained."
-            )
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        source = name  # owner/name on the Hub
-    else:
-        raise EcoDiffError(
-            f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
-            "no folder and no Hub id (owner/name)."
-        )
+    source = _source(name)
     if isinstance(source, Path):
         finish_interrupted(source)
     try:
         pipe = DiffusionPipeline.from_pretrained(source, **from_pretrained_kwargs)
+    except EcoDiffError:
+        raise  # it is a ValueError, too
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, EcoDiffError):
-            raise
         raise EcoDiffError(f"{name}: the pipeline could not be loaded: {error}") from error
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -64,9 +47,29 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     return pipe
 
 
+def _source(name: str) -> Path | str:
+    """The folder that a name stands for, or the Hub id that it is; EcoDiffError where it is neither."""
+    models = data_dir() / "models"
+    is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
+    if is_plain_name and (models / name / "model_index.json").is_file():
+        return models / name
+    if name and Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise EcoDiffError(
+                f"{name}: this folder has no model_index.json; save a pipeline there with save_pretrained."
+            )
+        return Path(name)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name  # owner/name on the Hub
+    raise EcoDiffError(
+        f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
+        "no folder and no Hub id (owner/name)."
+    )
+
+
 @lru_cache(maxsize=4)
 def load_once(id_or_path: str):
-    """`load`, the same pipeline again for the same name: for readers of many cells, who leave it as it is."""
+    """The same pipeline again for the same name, by `load`: for readers of many cells, who leave it as it is."""
     return load(id_or_path)
 
 
@@ -74,9 +77,15 @@ def align(module: nn.Module) -> None:
     """Move weights on the CPU that lie at odd addresses to aligned memory, in place.
 
     Loaders leave tensors where they lie in a mapped file. CPU kernels are slower there and round differently, so that a
-    pipeline that was saved and loaded would not draw the same bits as before.
+    pipeline that was saved and loaded would not generate the same bits as before.
     """
-    module._apply(lambda t: t.clone() if t.device.type == "cpu" and t.data_ptr() % 64 else t)
+
+    def aligned(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:  # new memory begins at such an address
+            return tensor.clone()
+        return tensor
+
+    module._apply(aligned)
 
 
 def _dtype(given):

@@ -12,8 +12,6 @@ from torch import nn
 from ecodiff.errors import EcoDiffError
 
 _DENOISER_NAMES = ("unet", "transformer")
-
-
 _FURTHER_EXPERT = re.compile(r"(unet|transformer)_\w+")
 
 
@@ -57,7 +55,7 @@ class Experts(nn.Module):
             inside = name.removeprefix(start)
             if inside == first or inside.startswith(f"{first}."):
                 inside = inside[len(first) + 1 :]
-                name = start + inside if inside else prefix
+                name = start + inside if inside else prefix  # the expert itself has the name of the whole
             yield name, module
 
     def get_submodule(self, target: str) -> nn.Module:
@@ -85,7 +83,9 @@ class Experts(nn.Module):
 
 def experts(network: nn.Module) -> list[nn.Module]:
     """The networks that the loop calls: a denoiser by itself, or all of `Experts`."""
-    return list(network.children()) if isinstance(network, Experts) else [network]
+    if isinstance(network, Experts):
+        return list(network.children())
+    return [network]
 
 
 def plain_module(module):
@@ -94,28 +94,40 @@ def plain_module(module):
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or tensor without the wrappers of parts that were compiled by ``torch.compile(part)``: what
-    it is called in the model before that, and still an address (`get_submodule` looks through the wrappers)."""
+    """The name of a module or tensor without the wrappers of parts that were compiled by ``torch.compile(part)``.
+
+    It is what the module is called in the model before that, and still an address: `get_submodule` looks through the
+    wrappers.
+    """
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def named_experts(network: nn.Module) -> dict[str, nn.Module]:
     """`experts` by the names under which ``network.get_submodule`` finds them: "" for the first, or the only one."""
-    names = list(network._modules)[1:] if isinstance(network, Experts) else []
-    return dict(zip(["", *names], experts(network), strict=True))
+    names = [""]
+    if isinstance(network, Experts):
+        names += list(network._modules)[1:]
+    return dict(zip(names, experts(network), strict=True))
 
 
 def denoisers(pipe) -> dict[str, nn.Module]:
-    """The networks that the sampling loop calls at its steps, {name of the component: network}: one in most pipelines,
-    two in Wan 2.2. Raises EcoDiffError where there is none under a name that is known here."""
+    """The networks that the sampling loop calls at its steps, {name of the component: network}.
+
+    There is one in most pipelines, and two in Wan 2.2. Raises EcoDiffError where there is none under a name that is
+    known here.
+    """
     components = getattr(pipe, "components", None) or {}
+    further = [name for name in components if _FURTHER_EXPERT.fullmatch(name)]
     found = {}
-    for name in (*_DENOISER_NAMES, *filter(_FURTHER_EXPERT.fullmatch, components)):
+    for name in (*_DENOISER_NAMES, *further):
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):
             found[name] = plain_module(network)
     if not found:
-        networks = [f"{name} ({type(part).__name__})" for name, part in components.items() if _is_network(part)]
+        networks = []
+        for name, part in components.items():
+            if isinstance(part, nn.Module) and hasattr(part, "config"):
+                networks.append(f"{name} ({type(part).__name__})")
         raise EcoDiffError(
             f"{type(pipe).__name__} has no denoiser that is known here: expected a component called "
             f"{' or '.join(_DENOISER_NAMES)}, but its networks are {', '.join(networks) or 'none'}."
@@ -127,19 +139,12 @@ def denoisers(pipe) -> dict[str, nn.Module]:
     return found
 
 
-def _is_network(part) -> bool:
-    return isinstance(part, nn.Module) and hasattr(part, "config")
-
-
-def denoiser_name(pipe) -> str:
-    """The name, such as unet or transformer, of the (first) component that the sampling loop calls at every step."""
-    return next(iter(denoisers(pipe)))
-
-
 def denoiser(pipe) -> nn.Module:
     """The network that predicts noise, velocity or flow; the one that is pruned. `Experts` where there are several."""
     found = denoisers(pipe)
-    return Experts(found) if len(found) > 1 else next(iter(found.values()))
+    if len(found) > 1:
+        return Experts(found)
+    return next(iter(found.values()))
 
 
 def one_denoiser(pipe, caller: str) -> nn.Module:
@@ -154,10 +159,13 @@ def one_denoiser(pipe, caller: str) -> nn.Module:
 
 
 def with_denoiser(pipe, network: nn.Module):
-    """A pipeline of the same class with ``network`` as its denoiser; all other components are shared. Where ``pipe``
-    offloads whole components, the new one does so, too."""
+    """A pipeline of the same class with ``network`` as its denoiser; all other components are shared.
+
+    Where ``pipe`` offloads whole components, the new one does so, too.
+    """
     parts = {**pipe.components, **dict(zip(denoisers(pipe), experts(network), strict=True))}
-    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]
+    arguments = list(inspect.signature(type(pipe).__init__).parameters)[1:]  # without self
+    # What is no component, such as Wan's boundary between its experts, is in the configuration.
     given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
     result = type(pipe)(**given)
     result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))

@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,6 +23,15 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.fingerprint import canonical
 
 from .contents import Undescribed, describe
+
+# Longer marks first: that of UTF-16 begins that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def checked_prompts(prompts, caller: str) -> list:
@@ -43,13 +53,11 @@ def checked_prompts(prompts, caller: str) -> list:
             )
     if not prompts or any(not prompt or (isinstance(prompt, str) and not prompt.strip()) for prompt in prompts):
         raise EcoDiffError(f"{caller} needs at least one prompt, and none may be empty.")
-    first = prompts[0]
-    for prompt in prompts:
-        form = set(prompt) if isinstance(prompt, Mapping) else None
-        if form != (set(first) if isinstance(first, Mapping) else None):
-            raise EcoDiffError(
-                f"{caller} needs prompts of one form: all strings, or all mappings with the same call arguments."
-            )
+    forms = {frozenset(prompt) if isinstance(prompt, Mapping) else None for prompt in prompts}
+    if len(forms) > 1:
+        raise EcoDiffError(
+            f"{caller} needs prompts of one form: all strings, or all mappings with the same call arguments."
+        )
     return prompts
 
 
@@ -75,22 +83,22 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     return [line for line in lines if line]
 
 
-# Longer marks first: that of UTF-16 begins that of UTF-32.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+def differ(a: str | Mapping, b: str | Mapping) -> bool:
+    """Whether two prompts differ; of two mappings only whether they are one object, since ``==`` fails on tensors."""
+    if isinstance(a, str):
+        return a != b
+    return a is not b
 
 
 def collate(prompts: list) -> dict:
     """Arguments of one call for several prompts: strings make ``prompt``, mappings are joined key by key."""
     if isinstance(prompts[0], str):
         return {"prompt": prompts}
-    columns = {key: [prompt[key] for prompt in prompts] for key in prompts[0]}
-    return {key: torch.cat(values) if isinstance(values[0], Tensor) else values for key, values in columns.items()}
+    arguments: dict = {}
+    for key in prompts[0]:
+        values = [prompt[key] for prompt in prompts]
+        arguments[key] = torch.cat(values) if isinstance(values[0], Tensor) else values
+    return arguments
 
 
 class NotJoined(EcoDiffError):
@@ -98,7 +106,7 @@ class NotJoined(EcoDiffError):
 
 
 def encoding_once(pipe):
-    """The pipeline (a shallow copy) with an ``encode_prompt`` that encodes each prompt alone and only once.
+    """A shallow copy of the pipeline with an ``encode_prompt`` that encodes each prompt alone and only once.
 
     It raises `NotJoined`, before the denoiser is called, for prompts whose encodings do not make a batch.
     """
@@ -113,49 +121,46 @@ def encoding_once(pipe):
     memory: dict = {}
     rules: dict = {}
 
+    def encode(bound: inspect.BoundArguments, arguments: dict):
+        bound.arguments.update(arguments)
+        with torch.no_grad():
+            return original(*bound.args, **bound.kwargs)
+
+    def encode_once(bound: inspect.BoundArguments, arguments: dict):
+        name = _name(arguments)
+        if name is None:
+            return encode(bound, arguments)
+        if name not in memory:
+            memory[name] = encode(bound, arguments)
+        return memory[name]
+
     def encode_prompt(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         given = dict(bound.arguments)
         prompts = given.get("prompt")
         if not isinstance(prompts, list) or any(isinstance(value, Tensor) for value in given.values()):
             return original(*args, **kwargs)
-        each = [_for_one(given, i, len(prompts)) for i in range(len(prompts))]
-
-        def encode(number: int):
-            name = _name(each[number])
-            if name in memory:
-                return memory[name]
-            bound.arguments.update(each[number])
-            with torch.no_grad():
-                encoded = original(*bound.args, **bound.kwargs)
-            if name is not None:
-                memory[name] = encoded
-            return encoded
-
-        rows = [encode(i) for i in range(len(prompts))]
-        if len(rows) == 1:
+        count = len(prompts)
+        each = [_for_some(given, [number], count) for number in range(count)]
+        rows = [encode_once(bound, arguments) for arguments in each]
+        if count == 1:
             return rows[0]
-        # Two different ones, where there are; the rule of joining is found with these.
-        second = next((i for i, prompt in enumerate(prompts) if prompt != prompts[0]), 1)
+        # The rule of joining is found with two different prompts, where there are. Two equal ones may hide what
+        # belongs to one prompt and what to all, so a rule that was found with them is only for others like them.
+        second = next((number for number, prompt in enumerate(prompts) if prompt != prompts[0]), 1)
         shared = {name: value for name, value in given.items() if value is each[0][name]}
-        rule_of = (_name(shared), prompts[second] == prompts[0])
-        if rule_of not in rules:
-            bound.arguments.update(_for_some(given, [0, second], len(prompts)))
-            with torch.no_grad():
-                own = original(*bound.args, **bound.kwargs)
-            rules[rule_of] = joining_rule(rows[0], rows[second], own)
-        return joined(rows, rules[rule_of])
+        case = (_name(shared), prompts[second] == prompts[0])
+        if case not in rules:
+            own = encode(bound, _for_some(given, [0, second], count))
+            rules[case] = joining_rule(rows[0], rows[second], own)
+        return joined(rows, rules[case])
 
     runner.encode_prompt = encode_prompt
     return runner
 
 
-def _for_one(given: Mapping, number: int, count: int) -> dict:
-    """The arguments for one prompt of ``count``: lists of that length have an entry a prompt."""
-    return _for_some(given, [number], count)
-
-
 def _for_some(given: Mapping, numbers: Sequence[int], count: int) -> dict:
+    """The arguments for some of ``count`` prompts: lists of that length have an entry a prompt."""
     some = {}
     for name, value in given.items():
         if isinstance(value, list) and len(value) == count:
@@ -167,7 +172,7 @@ def _for_some(given: Mapping, numbers: Sequence[int], count: int) -> dict:
 
 
 def _name(arguments: Mapping) -> str | None:
-    """A text that is one for equal arguments, None where they have none."""
+    """A text that is the same for equal arguments; None where they have no description by value."""
     try:
         return canonical(describe(arguments))
     except Undescribed:
@@ -175,8 +180,11 @@ def _name(arguments: Mapping) -> str | None:
 
 
 def joining_rule(a, b, own):
-    """How two encodings make the pipeline's own one of both: the dimension in which tensors are put one after the
-    other, "one" where they share a value, "list" where lists are; in the structure of ``own``. Raises `NotJoined`."""
+    """How two encodings ``a`` and ``b`` make ``own``, the pipeline's own encoding of both prompts together.
+
+    The rule has the structure of ``own``. In the place of each value it has the dimension along which two tensors are
+    put one after the other, "list" where two lists are, or "one" where both prompts share a value. Raises `NotJoined`.
+    """
     if isinstance(own, Tensor) and isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape == b.shape == own.shape and near(a, own) and near(b, own):
             return "one"
@@ -201,23 +209,27 @@ def joined(rows: Sequence, rule):
     if rule == "one":
         return first
     if rule == "list":
-        return type(first)(part for row in rows for part in row)
+        return type(first)(chain.from_iterable(rows))
     if isinstance(rule, int):
         try:
             return torch.cat(list(rows), rule)
         except RuntimeError as error:
             raise NotJoined(f"these prompts are encoded to different lengths ({error}): run them one by one") from error
     if isinstance(rule, Mapping):
-        return type(first)({name: joined([row[name] for row in rows], part) for name, part in rule.items()})
+        values = {}
+        for name, part in rule.items():
+            values[name] = joined([row[name] for row in rows], part)
+        return type(first)(values)
     return type(first)(joined(parts, part) for parts, part in zip(zip(*rows, strict=True), rule, strict=True))
 
 
 def fits(a: Tensor, b: Tensor, own: Tensor, dimension: int) -> bool:
-    shapes = [list(tensor.shape) for tensor in (a, b, own)]
+    """Whether ``a`` and ``b``, one after the other along a dimension, have the shape of ``own``."""
     if not a.dim() == b.dim() == own.dim():
         return False
-    sizes = [shape.pop(dimension) for shape in shapes]
-    return sizes[0] + sizes[1] == sizes[2] and shapes[0] == shapes[1] == shapes[2]
+    shapes = [list(tensor.shape) for tensor in (a, b, own)]
+    lengths = [shape.pop(dimension) for shape in shapes]
+    return lengths[0] + lengths[1] == lengths[2] and shapes[0] == shapes[1] == shapes[2]
 
 
 def near(a: Tensor, b: Tensor) -> bool:
@@ -226,12 +238,13 @@ def near(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    rounding = 1e-3 if torch.finfo(a.dtype).eps < 1e-6 else 3e-2
+    rounding = 1e-3 if torch.finfo(a.dtype).eps < 1e-6 else 3e-2  # fp32 and above; bf16 and fp16
     a, b = a.float(), b.float()
     return torch.linalg.vector_norm(a - b).item() <= rounding * torch.linalg.vector_norm(b).item() + 1e-12
 
 
 def alike(a, b) -> bool:
+    """Whether two values are equal by their contents, tensors up to rounding."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and near(a, b)
     return type(a) is type(b) and (a is b or _name({"": a}) == _name({"": b}) is not None)
@@ -244,9 +257,12 @@ def mix(*numbers: int) -> int:
 
 def epoch_batch(samples: int, batch_size: int, seed: int, update: int) -> list[int]:
     """Sample indices of an update: each epoch visits every sample once, in an order of its own."""
-    positions = range(update * batch_size, (update + 1) * batch_size)
-    orders = {
-        epoch: torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, -1, epoch))).tolist()
-        for epoch in {position // samples for position in positions}
-    }
-    return [orders[position // samples][position % samples] for position in positions]
+    orders: dict[int, list[int]] = {}
+    batch = []
+    for position in range(update * batch_size, (update + 1) * batch_size):
+        epoch, place = divmod(position, samples)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(mix(seed, -1, epoch))
+            orders[epoch] = torch.randperm(samples, generator=generator).tolist()
+        batch.append(orders[epoch][place])
+    return batch

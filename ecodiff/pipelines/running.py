@@ -1,4 +1,4 @@
-"""What training loops share: the device they run on, the order of their samples, words for their cost."""
+"""What loops over a pipeline share: the device they run on, checks of its networks, a copy to run, words for a cost."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ from .parts import experts
 
 @contextmanager
 def on_device(pipe, caller: str):
-    """Inside, the pipeline is on accelerate's device, unless it was placed by offloading or a device map; then it
-    stays. An offloaded one has its components off the device again afterwards."""
+    """Inside, the pipeline is on accelerate's device, unless it was placed by its user; then it stays where it is.
+
+    Placed are those with offloading or a device map, and those that are not on the CPU. An offloaded one has its
+    components off the device again afterwards.
+    """
     state = PartialState()
     if state.num_processes > 1:
         raise EcoDiffError(f"{caller} runs in one process, not in {state.num_processes}: start it without a launcher.")
     home = pipe.device
     placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
+    # Between calls the components of an offloaded pipeline are on the CPU; it knows itself where they compute.
     device = pipe._execution_device if placed else state.device
-    if device != home and not placed:
+    moved = not placed and device != home
+    if moved:
         pipe.to(device)
     try:
         yield device
     finally:
-        if device != home and not placed:
+        if moved:
             pipe.to(home)
         elif getattr(pipe, "_all_hooks", None):
             pipe.maybe_free_model_hooks()
 
 
 def placed(function: Callable) -> Callable:
-    """A function of a pipeline (its first argument) that runs ``on_device``."""
+    """A decorator: the function, whose first argument is a pipeline, runs with it ``on_device``."""
 
     @wraps(function)
     def run(pipe, *args, **kwargs):
@@ -72,15 +77,17 @@ def in_words(seconds: float) -> str:
     """A duration as a person says it: "90 s", "12 min", "3.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards all is as
-    before."""
-    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-    training = [m for module in modules for m in module.modules() if m.training]
+    """Inside, no parameter of these modules requires gradients and all are in eval mode; afterwards as before."""
+    together = nn.ModuleList(modules)
+    learning = [parameter for parameter in together.parameters() if parameter.requires_grad]
+    training = [module for module in together.modules() if module.training]
     for parameter in learning:
         parameter.requires_grad_(False)
     for module in training:
@@ -95,8 +102,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 def private_copy(pipe):
-    """The pipeline with the same components but its own attributes and scheduler, so that a run changes nothing of
-    ``pipe``."""
+    """The pipeline with the same components but its own attributes and scheduler: its runs leave ``pipe`` as it is."""
     runner = object.__new__(type(pipe))
     scheduler = copy.copy(pipe.scheduler)  # not deep: a scheduler that has run may hold tensors of a graph
     for name, value in vars(scheduler).items():
@@ -109,8 +115,7 @@ def private_copy(pipe):
 
 
 def count_steps(scheduler) -> dict:
-    """Make this (private) scheduler count its steps; returns the record that the denoiser's wrapper reads and
-    completes."""
+    """Make this (private) scheduler count its steps; the record is returned, for the denoiser's wrapper to complete."""
     watch = {"steps": 0, "gradients": False, "without_grad": False}
     step = scheduler.step
 

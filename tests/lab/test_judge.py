@@ -9,7 +9,7 @@ import torch
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.lab.openmoji.facts import PLACES, Facts, caption_ranks, questions, verdicts, views
-from ecodiff.lab.zoo import build, contrast
+from ecodiff.lab.zoo import build, contrast, recipes
 from ecodiff.metrics.clip import Judge, clip_score, clip_score_metric
 
 
@@ -65,7 +65,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def tiny():
-    recipe = build.load_recipe("openmoji-clip", smoke=True)
+    recipe = recipes.load_recipe("openmoji-clip", smoke=True)
     recipe["tokenizer"]["captions"] = 50
     return build.build(recipe)
 

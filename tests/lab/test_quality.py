@@ -107,9 +107,9 @@ def test_known_sets(drawn):
 def test_judged_sets(drawn, monkeypatch):
     monkeypatch.setattr(metric_checks, "judge", lambda: None)
     assert metric_checks.judged_sets(*drawn) is None
-    from ecodiff.lab.zoo import build
+    from ecodiff.lab.zoo import build, recipes
 
-    recipe = build.load_recipe("openmoji-clip", smoke=True)
+    recipe = recipes.load_recipe("openmoji-clip", smoke=True)
     recipe["tokenizer"]["captions"] = 50
     tiny = build.build(recipe)
     monkeypatch.setattr(metric_checks, "judge", lambda: tiny)

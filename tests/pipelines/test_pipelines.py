@@ -9,7 +9,7 @@ from tiny import TINY, call_kwargs, tiny_sd, tiny_sdxl
 
 import ecodiff
 from ecodiff import EcoDiffError
-from ecodiff.pipelines.parts import denoiser, denoiser_name
+from ecodiff.pipelines.parts import denoiser, denoisers
 from ecodiff.scores import METHODS
 
 
@@ -19,7 +19,7 @@ from ecodiff.scores import METHODS
 )
 def test_denoiser(kind, name):
     pipe = TINY[kind]()
-    assert denoiser_name(pipe) == name
+    assert list(denoisers(pipe)) == [name]
     assert denoiser(pipe) is getattr(pipe, name)
 
 

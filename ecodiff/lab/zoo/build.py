@@ -9,16 +9,26 @@ from pathlib import Path
 
 import diffusers
 import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
+from ecodiff.metrics.clip import Judge
 from ecodiff.pipelines.loading import align
 
-from .recipes import load_recipe, recipe_ids, trained_folder
+from .recipes import trained_folder
 from .stages import pixels
 from .tokens import clip_tokenizer, t5_tokenizer
-
-__all__ = ["build", "clip_tokenizer", "fold_guidance", "load_recipe", "parameters", "recipe_ids", "t5_tokenizer"]
 
 
 def build(recipe: dict, models: Path | None = None):
@@ -31,40 +41,51 @@ def build(recipe: dict, models: Path | None = None):
         known = ", ".join(_ASSEMBLE)
         raise EcoDiffError(f"Recipe {recipe['id']!r} asks for {recipe['pipeline']}: take one of {known}.")
     torch.manual_seed(recipe["seed"])
-    return _ASSEMBLE[recipe["pipeline"]](recipe, models)
+    model = _ASSEMBLE[recipe["pipeline"]](recipe, models)
+    if isinstance(model, diffusers.DiffusionPipeline):
+        model.set_progress_bar_config(disable=True)
+    return model
 
 
 def parameters(model) -> int:
     """Number of parameters of all parts of a pipeline or judge; each takes two bytes on disk."""
-    parts = [part for part in model.components.values() if isinstance(part, torch.nn.Module)]
-    return sum(p.numel() for part in parts for p in part.parameters())
+    total = 0
+    for part in model.components.values():
+        if isinstance(part, torch.nn.Module):
+            total += sum(parameter.numel() for parameter in part.parameters())
+    return total
 
 
 def _clip_text(recipe: dict, key: str, tokenizer, models: Path | None = None):
-    """A new text encoder, or a trained one of another model of the family, as published pipelines share theirs.
-
-    A borrowed one reads the same captions with the same tokenizer, and may keep only its first layers.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    options = dict(recipe[key])
-    if lender := options.pop("from", None):
-        folder, part = trained_folder(lender, recipe["id"], models), options.pop("part")
-        source = CLIPTextModelWithProjection.from_pretrained(folder, subfolder=part).text_model
-        encoder = CLIPTextModel(CLIPTextConfig(**{**source.config.to_dict(), **options})).eval()
-        weights = source.state_dict()
-        encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-        if encoder.config.vocab_size != len(tokenizer):
-            raise EcoDiffError(
-                f"{recipe['id']} reads {len(tokenizer)} tokens, the text encoder of {lender} "
-                f"{encoder.config.vocab_size}: give both recipes the same tokenizer, and train the lender again."
-            )
-        return encoder
+    """A new text encoder, or a trained one of another model of the family, as published pipelines share theirs."""
+    options = recipe[key]
+    if "from" in options:
+        return _borrowed_clip_text(recipe, options, tokenizer, models)
     config = CLIPTextConfig(**_clip_words(tokenizer), **options)
-    return (CLIPTextModelWithProjection if "projection_dim" in recipe[key] else CLIPTextModel)(config)
+    if "projection_dim" in options:
+        return CLIPTextModelWithProjection(config)
+    return CLIPTextModel(config)
+
+
+def _borrowed_clip_text(recipe: dict, options: dict, tokenizer, models: Path | None):
+    """The text encoder of another model; it reads captions with the same tokenizer, and may keep only first layers."""
+    changed = dict(options)
+    lender, part = changed.pop("from"), changed.pop("part")
+    folder = trained_folder(lender, recipe["id"], models)
+    source = CLIPTextModelWithProjection.from_pretrained(folder, subfolder=part).text_model
+    encoder = CLIPTextModel(CLIPTextConfig(**{**source.config.to_dict(), **changed})).eval()
+    weights = source.state_dict()
+    encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+    if encoder.config.vocab_size != len(tokenizer):
+        raise EcoDiffError(
+            f"{recipe['id']} reads {len(tokenizer)} tokens, the text encoder of {lender} "
+            f"{encoder.config.vocab_size}: give both recipes the same tokenizer, and train the lender again."
+        )
+    return encoder
 
 
 def _clip_words(tokenizer) -> dict:
+    """The entries of a CLIP text configuration that follow from the tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
@@ -75,16 +96,14 @@ def _clip_words(tokenizer) -> dict:
 
 
 def _t5_encoder(recipe: dict, key: str, tokenizer):
-    from transformers import T5Config, T5EncoderModel
-
     # Dropout would draw from the global random state, which a resumed run does not restore.
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **recipe[key]))
 
 
 def _vae(recipe: dict, models: Path | None) -> diffusers.AutoencoderKL:
     """A new VAE, or the trained one of another model of the family, whose latents all its pipelines share."""
-    if lender := recipe["vae"].get("from"):
-        folder = trained_folder(lender, recipe["id"], models)
+    if "from" in recipe["vae"]:
+        folder = trained_folder(recipe["vae"]["from"], recipe["id"], models)
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
         align(vae)
         return vae
@@ -103,15 +122,10 @@ def _scheduler(recipe: dict):
     return getattr(diffusers, recipe["scheduler"]["class"])(**recipe["scheduler"]["config"])
 
 
-def _silent(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def _sdxl(recipe: dict, models: Path | None):
     # SDXL's two tokenizers differ in their padding token, and so do these.
     tokenizer, tokenizer_2 = clip_tokenizer(recipe), clip_tokenizer(recipe, pad_token="!")
-    pipe = diffusers.StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=_vae(recipe, models),
         text_encoder=_clip_text(recipe, "text_encoder", tokenizer),
         text_encoder_2=_clip_text(recipe, "text_encoder_2", tokenizer_2),
@@ -122,12 +136,11 @@ def _sdxl(recipe: dict, models: Path | None):
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    return _silent(pipe)
 
 
 def _sd(recipe: dict, models: Path | None):
     tokenizer = clip_tokenizer(recipe)
-    pipe = diffusers.StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=_vae(recipe, models),
         text_encoder=_clip_text(recipe, "text_encoder", tokenizer, models),
         tokenizer=tokenizer,
@@ -137,7 +150,6 @@ def _sd(recipe: dict, models: Path | None):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _silent(pipe)
 
 
 def _flux(recipe: dict, models: Path | None):
@@ -148,7 +160,7 @@ def _flux(recipe: dict, models: Path | None):
         with torch.no_grad():
             mean = vae.encode(pixels(list(openmoji.scenes("train", 64)), "cpu")).latent_dist.mean.mean().item()
         vae.register_to_config(shift_factor=round(mean, 4))
-    pipe = diffusers.FluxPipeline(
+    return diffusers.FluxPipeline(
         scheduler=_scheduler(recipe),
         vae=vae,
         text_encoder=_clip_text(recipe, "text_encoder", tokenizer, models),
@@ -157,7 +169,6 @@ def _flux(recipe: dict, models: Path | None):
         tokenizer_2=tokenizer_2,
         transformer=diffusers.FluxTransformer2DModel(**recipe["denoiser"]["config"]),
     )
-    return _silent(pipe)
 
 
 def _flux_student(recipe: dict, folder: Path):
@@ -167,7 +178,7 @@ def _flux_student(recipe: dict, folder: Path):
         align(part)
     transformer = fold_guidance(pipe.transformer, recipe["denoiser"]["guidance"])
     pipe.register_modules(transformer=transformer, scheduler=_scheduler(recipe))
-    return _silent(pipe)
+    return pipe
 
 
 @torch.no_grad()
@@ -179,6 +190,7 @@ def fold_guidance(transformer, scale: float):
     """
     folded = diffusers.FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
     embed = transformer.time_text_embed
+    # FLUX's transformer, too, multiplies the guidance by 1000 before it embeds it.
     constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000.0 * scale])))[0]
     state = {k: v.clone() for k, v in transformer.state_dict().items() if ".guidance_embedder." not in k}
     state["time_text_embed.timestep_embedder.linear_2.bias"] += constant
@@ -187,11 +199,6 @@ def fold_guidance(transformer, scale: float):
 
 
 def _judge(recipe: dict, models: Path | None):
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from ecodiff.metrics.clip import Judge
-
     tokenizer = clip_tokenizer(recipe)
     text = {**_clip_words(tokenizer), **recipe["text"]}
     vision = {"image_size": openmoji.SIZE, **recipe["vision"]}

@@ -14,7 +14,9 @@ from ecodiff.lab import openmoji
 from ecodiff.storage import provenance
 from ecodiff.storage.paths import data_dir
 
-PROBE_PICTURES = 12  # real one-object scenes a class
+from .recipes import is_judge
+
+PROBE_IMAGES = 12  # real one-object scenes a class
 
 SETS = ("one object", "two objects, seen pairs", "two objects, held-out pairs")
 TARGETS = {  # what the pipelines of the family aim at: row of the card -> at least
@@ -25,7 +27,7 @@ TARGETS = {  # what the pipelines of the family aim at: row of the card -> at le
     **{f"{name}: background right (%)": 95.0 for name in SETS},
     **{f"{name}: caption ranked first (%)": 85.0 for name in SETS},
 }
-SECONDS_FOR_512 = 90.0  # for 512 pictures with the slowest model, on two cores
+SECONDS_FOR_512 = 90.0  # for 512 images with the slowest model, on two cores
 DISTILLED_WITHIN = 5.0  # points that a step-distilled model may lie under its teacher in any of these shares
 _NUMBER = re.compile(r"(-?[\d.]+)(?: \(95 % interval (-?[\d.]+) to (-?[\d.]+)\))?(?:; real scenes (-?[\d.]+))?")
 
@@ -41,41 +43,57 @@ class Measured:
 
     @classmethod
     def parse(cls, text: str) -> Measured | None:
-        """The number that a card states in words, "77.7 (95 % interval 76.9 to 78.4); real scenes 100.0"; None for a
-        text of another form."""
+        """The number that a card states in words, such as "77.7 (95 % interval 76.9 to 78.4); real scenes 100.0".
+
+        None for a text of another form.
+        """
         match = _NUMBER.fullmatch(text.strip())
-        return match and cls(*(None if part is None else float(part) for part in match.groups()))
+        if match is None:
+            return None
+        return cls(*(None if part is None else float(part) for part in match.groups()))
 
     def __str__(self) -> str:
-        interval = "" if self.low is None else f" ({self.low:.1f} to {self.high:.1f})"
-        return f"{self.value:.1f}{interval}"
+        if self.low is None:
+            return f"{self.value:.1f}"
+        return f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
 
 
 def write_measured(folder: Path, measured: Mapping[str, str]) -> None:
     """Write ``measured.json`` beside the card: each row's numbers, or its text where it is no number."""
-    parsed = {name: Measured.parse(text) for name, text in measured.items()}
-    rows = {name: asdict(number) if number else measured[name] for name, number in parsed.items()}
+    rows: dict[str, dict | str] = {}
+    for name, text in measured.items():
+        number = Measured.parse(text)
+        rows[name] = asdict(number) if number else text
     (folder / "measured.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def read_measured(folder: Path) -> dict[str, Measured]:
     """The numbers of a stored model by the row of its card; empty where it is not evaluated yet."""
-    kept = folder / "measured.json"
-    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    path = folder / "measured.json"
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))
     return {name: Measured(**row) for name, row in rows.items() if isinstance(row, dict)}
 
 
 def gap(student: Mapping[str, Measured], teacher: Mapping[str, Measured]) -> tuple[str, float] | None:
-    """The share of ``TARGETS`` in which a distilled model lies furthest under its teacher, and by how many points; None
-    where the two have none in common."""
-    shared = [name for name in TARGETS if name.endswith("(%)") and name in student and name in teacher]
-    gaps = {name: round(teacher[name].value - student[name].value, 1) for name in shared}
-    return max(gaps.items(), key=lambda item: item[1]) if gaps else None
+    """The share of ``TARGETS`` in which a distilled model lies furthest under its teacher, and by how many points.
+
+    None where the two models have no share in common.
+    """
+    gaps = {}
+    for name in TARGETS:
+        if name.endswith("(%)") and name in student and name in teacher:
+            gaps[name] = round(teacher[name].value - student[name].value, 1)
+    if not gaps:
+        return None
+    widest = max(gaps, key=lambda name: gaps[name])
+    return widest, gaps[widest]
 
 
 def fit_probe() -> float:
-    """Fit the object probe on real one-object scenes, keep it in ``data/models/openmoji-probe``, return its ceiling."""
-    scenes = list(openmoji.scenes("train", PROBE_PICTURES * len(openmoji.object_names()), start=20_000_000, count=1))
+    """Fit the object probe on real one-object scenes and store it in ``data/models``; its ceiling is returned."""
+    scenes = list(openmoji.scenes("train", PROBE_IMAGES * len(openmoji.object_names()), start=20_000_000, count=1))
     probe = openmoji.ObjectProbe.fit(openmoji.images(scenes), [scene.objects[0] for scene in scenes])
     folder = data_dir() / "models" / "openmoji-probe"
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,8 +112,10 @@ def _template(name: str) -> Template:
 def write_card(folder: Path, trained: dict, measured: dict[str, str]) -> None:
     """Write ``README.md`` of a stored model in the Hub's form."""
     recipe, log = trained["recipe"], trained["log"]
+    # The log also holds the machine and the commit.
     stages = {name: entry for name, entry in log.items() if isinstance(entry, dict) and "seconds" in entry}
-    text = _template("judge.md" if recipe["pipeline"] == "CLIPModel" else "pipeline.md").substitute(
+    template = "judge.md" if is_judge(recipe) else "pipeline.md"
+    text = _template(template).substitute(
         {key: recipe[key] for key in ("id", "pipeline", "stands_for", "seed")},
         about=" ".join(recipe.get("about", "").split()),
         call=", ".join(f"{name}={value}" for name, value in recipe.get("sampling", {}).items()),

@@ -43,15 +43,18 @@ def run(options: argparse.Namespace) -> int:
     from . import recipes, store
 
     if options.action == "list":
+        stored = store.stored_ids()
         for name in recipes.recipe_ids():
-            state = "trained" if name in store.stored_ids() else "not trained here"
+            state = "trained" if name in stored else "not trained here"
             print(f"{name:24s} {recipes.load_recipe(name)['stands_for']:20s} {state}")
     elif options.action in ("train", *SHORT):
-        name = SHORT.get(options.action) or options.id
-        if name == "all" and options.out:
-            raise EcoDiffError("--out names one folder, but several models are trained: give --models.")
-        for one in recipes.training_order() if name == "all" else [name]:
-            _train(one, options)
+        names = [SHORT.get(options.action) or options.id]
+        if names == ["all"]:
+            if options.out:
+                raise EcoDiffError("--out names one folder, but several models are trained: give --models.")
+            names = recipes.training_order()
+        for name in names:
+            _train(name, options)
         if options.action == "judge" and not options.smoke:
             from .card import fit_probe
 
@@ -61,7 +64,10 @@ def run(options: argparse.Namespace) -> int:
         for name, value in store.evaluate(options.id, options.prompts, options.seeds).items():
             print(f"{name:56s} {value}")
     else:
-        for name in [options.id] if options.id else store.stored_ids():
+        names = store.stored_ids()
+        if options.id:
+            names = [options.id]
+        for name in names:
             print(f"{name}: {store.check(name)}")
     return 0
 
@@ -71,13 +77,18 @@ def _train(name: str, options: argparse.Namespace) -> None:
     from .train import plan, train
 
     recipe = recipes.load_recipe(name, options.smoke)
-    checkpoints = options.runs / (name + ("-smoke" if options.smoke else ""))
-    # A smoke run starts afresh, from smoke models, and never writes where trained models are kept.
-    models = options.models or (options.runs / "smoke" if options.smoke else data_dir() / "models")
-    if options.smoke:
+    if options.smoke:  # it starts afresh, from smoke models, and never writes where trained models are kept
+        checkpoints, models = options.runs / f"{name}-smoke", options.runs / "smoke"
         shutil.rmtree(checkpoints, ignore_errors=True)
+    else:
+        checkpoints, models = options.runs / name, data_dir() / "models"
+    if options.models:
+        models = options.models
     print(plan(recipe), flush=True)
     model, log = train(recipe, checkpoints, models, options.go_on)
     folder = options.out or models / name
     store.save(model, recipe, log, folder)
-    print(f"saved to {folder}{'' if options.smoke else f'; next: python -m ecodiff zoo evaluate {name}'}", flush=True)
+    saved = f"saved to {folder}"
+    if not options.smoke:
+        saved += f"; next: python -m ecodiff zoo evaluate {name}"
+    print(saved, flush=True)

@@ -1,4 +1,4 @@
-"""Training of the judge: pictures and captions of real scenes, with captions that say one thing wrong."""
+"""Training of the judge: images and captions of real scenes, with captions that say one thing wrong."""
 
 from __future__ import annotations
 
@@ -22,33 +22,39 @@ def wrong(facts: Facts, kind: int, rng: np.random.Generator) -> Facts:
     objects, colour, relation = facts.objects, facts.colour, facts.relation
     others = [name for name in openmoji.object_names() if name not in objects]
     if kind == 0:
-        return Facts(objects, str(rng.choice([c for c in openmoji.COLOURS if c != colour])), relation)
+        colours = [name for name in openmoji.COLOURS if name != colour]
+        return Facts(objects, str(rng.choice(colours)), relation)
     if kind == 1:
         place = int(rng.integers(len(objects)))
         return Facts((*objects[:place], str(rng.choice(others)), *objects[place + 1 :]), colour, relation)
     if relation and rng.random() < 0.7:
-        return Facts(objects, colour, str(rng.choice([r for r in openmoji.RELATIONS if r != relation])))
-    if len(objects) == 1:
+        relations = [name for name in openmoji.RELATIONS if name != relation]
+        return Facts(objects, colour, str(rng.choice(relations)))
+    if len(objects) == 1:  # one object too many, before or after it
         pair = (objects[0], str(rng.choice(others)))
-        return Facts(pair if rng.random() < 0.5 else pair[::-1], colour)
-    place = int(rng.integers(len(objects)))
+        if rng.random() >= 0.5:
+            pair = pair[::-1]
+        return Facts(pair, colour)
+    place = int(rng.integers(len(objects)))  # one object too few
     return Facts((*objects[:place], *objects[place + 1 :]), colour)
 
 
 def views(scenes: list[openmoji.Scene], options: dict, rng: np.random.Generator) -> tuple[Tensor, list[Facts]]:
-    """Pictures float [N, 3, 64, 64] in -1 … 1, moved, some cut down to one of their objects, blurred or noisy; and
-    what each shows."""
-    pictures, facts = [], []
-    for scene, picture in zip(scenes, pixels(scenes, "cpu"), strict=True):
+    """Images of scenes (float [N, 3, 64, 64] in -1 … 1), changed at random, and what each shows.
+
+    They are moved or cut down to one of their objects, and some are blurred; all are a little noisy.
+    """
+    images, facts = [], []
+    for scene, image in zip(scenes, pixels(scenes, "cpu"), strict=True):
         if len(scene.objects) > 1 and rng.random() < options["crop"]:
             place = int(rng.integers(len(scene.objects)))
-            pictures.append(cut(picture, scene.boxes[place], int(rng.integers(1, 4))))
+            images.append(cut(image, scene.boxes[place], int(rng.integers(1, 4))))
             facts.append(Facts((scene.objects[place],), scene.colour))
         else:
-            pictures.append(shift(picture, *rng.integers(-options["shift"], options["shift"] + 1, 2)))
+            images.append(shift(image, *rng.integers(-options["shift"], options["shift"] + 1, 2)))
             facts.append(Facts.of(scene))
-    batch = torch.stack(pictures)
-    # Drawn pictures are less sharp than real ones: the judge must not mind.
+    batch = torch.stack(images)
+    # Generated images are less sharp than real ones: the judge must not mind.
     size = int(rng.integers(28, 64))
     blurred = torch.from_numpy(rng.random(len(batch)) < 0.4)
     if blurred.any():
@@ -59,26 +65,29 @@ def views(scenes: list[openmoji.Scene], options: dict, rng: np.random.Generator)
     return batch + strength * noise, facts
 
 
-def shift(picture: Tensor, dx: int, dy: int) -> Tensor:
-    """A picture [3, H, W] moved by (dx, dy) pixels; its border is repeated where it leaves a gap."""
+def shift(image: Tensor, dx: int, dy: int) -> Tensor:
+    """An image [3, H, W] moved by (dx, dy) pixels; its border is repeated where it leaves a gap."""
     reach = max(abs(int(dx)), abs(int(dy)))
     if not reach:
-        return picture
-    wide = pad(picture[None], [reach] * 4, mode="replicate")[0]
-    height, width = picture.shape[-2:]
+        return image
+    wide = pad(image[None], [reach] * 4, mode="replicate")[0]
+    height, width = image.shape[-2:]
     return wide[:, reach - dy : reach - dy + height, reach - dx : reach - dx + width]
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, image_keys: list, text_keys: list) -> Tensor:
     """CLIP's symmetric loss (Radford et al. 2021) with further wrong captions.
 
-    image: unit vectors [N, D]; text: unit vectors [N + M, D], the right captions first. A picture chooses among all
-    captions, a right caption among the pictures. A caption that is true of another's picture too (the same key) is
-    left out there.
+    image: unit vectors [N, D]; text: unit vectors [N + M, D], the right captions first. An image chooses among all
+    captions, a right caption among the images. A caption that is true of another's image, too (the same key), is left
+    out there.
     """
     n = len(image)
-    same = torch.tensor([[a == b for b in text_keys] for a in image_keys], device=image.device)
-    same[:, :n] &= ~torch.eye(n, dtype=torch.bool, device=image.device)
+    rows = []
+    for key in image_keys:
+        rows.append([key == text_key for text_key in text_keys])
+    same = torch.tensor(rows, device=image.device)
+    same[:, :n] &= ~torch.eye(n, dtype=torch.bool, device=image.device)  # an image's own caption stays
     logits = (scale * image @ text.T).masked_fill(same, float("-inf"))
     target = torch.arange(n, device=image.device)
     return (cross_entropy(logits, target) + cross_entropy(logits[:, :n].T, target)) / 2
@@ -90,17 +99,16 @@ def train_contrast(judge, recipe: dict, folder: Path, name: str) -> dict:
 
     def loss_of(scenes, generator):
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        pictures, facts = views(scenes, options, rng)
-        false = [wrong(f, kind % 3, rng) for f in facts for kind in range(options["negatives"])]
-        captions = [f.caption(int(rng.integers(3))) for f in (*facts, *false)]
-        device = model.device
-        words = judge.processor.tokenizer(captions, padding=True, return_tensors="pt").to(device)
+        images, facts = views(scenes, options, rng)
+        told = list(facts)  # first what is right, then what is wrong
+        for shown in facts:
+            told += [wrong(shown, kind % 3, rng) for kind in range(options["negatives"])]
+        captions = [each.caption(int(rng.integers(3))) for each in told]
+        words = judge.processor.tokenizer(captions, padding=True, return_tensors="pt").to(model.device)
         text = vectors(model.get_text_features(**words)).float()
-        image = vectors(model.get_image_features(pictures.to(device))).float()
-        scale = model.logit_scale.exp().clamp(max=100)
-        keys = [f.key for f in facts]
-        return contrastive_loss(
-            normalize(image, dim=-1), normalize(text, dim=-1), scale, keys, keys + [f.key for f in false]
-        )
+        image = vectors(model.get_image_features(images.to(model.device))).float()
+        scale = model.logit_scale.exp().clamp(max=100)  # as in the training of CLIP
+        keys = [each.key for each in told]
+        return contrastive_loss(normalize(image, dim=-1), normalize(text, dim=-1), scale, keys[: len(facts)], keys)
 
     return fit(name, [model], loss_of, options, folder, recipe["seed"])

@@ -22,7 +22,7 @@ def train_guidance(pipe, recipe: dict, folder: Path, name: str) -> dict:
 
     With a frozen copy v of it (at guidance 1), a caption c and a scale w drawn uniformly from the recipe's range, the
     new prediction at guidance w goes to v(∅) + w (v(c) - v(∅)). Text encoders stay as they are. Afterwards one call a
-    step draws what took two.
+    step generates what took two.
     """
     options, student = recipe[name]["train"], pipe.transformer
     teacher = _frozen(student)
@@ -31,11 +31,13 @@ def train_guidance(pipe, recipe: dict, folder: Path, name: str) -> dict:
     low, high = options["scales"]
 
     def loss_of(scenes, generator):
-        captions, keep = [s.caption for s in scenes], torch.ones(len(scenes), dtype=torch.bool)
+        captions = [scene.caption for scene in scenes]
+        keep = torch.ones(len(scenes), dtype=torch.bool)
         with torch.no_grad():
             noisy, _, sigma = noised(encode(pipe, scenes), generator, options.get("shift", 1.0))
             scale = (low + (high - low) * torch.rand(len(scenes), generator=generator)).to(noisy.device)
-            with_caption, without = conditioning(pipe, captions, keep), conditioning(pipe, captions, ~keep)
+            with_caption = conditioning(pipe, captions, keep)
+            without = conditioning(pipe, captions, ~keep)
             one = torch.ones_like(sigma)
             guided = teacher_of(noisy, timestep=sigma, guidance=one, **with_caption).sample.float()
             free = teacher_of(noisy, timestep=sigma, guidance=one, **without).sample.float()
@@ -62,9 +64,10 @@ def train_distil(pipe, recipe: dict, folder: Path, name: str) -> dict:
     steps, finer = options["student_steps"], options["teacher_steps"] // options["student_steps"]
 
     def loss_of(scenes, generator):
-        n, tokens = len(scenes), (pipe.vae.config.sample_size // pipe.vae_scale_factor // 2) ** 2
+        n = len(scenes)
+        tokens = (pipe.vae.config.sample_size // pipe.vae_scale_factor // 2) ** 2  # FLUX packs 2 x 2 latents into one
         with torch.no_grad():
-            condition = conditioning(pipe, [s.caption for s in scenes], torch.ones(n, dtype=torch.bool))
+            condition = conditioning(pipe, [scene.caption for scene in scenes], torch.ones(n, dtype=torch.bool))
         x = torch.randn(n, tokens, student.config.in_channels, generator=generator).to(student.device)
         loss = 0.0
         for k in range(steps):
@@ -79,4 +82,4 @@ def train_distil(pipe, recipe: dict, folder: Path, name: str) -> dict:
             x = (x - stretch * velocity).detach()
         return loss
 
-    return fit(name, [student], loss_of, options, folder, recipe["seed"], pictures=False)
+    return fit(name, [student], loss_of, options, folder, recipe["seed"], images=False)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -34,17 +34,20 @@ def fast_precision() -> str:
     """ "bf16" on a GPU, and on a CPU whose bf16 matrix product is at least 1.5 times as fast as fp32; else "no"."""
     if torch.cuda.is_available():
         return "bf16"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
+    if _seconds_a_product(torch.bfloat16) * 1.5 < _seconds_a_product(torch.float32):
+        return "bf16"
+    return "no"
+
+
+def _seconds_a_product(dtype: torch.dtype) -> float:
+    a = torch.ones(256, 256, dtype=dtype)
+    a @ a  # warm-up
+    turns = []
+    for _ in range(20):
+        start = time.perf_counter()
         a @ a
-        turns = []
-        for _ in range(20):
-            start = time.perf_counter()
-            a @ a
-            turns.append(time.perf_counter() - start)
-        seconds[dtype] = min(turns)  # the least disturbed one
-    return "bf16" if seconds[torch.bfloat16] * 1.5 < seconds[torch.float32] else "no"
+        turns.append(time.perf_counter() - start)
+    return min(turns)  # the least disturbed one
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -65,7 +68,7 @@ def estimate(name: str, left: int, took: list[float]) -> str:
 def optimizers_of(
     modules: list[torch.nn.Module], options: dict, encoders: list[torch.nn.Module] = ()
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all that learns; with ``optimizer: muon`` the matrices of linear layers have Muon instead.
+    """AdamW for all that learns; with ``optimizer: muon`` in the options linear layers' matrices have Muon instead.
 
     With ``encoder_lr`` the ``encoders`` among the modules have AdamW at that rate: T5's attention is not scaled, and
     at a denoiser's rate it soon looks at one token only and stops learning.
@@ -78,18 +81,34 @@ def optimizers_of(
     if name not in ("adamw", "muon"):
         raise EcoDiffError(f"There is no optimizer {name!r} in training: take adamw or muon.")
     slow = [module for module in modules if "encoder_lr" in options and module in encoders]
-    modules = [module for module in modules if module not in slow]
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    linear = {layer.weight for module in modules for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
-    groups = [{"params": [p for p in parameters if name == "adamw" or p not in linear]}]
+    rest = [module for module in modules if module not in slow]
+    parameters, matrices = _learning(rest), []
+    if name == "muon":
+        layers = torch.nn.ModuleList(rest).modules()
+        linear = {layer.weight for layer in layers if isinstance(layer, torch.nn.Linear)}
+        matrices = [parameter for parameter in parameters if parameter in linear]
+        parameters = [parameter for parameter in parameters if parameter not in linear]
+    groups = [{"params": parameters}]
     if slow:
-        own = [p for module in slow for p in module.parameters() if p.requires_grad]
-        groups.append({"params": own, "lr": options["encoder_lr"]})
+        groups.append({"params": _learning(slow), "lr": options["encoder_lr"]})
     optimizers = [torch.optim.AdamW(groups, lr=options["lr"], betas=(0.9, 0.99), weight_decay=0.01)]
     if name == "muon":
-        matrices = [p for p in parameters if p in linear]
         optimizers.append(torch.optim.Muon(matrices, options["lr"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def _attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU, plain attention: there the fused one's backward in bf16 is several times slower (torch 2.13)."""
+    if device.type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+def _learning(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    learning: list[torch.nn.Parameter] = []
+    for module in modules:
+        learning += [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return learning
 
 
 def fit(
@@ -100,17 +119,18 @@ def fit(
     folder: Path,
     seed: int,
     encoders: list[torch.nn.Module] = (),
-    pictures: bool = True,
+    images: bool = True,
 ) -> dict:
     """Train ``modules`` on ``loss_of(scenes, generator)`` and leave their moving averages in them.
 
-    ``encoders`` are the text encoders among them, which may have a learning rate of their own. ``pictures``: draw those
+    ``encoders`` are the text encoders among them, which may have a learning rate of their own. ``images``: draw those
     of the next scenes meanwhile; a loss that reads captions alone needs none.
 
-    The optimizer of the options (``optimizers_of``), warm-up and cosine decay, gradient norm clipped to 1, exponential
-    moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY`` steps (to a temporary
-    name, then renamed) and picked up again. After the first ``MEASURED`` steps a line says how long the rest takes on
-    this machine. Returns the seconds spent, the mean loss of the last hundred steps, and the precision.
+    Training has the optimizers of the options (``optimizers_of``), warm-up and cosine decay, gradients clipped to norm
+    1, and an exponential moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY``
+    steps (to a temporary name, then renamed) and picked up again. After the first ``MEASURED`` steps a line says how
+    long the rest takes on this machine. Returns the seconds spent, the mean loss of the last hundred steps, and the
+    precision. Raises EcoDiffError for a checkpoint of other options.
     """
     from accelerate import Accelerator
 
@@ -123,7 +143,7 @@ def fit(
         )
     precision = saved["precision"] if saved else fast_precision()  # timed, and may come out otherwise another time
     accelerator = Accelerator(mixed_precision=precision)
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = _learning(modules)
     optimizers = optimizers_of(modules, options, encoders)
     # A recipe may stop before its cosine has come down: the moving average makes up for much of the rest.
     length = options.get("schedule_steps", options["steps"])
@@ -160,14 +180,12 @@ def fit(
     def scenes_of(step: int) -> list[openmoji.Scene]:
         start = options.get("first_scene", 0) + step * options["batch_size"]
         batch = list(openmoji.scenes("train", options["batch_size"], start=start))
-        if pictures:
-            openmoji.images(batch)  # drawn here, in the other thread
+        if images:
+            openmoji.images(batch)  # drawn here, in the other thread, and kept in the scenes
         return batch
 
-    # On a CPU the fused attention's backward in bf16 is several times slower than plain matrix products (torch 2.13).
-    plain = accelerator.device.type == "cpu"
     bar = tqdm(total=options["steps"], initial=state["step"], desc=name, unit="step", mininterval=5)
-    stage, took = sum(map(ord, name)), []
+    stage, took = sum(map(ord, name)), []  # a number for the stage, the same in every process: hash(name) is not
     # One thread draws the next batch while the model works on this one.
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(scenes_of, state["step"])
@@ -175,7 +193,7 @@ def fit(
             start, batch = time.perf_counter(), upcoming.result()
             if step + 1 < options["steps"]:
                 upcoming = pool.submit(scenes_of, step + 1)
-            with accelerator.autocast(), sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            with accelerator.autocast(), _attention(accelerator.device):
                 loss = loss_of(batch, generator(seed, stage, step))
             accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,4 +1,4 @@
-"""What a model card states about quality, measured on real scenes and on pictures drawn with fresh noise."""
+"""What a model card states about quality, measured on real scenes and on images generated from fresh noise."""
 
 from __future__ import annotations
 
@@ -31,31 +31,30 @@ def scene_sets(n: int) -> dict[str, list[openmoji.Scene]]:
 
 
 def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -> dict[str, str]:
-    """Numbers of a pipeline's card, in words: each a mean over ``seeds`` of the noise with a 95 % interval over these
-    and the captions (``metrics.nested_interval``).
+    """Numbers of a pipeline's card, in words, each with what real scenes reach, the ceiling.
 
-    VAE PSNR (dB) on 256 real scenes; share (%) of one-object pictures named rightly by the object probe, and of right
-    backgrounds; and where the judge is trained, for each evaluation set of ``prompts`` captions the share of pictures
-    with all objects, with all facts (`verdicts`), and whose caption ranks first among 100 (or all, if
-    fewer); one-object pictures from wordings never seen. Each with what real scenes reach, the ceiling. For FLUX what
-    ``crossed`` says.
+    Each is a mean over ``seeds`` of the noise with a 95 % interval over these and the captions
+    (``metrics.nested_interval``). The rows are the VAE's PSNR (dB) on 256 real scenes; the share (%) of one-object
+    images named rightly by the object probe, and of right backgrounds; where the judge is trained, for each evaluation
+    set of ``prompts`` captions, the share of images with all objects, with all facts (`verdicts`), and whose caption
+    ranks first among 100 (or all, if fewer); all these for one-object images from wordings never seen; and for FLUX
+    what ``crossed`` says.
     """
-    judge, sets = judges.judge(), scene_sets(prompts)
-    asked = {name: (scenes, [scene.caption for scene in scenes]) for name, scenes in sets.items()}
-    one = sets["one object"]
-    asked["free wording"] = (one, free_wordings(one))
-    found = {}
-    for name, (scenes, captions) in asked.items():
-        drawn = [
-            generate(pipe, captions, range(first, first + prompts), **sampling)
-            for first in range(7_000_000, 7_000_000 + seeds * 1_000_000, 1_000_000)
-        ]
-        found[name] = _found(judge, [openmoji.images(scenes), *drawn], scenes)
-    pictures = openmoji.images(list(openmoji.scenes("seen", 256, start=5_000_000)))
-    rows = {"VAE PSNR (dB)": f"{metrics.psnr(through_vae(pipe.vae, pictures), pictures).mean():.2f}"}
-    for name, (real, *drawn) in found.items():
+    judge, scenes_of = judges.judge(), scene_sets(prompts)
+    captions_of = {}
+    for name, scenes in scenes_of.items():
+        captions_of[name] = [scene.caption for scene in scenes]
+    one = scenes_of["one object"]
+    scenes_of["free wording"], captions_of["free wording"] = one, free_wordings(one)
+    images = openmoji.images(list(openmoji.scenes("seen", 256, start=5_000_000)))
+    rows = {"VAE PSNR (dB)": f"{metrics.psnr(through_vae(pipe.vae, images), images).mean():.2f}"}
+    for name, scenes in scenes_of.items():
+        generated = []
+        for seed in range(7_000_000, 7_000_000 + seeds * 1_000_000, 1_000_000):
+            generated.append(generate(pipe, captions_of[name], range(seed, seed + prompts), **sampling))
+        real, *shares = _found(judge, [openmoji.images(scenes), *generated], scenes)
         for share, ceiling in real.items():
-            interval = metrics.nested_interval([seed[share] for seed in drawn])
+            interval = metrics.nested_interval([hits[share] for hits in shares])
             rows[f"{name}: {share} (%)"] = f"{_words(interval)}; real scenes {sum(ceiling) / len(ceiling):.1f}"
     if isinstance(pipe, diffusers.FluxPipeline):
         rows |= crossed(pipe, judge, one, sampling)
@@ -64,76 +63,93 @@ def measure_pipeline(pipe, sampling: dict, prompts: int = 500, seeds: int = 3) -
 
 
 def crossed(pipe, judge: Judge | None, scenes: list[openmoji.Scene], sampling: dict) -> dict[str, str]:
-    """FLUX reads a caption as a pooled vector (CLIP) and as tokens (T5). Given one caption so and another one so, whose
-    object and background does it draw? Shares (%) in words, with intervals over pictures of one noise each."""
-    pairs = zip(scenes, scenes[1:] + scenes[:1], strict=True)
-    if not (pairs := [(a, b) for a, b in pairs if a.objects != b.objects and a.colour != b.colour]):
+    """Whose object and background FLUX generates where its two text encoders read different captions.
+
+    FLUX reads a caption as a pooled vector (CLIP) and as tokens (T5). Here each image has one caption for the tokens
+    and another one for the pooled vector. Returned are shares (%) in words, with intervals over images of one noise
+    each.
+    """
+    tokens, pooled = [], []
+    for one, other in zip(scenes, scenes[1:] + scenes[:1], strict=True):
+        if one.objects != other.objects and one.colour != other.colour:
+            tokens.append(one)
+            pooled.append(other)
+    if not tokens:
         return {}
-    prompts = [{"prompt": pooled.caption, "prompt_2": tokens.caption} for tokens, pooled in pairs]
-    drawn, rows = generate(pipe, prompts, range(7_000_000, 7_000_000 + len(prompts)), **sampling), {}
-    for whose, own in zip(("tokens", "pooled vector"), zip(*pairs, strict=True), strict=True):
-        hits = {"background": openmoji.background_correct(drawn, [scene.colour for scene in own], openmoji.COLOURS)}
+    prompts = [{"prompt": b.caption, "prompt_2": a.caption} for a, b in zip(tokens, pooled, strict=True)]
+    images = generate(pipe, prompts, range(7_000_000, 7_000_000 + len(prompts)), **sampling)
+    rows = {}
+    for whose, own in (("tokens", tokens), ("pooled vector", pooled)):
+        hits = {"background": openmoji.background_correct(images, [scene.colour for scene in own], openmoji.COLOURS)}
         if judge is not None:
-            hits["object"] = verdicts(judge, drawn, own)["objects"]
+            hits["object"] = verdicts(judge, images, own)["objects"]
         for what, right in hits.items():
-            shown = _words(metrics.bootstrap_interval(_percent(right)))
-            rows[f"crossed captions: {what} of the {whose} (%)"] = shown
+            share = _words(metrics.bootstrap_interval(_percent(right)))
+            rows[f"crossed captions: {what} of the {whose} (%)"] = share
     return rows
 
 
 def free_wordings(scenes: list[openmoji.Scene]) -> list[str]:
     """What one-object scenes show, in words that no caption of the data has."""
-    nouns = [f"{openmoji.object_table()[scene.objects[0]]['article']} {scene.objects[0]}" for scene in scenes]
-    return [FREE[i % len(FREE)].format(noun, s.colour) for i, (noun, s) in enumerate(zip(nouns, scenes, strict=True))]
+    wordings = []
+    for number, scene in enumerate(scenes):
+        name = scene.objects[0]
+        noun = f"{openmoji.object_table()[name]['article']} {name}"
+        wordings.append(FREE[number % len(FREE)].format(noun, scene.colour))
+    return wordings
 
 
 def measure_judge(judge: Judge, prompts: int = 500) -> dict[str, str]:
-    """Numbers of the judge's card, in words, with intervals over pictures.
+    """Numbers of the judge's card, in words, with intervals over images.
 
-    Shares (%) of real scenes as they are, moved by up to 4 pixels, cut to their middle 56x56; the CLIP score of right
-    captions and of those of other scenes.
+    They are shares (%) of real scenes as they are, moved by up to 4 pixels, and cut to their middle 56x56; and the CLIP
+    score of right captions and of those of other scenes.
     """
     rows = {}
     for name, scenes in scene_sets(prompts).items():
-        pictures = openmoji.images(scenes)
+        images = openmoji.images(scenes)
         offsets = torch.randint(-4, 5, (len(scenes), 2), generator=torch.Generator().manual_seed(0)).tolist()
+        moved = [shift(image.float(), *offset) for image, offset in zip(images, offsets, strict=True)]
+        middles = [cut(image.float(), (4, 4, 56), 0) for image in images]
         changed = {
-            "as they are": pictures,
-            "moved": torch.stack([shift(x.float(), *o) for x, o in zip(pictures, offsets, strict=True)]).byte(),
-            "cut": torch.stack([cut(x.float(), (4, 4, 56), 0) for x in pictures]).round().clamp(0, 255).byte(),
+            "as they are": images,
+            "moved": torch.stack(moved).byte(),
+            "cut": torch.stack(middles).round().clamp(0, 255).byte(),  # resized, and so between whole numbers
         }
         for change, shares in zip(changed, _judged(judge, list(changed.values()), scenes), strict=True):
             for share, hits in shares.items():
                 rows[f"{name}, {change}: {share} (%)"] = _words(metrics.bootstrap_interval(_percent(hits)))
         right = [scene.caption for scene in scenes]
         for whose, captions in (("right", right), ("others'", right[1:] + right[:1])):
-            rows[f"{name}: CLIP score of {whose} captions"] = f"{clip_score(pictures, captions, judge):.1f}"
+            rows[f"{name}: CLIP score of {whose} captions"] = f"{clip_score(images, captions, judge):.1f}"
     return rows | {"scenes a set": str(prompts)}
 
 
 def _judged(judge: Judge, sets: list[Tensor], scenes: list[openmoji.Scene]) -> list[dict[str, Tensor]]:
-    """What the judge finds in each of several sets of pictures of the same scenes: bool [N] each."""
+    """What the judge finds in each of several sets of images of the same scenes: bool [N] each."""
     shown = verdicts(judge, torch.cat(sets), scenes * len(sets))  # together, for the captions are the same
     parts = {name: hits.chunk(len(sets)) for name, hits in shown.items()}
-    many = min(100, len(scenes))
-    return [
-        {
-            "objects found": parts["objects"][i],
-            "all facts right": parts["all"][i],
-            "caption ranked first": caption_ranks(judge, images, scenes, many) == 1,
-        }
-        for i, images in enumerate(sets)
-    ]
+    candidates = min(100, len(scenes))
+    judged = []
+    for images, objects, facts in zip(sets, parts["objects"], parts["all"], strict=True):
+        first = caption_ranks(judge, images, scenes, candidates) == 1
+        judged.append({"objects found": objects, "all facts right": facts, "caption ranked first": first})
+    return judged
 
 
 def _found(judge: Judge | None, sets: list[Tensor], scenes: list[openmoji.Scene]) -> list[dict[str, list[float]]]:
-    """What probe and judge find in each of several sets of pictures of the same scenes: 100 or 0 for each picture."""
-    judged = _judged(judge, sets, scenes) if judge is not None else [{} for _ in sets]
-    every = ({**_probed(images, scenes), **hits} for images, hits in zip(sets, judged, strict=True))
-    return [{name: _percent(hits) for name, hits in found.items()} for found in every]
+    """What probe and judge find in each of several sets of images of the same scenes: 100 or 0 for each image."""
+    found = [_probed(images, scenes) for images in sets]
+    if judge is not None:
+        found = [probed | judged for probed, judged in zip(found, _judged(judge, sets, scenes), strict=True)]
+    percents = []
+    for hits in found:
+        percents.append({name: _percent(right) for name, right in hits.items()})
+    return percents
 
 
 def _probed(images: Tensor, scenes: list[openmoji.Scene]) -> dict[str, Tensor]:
+    """Whether each background is right and, of one-object scenes, whether the probe names the object."""
     right = openmoji.background_correct(images, [scene.colour for scene in scenes], openmoji.COLOURS)
     if len(scenes[0].objects) != 1:
         return {"background right": right}

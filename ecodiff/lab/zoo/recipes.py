@@ -26,21 +26,30 @@ def load_recipe(name: str, smoke: bool = False) -> dict:
         raise EcoDiffError(f"There is no recipe {name!r} to train: take one of {', '.join(recipe_ids())}.")
     recipe = yaml.safe_load((resources.files(__package__) / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     override = recipe.pop("smoke", {})
-    return _merge(recipe, override) if smoke else recipe
+    if smoke:
+        return _merge(recipe, override)
+    return recipe
 
 
 def _merge(base: dict, override: dict) -> dict:
     merged = dict(base)
     for key, value in override.items():
-        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            value = _merge(base[key], value)
+        merged[key] = value
     return merged
+
+
+def is_judge(recipe: dict) -> bool:
+    """Whether a recipe makes the judge and no pipeline."""
+    return recipe["pipeline"] == "CLIPModel"
 
 
 def needs(recipe: dict) -> list[str]:
     """Ids of the trained models that a recipe starts from: those that lend a VAE or a text encoder, the teacher."""
-    parts = (recipe.get(part, {}) for part in ("vae", "text_encoder", "text_encoder_2"))
-    named = [part["from"] for part in parts if "from" in part] + [recipe.get("teacher")]
-    return [name for name in dict.fromkeys(named) if name]
+    lenders = [recipe.get(part, {}).get("from") for part in ("vae", "text_encoder", "text_encoder_2")]
+    names = dict.fromkeys([*lenders, recipe.get("teacher")])  # one model may lend several parts
+    return [name for name in names if name]
 
 
 def training_order() -> list[str]:

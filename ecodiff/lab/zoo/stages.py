@@ -1,5 +1,4 @@
-"""Training stages of the pipelines: the VAE, the denoiser with its text encoders, the VAE's decoder again;
-a T5 encoder on captions alone.
+"""Training stages of the pipelines: VAE, denoiser with text encoders, the VAE's decoder again, T5 on captions alone.
 
 A stage is a function ``(pipe, recipe, folder, name) -> log`` that trains parts of ``pipe`` in place, by the options
 that the recipe has under the stage's name.
@@ -22,12 +21,12 @@ from .fit import fit
 
 
 def pixels(scenes: list[openmoji.Scene], device) -> Tensor:
-    """Pictures of scenes as a VAE reads them: float [N, 3, 64, 64] in -1 … 1."""
+    """Images of scenes as a VAE reads them: float [N, 3, 64, 64] in -1 … 1."""
     return openmoji.images(scenes).to(device).float() / 127.5 - 1
 
 
 def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
-    """The VAE, by absolute plus squared error and a slight KL term; then sets its scaling factor to 1/std."""
+    """Train the VAE by absolute plus squared error and a slight KL term; then set its scaling factor to 1/std."""
     vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe[name]["train"]
 
     def loss_of(scenes, generator):
@@ -45,9 +44,9 @@ def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
 
 
 def train_decoder(pipe, recipe: dict, folder: Path, name: str) -> dict:
-    """The VAE's decoder goes on by squared error alone, its encoder fixed, so that no latent changes.
+    """Train the VAE's decoder on by squared error alone, its encoder fixed, so that no latent changes.
 
-    (As the published ``sd-vae-ft-mse`` went on from Stable Diffusion's VAE.)
+    The published ``sd-vae-ft-mse`` went on from Stable Diffusion's VAE in this way.
     """
     vae = pipe.vae
 
@@ -64,7 +63,7 @@ def train_decoder(pipe, recipe: dict, folder: Path, name: str) -> dict:
 
 
 def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
-    """Denoiser and text encoders together, on the objective of the pipeline's scheduler, with dropped captions.
+    """Train denoiser and text encoders together, on the objective of the scheduler, with dropped captions.
 
     The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ. With
     ``drop_pooled`` in the options that share of captions is given as a sequence of tokens alone: a pooled vector that
@@ -84,17 +83,18 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
         pooled = keep
         if "drop_pooled" in options:
             pooled = keep & (torch.rand(len(scenes), generator=generator) >= options["drop_pooled"])
-        return loss(forward, latents, conditioning(pipe, [s.caption for s in scenes], keep, pooled), generator)
+        condition = conditioning(pipe, [scene.caption for scene in scenes], keep, pooled)
+        return loss(forward, latents, condition, generator)
 
     encoders = [getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)]
     return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"], encoders)
 
 
 def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
-    """A new T5 encoder, on captions alone: it restores the words of captions of which some are hidden.
+    """Train a new T5 encoder on captions alone: it restores the words of captions of which some are hidden.
 
-    (As T5 itself was trained, Raffel et al. 2020, with a linear layer for the decoder: published pipelines start from
-    trained text encoders.) The encoder sees padding, as FLUX shows it to it.
+    T5 itself was trained so (Raffel et al. 2020), with a decoder in the place of the linear layer here. Published
+    pipelines, too, start from trained text encoders. The encoder sees padding, as FLUX shows it to it.
     """
     options, tokenizer = recipe[name]["train"], pipe.tokenizer_2
     torch.manual_seed(recipe["seed"])
@@ -103,13 +103,14 @@ def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
     pipe.register_modules(text_encoder_2=encoder)
 
     def loss_of(scenes, generator):
-        told = tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
-        hidden = (torch.rand(told.shape, generator=generator) < options["hide"]) & (told != tokenizer.pad_token_id)
-        shown = told.masked_fill(hidden, tokenizer.unk_token_id).to(pipe.vae.device)
+        captions = [scene.caption for scene in scenes]
+        words = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        hidden = (torch.rand(words.shape, generator=generator) < options["hide"]) & (words != tokenizer.pad_token_id)
+        shown = words.masked_fill(hidden, tokenizer.unk_token_id).to(pipe.vae.device)
         logits = head(encoder(shown).last_hidden_state)
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), told.flatten().to(logits.device))
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), words.flatten().to(logits.device))
 
-    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"], pictures=False)
+    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"], images=False)
 
 
 def encode(pipe, scenes: list[openmoji.Scene]) -> Tensor:
@@ -119,7 +120,9 @@ def encode(pipe, scenes: list[openmoji.Scene]) -> Tensor:
 
 def compiled(model, options: dict):
     """The model to call in training: compiled where a stage's options ask for it."""
-    return torch.compile(model) if options.get("compile") else model
+    if options.get("compile"):
+        return torch.compile(model)
+    return model
 
 
 def conditioning(pipe, captions: list[str], keep: Tensor, keep_pooled: Tensor | None = None) -> dict:
@@ -129,13 +132,14 @@ def conditioning(pipe, captions: list[str], keep: Tensor, keep_pooled: Tensor | 
     ``keep_pooled`` (left out: ``keep``) is the same for the pooled vector, where a pipeline has one.
     """
     device, n = pipe.vae.device, len(captions)
-    keep_pooled = keep if keep_pooled is None else keep_pooled
+    if keep_pooled is None:
+        keep_pooled = keep
     if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
         keep, keep_pooled = keep.float().to(device), keep_pooled.float().to(device)
-        time_ids = torch.tensor(
-            [[openmoji.SIZE, openmoji.SIZE, 0, 0, openmoji.SIZE, openmoji.SIZE]], device=device
-        ).float()
+        # Original size, offset of a crop, and size, as SDXL is told them: no image was cut or resized.
+        sizes = [openmoji.SIZE, openmoji.SIZE, 0, 0, openmoji.SIZE, openmoji.SIZE]
+        time_ids = torch.tensor([sizes], device=device).float()
         added = {"text_embeds": pooled * keep_pooled[:, None], "time_ids": time_ids.repeat(n, 1)}
         return {"encoder_hidden_states": embeds * keep[:, None, None], "added_cond_kwargs": added}
 

@@ -1,4 +1,4 @@
-"""Where trained models are kept: fp16 safetensors, checksums, a model card, one fixed picture to compare with."""
+"""Where trained models are kept: fp16 safetensors, checksums, a model card, one fixed image to compare with."""
 
 from __future__ import annotations
 
@@ -21,25 +21,17 @@ from ecodiff.pipelines.loading import load
 from ecodiff.storage.paths import data_dir
 from ecodiff.storage.saving import replaced_files
 
+from .recipes import is_judge
+
 MANIFEST = "checksums.sha256"
-EVALUATED = (
-    "README.md",
-    "measured.json",
-    "fixed.png",
-    "fixed.json",
-    identities.FILE,
-)  # what ``evaluate`` writes about one model
+# What ``evaluate`` writes about one model.
+EVALUATED = ("README.md", "measured.json", "fixed.png", "fixed.json", identities.FILE)
 FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
 
 
 def stored_ids() -> list[str]:
     """Ids of the trained models (pipelines and judge) under ``data/models``."""
     return sorted(path.parent.name for path in (data_dir() / "models").glob("*/recipe.json"))
-
-
-def is_judge(recipe: dict) -> bool:
-    """Whether a recipe makes the judge and no pipeline."""
-    return recipe["pipeline"] == "CLIPModel"
 
 
 def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
@@ -63,9 +55,10 @@ def save(pipe, recipe: dict, log: dict, folder: Path) -> None:
 
 
 def _forget_batches(pipe) -> None:
-    """Tokenizers keep, and would write, how the last batch was padded."""
+    """Take from tokenizers how the last batch was padded, which they keep and would write."""
     for part in getattr(pipe, "components", {}).values():
-        if backend := getattr(part, "backend_tokenizer", None):
+        backend = getattr(part, "backend_tokenizer", None)
+        if backend:
             backend.no_padding()
             backend.no_truncation()
 
@@ -80,8 +73,14 @@ def _in_fp16(pipe):
 
 
 def _loaded_in_fp32(config: dict) -> dict:
-    inner = {name: _loaded_in_fp32(value) for name, value in config.items() if isinstance(value, dict)}
-    return {**config, **inner, **({"dtype": "float32"} if "dtype" in config else {})}
+    """A configuration that names fp32 as its dtype, also in the configurations inside it."""
+    changed = dict(config)
+    for name, value in config.items():
+        if isinstance(value, dict):
+            changed[name] = _loaded_in_fp32(value)
+    if "dtype" in config:
+        changed["dtype"] = "float32"
+    return changed
 
 
 def _digest(path: Path) -> str:
@@ -90,10 +89,13 @@ def _digest(path: Path) -> str:
 
 def data_files() -> list[Path]:
     """All files of the data folder whose checksum is kept: models, objects, the paper's tables, recorded gates."""
-    skipped = {MANIFEST, "README.md"}
-    files = (path for path in data_dir().rglob("*") if path.is_file() and path.suffix != ".jsonl")
-    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(data_dir()).parts)  # noqa: E731
-    return sorted(path for path in files if path.name not in skipped and not hidden(path))
+    files = []
+    for path in data_dir().rglob("*"):
+        if not path.is_file() or path.suffix == ".jsonl" or path.name in (MANIFEST, "README.md"):
+            continue
+        if not any(part.startswith(".") for part in path.relative_to(data_dir()).parts):
+            files.append(path)
+    return sorted(files)
 
 
 def write_checksums() -> Path:
@@ -105,19 +107,21 @@ def write_checksums() -> Path:
 
 def changed_files(folder: str = "") -> list[str]:
     """Names of data files below ``folder`` that are missing or differ from the manifest."""
-    wrong = []
+    changed = []
     for line in (data_dir() / MANIFEST).read_text().splitlines():
         digest, _, name = line.partition("  ")
-        if name.startswith(folder) and (not (data_dir() / name).is_file() or _digest(data_dir() / name) != digest):
-            wrong.append(name)
-    return wrong
+        path = data_dir() / name
+        if name.startswith(folder) and (not path.is_file() or _digest(path) != digest):
+            changed.append(name)
+    return changed
 
 
 def fixed_picture(pipe, sampling: dict) -> np.ndarray:
-    """The picture that tells whether a stored pipeline still draws what it drew: uint8 [64, 64, 3]."""
+    """The image that tells whether a stored pipeline still generates what it did: uint8 [64, 64, 3]."""
     from ecodiff.method.generate import generate
 
-    return generate(pipe, [FIXED["prompt"]], [FIXED["seed"]], progress=False, **sampling)[0].permute(1, 2, 0).numpy()
+    images = generate(pipe, [FIXED["prompt"]], [FIXED["seed"]], progress=False, **sampling)
+    return images[0].permute(1, 2, 0).numpy()
 
 
 def recipe_of(name: str) -> dict:
@@ -129,10 +133,14 @@ def recipe_of(name: str) -> dict:
 
 
 def check(name: str) -> str:
-    """Verify a stored model: checksums, loading by plain diffusers (or transformers), and its fixed picture (mean error
-    under 2/255); for the judge its fixed scores (within 0.01)."""
-    if wrong := changed_files(f"models/{name}/"):
-        raise EcoDiffError(f"data/{wrong[0]} is missing or was changed: restore it with git checkout data.")
+    """Verify a stored model and say so in words; raises EcoDiffError for one that is not as it was stored.
+
+    Verified are checksums, loading by plain diffusers (or transformers), and the fixed image (mean error up to 2/255);
+    for the judge the fixed scores (within 0.01).
+    """
+    changed = changed_files(f"models/{name}/")
+    if changed:
+        raise EcoDiffError(f"data/{changed[0]} is missing or was changed: restore it with git checkout data.")
     recipe, folder = recipe_of(name)["recipe"], data_dir() / "models" / name
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     same = _check_judge(folder) if is_judge(recipe) else _check_pipeline(folder, recipe["sampling"])
@@ -150,9 +158,9 @@ def identity_of_weights(name: str) -> dict:
 def _check_pipeline(folder: Path, sampling: dict) -> str:
     from diffusers import DiffusionPipeline
 
-    kept = np.asarray(Image.open(_fixed(folder, "fixed.png"))).astype(int)
-    drawn = fixed_picture(DiffusionPipeline.from_pretrained(folder), sampling).astype(int)
-    error = np.abs(drawn - kept).mean()
+    stored = np.asarray(Image.open(_fixed(folder, "fixed.png"))).astype(int)
+    generated = fixed_picture(DiffusionPipeline.from_pretrained(folder), sampling).astype(int)
+    error = np.abs(generated - stored).mean()
     if error > 2:
         raise EcoDiffError(f"{folder.name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
     return f"fixed picture within {error:.2f}/255"
@@ -165,8 +173,8 @@ def _fixed(folder: Path, name: str) -> Path:
 
 
 def _check_judge(folder: Path) -> str:
-    kept = torch.tensor(json.loads(_fixed(folder, "fixed.json").read_text()))
-    error = (fixed_scores(Judge.load(folder)) - kept).abs().max().item()
+    stored = torch.tensor(json.loads(_fixed(folder, "fixed.json").read_text()))
+    error = (fixed_scores(Judge.load(folder)) - stored).abs().max().item()
     if error > 0.01:
         raise EcoDiffError(f"{folder.name} gives other scores than its fixed.json (largest difference {error:.3f}).")
     return f"fixed scores within {error:.4f}"

@@ -7,6 +7,9 @@ import math
 import string
 from collections import Counter
 
+from tokenizers import Tokenizer, models, trainers
+from transformers import CLIPTokenizer, T5TokenizerFast
+
 from ecodiff.lab import openmoji
 
 FIRST_CAPTION = 10_000_000  # tokenizers read captions of scenes that no model is trained on
@@ -14,17 +17,13 @@ FIRST_CAPTION = 10_000_000  # tokenizers read captions of scenes that no model i
 
 def _texts(recipe: dict) -> list[str]:
     """Every object and colour by name, then running captions for the small words and their frequencies."""
-    texts = [f"{row['article']} {name}" for name, row in openmoji.object_table().items()] * 20 + list(
-        openmoji.COLOURS
-    ) * 20
-    return texts + openmoji.prompts("train", recipe["tokenizer"]["captions"], start=FIRST_CAPTION)
+    names = [f"{row['article']} {name}" for name, row in openmoji.object_table().items()]
+    captions = openmoji.prompts("train", recipe["tokenizer"]["captions"], start=FIRST_CAPTION)
+    return names * 20 + list(openmoji.COLOURS) * 20 + captions
 
 
 def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
     """A byte-pair tokenizer of CLIP's class."""
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import CLIPTokenizer
-
     options = recipe["tokenizer"]
     blank = CLIPTokenizer()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
@@ -38,6 +37,7 @@ def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
     )
     learner.train_from_iterator(_texts(recipe), trainer)
     model = json.loads(learner.to_str())["model"]
+    # Versions of tokenizers write a merge as a pair or as one text.
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=options["max_length"])
@@ -45,9 +45,9 @@ def clip_tokenizer(recipe: dict, pad_token: str = "<|endoftext|>"):
 
 def t5_tokenizer(recipe: dict):
     """A unigram tokenizer of T5's class: whole words with their log frequency, single characters for all else."""
-    from transformers import T5TokenizerFast
-
-    counts = Counter(word for text in _texts(recipe) for word in text.replace(",", "").split())
+    counts: Counter[str] = Counter()
+    for text in _texts(recipe):
+        counts.update(text.replace(",", "").split())
     total = sum(counts.values())
     words = [(f"▁{word}", math.log(n / total)) for word, n in sorted(counts.items())]
     characters = [(letter, -20.0) for letter in string.ascii_letters + string.digits + string.punctuation]

@@ -19,6 +19,7 @@ from .build import build
 from .contrast import train_contrast
 from .distil import train_distil, train_guidance
 from .fit import fast_precision
+from .recipes import is_judge
 from .stages import train_decoder, train_denoiser, train_vae, train_words
 
 STAGES = {
@@ -38,11 +39,12 @@ def plan(recipe: dict) -> str:
     for stage in recipe["stages"]:
         options = recipe[stage]["train"]
         parts.append(f"{stage} {options['steps']} steps of {options['batch_size']} scenes")
-    place = "this GPU" if torch.cuda.is_available() else "this CPU"
+    place = "gpu" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if fast_precision() == "bf16" else "fp32"
     minutes = sum(recipe["minutes"].values())
     return (
         f"{recipe['id']}: {', '.join(parts)}; at full size about {minutes} minutes on two idle CPU cores with fast "
-        f"bf16, minutes on a GPU. {place.capitalize()} will use {'bf16' if fast_precision() == 'bf16' else 'fp32'}."
+        f"bf16, minutes on a GPU. This {place} will use {precision}."
     )
 
 
@@ -69,7 +71,8 @@ def train(recipe: dict, folder: Path, models: Path | None = None, go_on: bool = 
         # name what it started from.
         parts = {n: weights_hash(m) for n, m in model.components.items() if isinstance(m, torch.nn.Module)}
         options = {**recipe[stage]["train"], "origin": key(parts)}
-        log[stage] = STAGES[stage.partition("_")[0]](model, {**recipe, stage: {"train": options}}, folder, stage)
+        train_stage = STAGES[stage.partition("_")[0]]  # denoiser_2 trains what denoiser does
+        log[stage] = train_stage(model, {**recipe, stage: {"train": options}}, folder, stage)
     model.to("cpu")
     return model, {**before, **log, "machine": machine(), "commit": commit()}
 
@@ -79,14 +82,15 @@ def _stored(recipe: dict, models: Path | None):
     folder = (models or data_dir() / "models") / recipe["id"]
     if not (folder / "recipe.json").is_file():
         raise EcoDiffError(f"{recipe['id']} is not in {folder.parent}: train it first, without --go-on.")
-    kept = json.loads((folder / "recipe.json").read_text())
-    before = {stage: entry for stage, entry in kept["log"].items() if stage in kept["recipe"]["stages"]}
+    trained = json.loads((folder / "recipe.json").read_text())
+    before = {stage: entry for stage, entry in trained["log"].items() if stage in trained["recipe"]["stages"]}
     for stage in before:
-        if stage not in recipe["stages"] or kept["recipe"][stage] != recipe[stage]:
+        if stage not in recipe["stages"] or trained["recipe"][stage] != recipe[stage]:
             raise EcoDiffError(
                 f"{folder} was trained by another recipe (stage {stage!r} differs): a stage that is over must stay as "
                 "it was; add a new one, such as denoiser_2."
             )
     if len(before) == len(recipe["stages"]):
         raise EcoDiffError(f"{folder} has all stages of its recipe: add one, such as denoiser_2, to go on.")
-    return (Judge.load(folder) if recipe["pipeline"] == "CLIPModel" else load(folder)), before
+    model = Judge.load(folder) if is_judge(recipe) else load(folder)
+    return model, before
