@@ -10,8 +10,9 @@ from html import escape
 from pathlib import Path
 
 from ecodiff.cost import presets
-from ecodiff.cost.units import CONTEXT, FRAGMENTS
 from ecodiff.cost.counting import cost
+from ecodiff.cost.units import CONTEXT, FRAGMENTS
+
 from .interactive import interactive
 
 FAR = 0.5  # the second ratio that is counted; between 0 and this the page interpolates

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ecodiff.method.hard_concrete import HardConcrete
+
 from .interactive import interactive
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 48, 58, 14
