@@ -35,7 +35,8 @@ _named, __dir__, __all__ = names_of(__name__, _HOMES)
 
 
 def __getattr__(name: str):
-    if name == "ModelMixin":  # diffusers looks for it here to learn how Pruned classes are saved and loaded
+    # diffusers looks for ModelMixin in the package of a Pruned class, to learn how such classes are saved and loaded.
+    if name == "ModelMixin":
         from diffusers import ModelMixin
 
         return ModelMixin

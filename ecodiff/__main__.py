@@ -23,7 +23,7 @@ DONE, WRONG, INTERRUPTED = 0, 2, 130  # exit codes; argparse also ends with 2 wh
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code. What a user can put right is one line on standard error."""
+    """Run one command and return its exit code. What a user can put right is one line on standard error."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     except EcoDiffError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python flushes standard output once more at exit, which must not
+        # fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:

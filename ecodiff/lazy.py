@@ -18,13 +18,15 @@ def names_of(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[Callab
 
     modules: module, relative to the package and without a leading dot -> the names that it holds.
     """
-    homes = {name: module for module, names in modules.items() for name in names}
+    homes = {}
+    for module, names in modules.items():
+        homes.update(dict.fromkeys(names, module))
 
     def __getattr__(name: str):
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f".{homes[name]}", package), name)
-        setattr(sys.modules[package], name, value)
+        setattr(sys.modules[package], name, value)  # found there from now on: this function is not called again
         return value
 
     def __dir__() -> list[str]:

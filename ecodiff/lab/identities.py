@@ -37,29 +37,34 @@ def identity(model: str) -> Identity:
 def judge_hash() -> str | None:
     """The hash of the embedded judge's weights; None where it is not trained."""
     folder = data_dir() / "models" / JUDGE
-    return _stored(folder)["weights"] if (folder / FILE).is_file() else None
+    if not (folder / FILE).is_file():
+        return None
+    return _stored(folder)["weights"]
 
 
-def write(folder: Path, found: dict) -> None:
-    """Store the identity of a model in its folder: ``found``, and the sizes of its weights."""
-    written = json.dumps({**found, "bytes": _sizes(folder)}, indent=1, sort_keys=True)
-    write_whole(folder / FILE, (written + "\n").encode())
+def write(folder: Path, fields: dict) -> None:
+    """Store the identity of a model in its folder: its ``fields``, and the sizes of its weights."""
+    text = json.dumps({**fields, "bytes": _sizes(folder)}, indent=1, sort_keys=True)
+    write_whole(folder / FILE, (text + "\n").encode())
 
 
-def check(folder: Path, found: dict) -> None:
-    """Compare what is stored with what was ``found`` in the weights; raises EcoDiffError where they differ."""
+def check(folder: Path, fields: dict) -> None:
+    """Compare the stored identity with the ``fields`` of the weights; raises EcoDiffError where they differ."""
     stored = _stored(folder)
-    if wrong := [name for name in found if stored.get(name) != json.loads(json.dumps(found[name]))]:
-        raise EcoDiffError(
-            f"{folder / FILE} names another {wrong[0]} than the model has: restore both with git checkout data."
-        )
+    for name, value in fields.items():
+        # As JSON gives it back: a tuple is stored as a list, a number that is a key as text.
+        if stored.get(name) != json.loads(json.dumps(value)):
+            raise EcoDiffError(
+                f"{folder / FILE} names another {name} than the model has: restore both with git checkout data."
+            )
 
 
 def _stored(folder: Path) -> dict:
+    """The stored fields of an identity, if the weights beside it still have the sizes that it names."""
     path = folder / FILE
     if not path.is_file():
         raise EcoDiffError(f"{folder.name} has no {FILE} yet: run python -m ecodiff zoo evaluate {folder.name}.")
-    stored = dict(_parsed(path, path.stat().st_mtime_ns))
+    stored = dict(_parsed(path, path.stat().st_mtime_ns))  # a copy, because the next line takes a field away
     if stored.pop("bytes") != _sizes(folder):
         raise EcoDiffError(
             f"The weights in {folder} are not those that its {FILE} describes: restore both with git checkout data, or "
@@ -70,6 +75,7 @@ def _stored(folder: Path) -> dict:
 
 @lru_cache(maxsize=16)
 def _parsed(path: Path, changed: int) -> dict:
+    """What a file holds. ``changed`` is when it was written: for a newer file nothing is in the cache yet."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -85,7 +91,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _files_of(model: str) -> tuple | None:
     """Files of a model outside the repository, with size and time; None where they are not known before loading."""
     folder = data_dir() / "models" / model
-    folder = folder if folder.is_dir() else Path(model)
+    if not folder.is_dir():
+        folder = Path(model)
     if not folder.is_dir():
         try:
             from huggingface_hub import snapshot_download
@@ -93,8 +100,8 @@ def _files_of(model: str) -> tuple | None:
             folder = Path(snapshot_download(model, local_files_only=True))
         except Exception:  # not here yet, or no id at all: loading says so
             return None
-    found = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
-    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".txt"))
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 @lru_cache(maxsize=16)
@@ -102,11 +109,13 @@ def _hashed(model: str, files: tuple | None) -> Identity:
     """Hashed once, and remembered in ``data/.cache/identities`` by the paths, sizes and times of its files."""
     from ecodiff.pipelines.loading import load_once
 
-    kept = data_dir() / ".cache" / "identities" / f"{key(files)[:16]}.json"
-    if files is not None and kept.is_file():
-        return Identity.read(kept)
-    found = Identity.of(load_once(model))
-    if files is not None and records.enabled():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        found.write(kept)
-    return found
+    if files is None:
+        return Identity.of(load_once(model))
+    path = data_dir() / ".cache" / "identities" / f"{key(files)[:16]}.json"
+    if path.is_file():
+        return Identity.read(path)
+    hashed = Identity.of(load_once(model))
+    if records.enabled():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hashed.write(path)
+    return hashed

@@ -42,10 +42,10 @@ def row(name: str, **columns) -> dict:
 
     Raises EcoDiffError where none or several fit.
     """
-    found = [row for row in table(name) if all(row.get(column) == value for column, value in columns.items())]
-    if len(found) != 1:
-        raise EcoDiffError(f"{name}.csv has {len(found)} rows with {columns}, not one.")
-    return found[0]
+    rows = [row for row in table(name) if _has(row, columns)]
+    if len(rows) != 1:
+        raise EcoDiffError(f"{name}.csv has {len(rows)} rows with {columns}, not one.")
+    return rows[0]
 
 
 _HEADS = {"coco": "COCO", "flickr": "Flickr", "fid": "FID", "clip": "CLIP", "ssim": "SSIM"}
@@ -57,24 +57,37 @@ def readable(name: str, **columns) -> list[dict[str, str]]:
 
     Numbers keep their digits as printed, 35.50 and not 35.5; shares and thousands are set for reading.
     """
-    shown = []
+    lines = []
     for row, printed in zip(table(name), _texts(name), strict=True):
-        if all(row.get(column) == value for column, value in columns.items()):
-            shown.append({_head(key): _text(key, row[key], printed[key]) for key in row if key != "bold"})
-    return shown
+        if _has(row, columns):
+            lines.append(
+                {_head(column): _text(column, row[column], printed[column]) for column in row if column != "bold"}
+            )
+    return lines
+
+
+def _has(row: dict, columns: dict) -> bool:
+    """Whether the row has these values in these columns."""
+    return all(row.get(column) == value for column, value in columns.items())
 
 
 def _head(column: str) -> str:
+    """The head of a column for reading: "FID, COCO" for ``coco_fid``."""
     words = [_HEADS.get(word, word) for word in column.split("_")]
-    return f"{words[1]}, {words[0]}" if words[0] in ("COCO", "Flickr") else " ".join(words)
+    if words[0] in ("COCO", "Flickr"):
+        return f"{words[1]}, {words[0]}"
+    return " ".join(words)
 
 
 def _text(column: str, value, printed: str) -> str:
+    """An entry for reading, from its value and from the digits as printed."""
     if value is None:
         return "–"
     if column == "ratio":
         return f"{100 * value:.0f} %"
-    return f"{value:,}" if isinstance(value, int) else printed
+    if isinstance(value, int):
+        return f"{value:,}"
+    return printed
 
 
 def setting(name: str, parameter: str):
@@ -84,16 +97,10 @@ def setting(name: str, parameter: str):
 
 def claim(name: str) -> float:
     """One number of the text, by its name in ``claims.csv``; raises EcoDiffError for another name."""
-    if name not in (claims := _claims()):
-        raise EcoDiffError(f"There is no published claim {name!r} in claims.csv.")
-    return claims[name]
-
-
-def _typed(texts: list[str]) -> list:
-    values = [_value(text) for text in texts]
-    if float in map(type, values) and str not in map(type, values):
-        return [None if value is None else float(value) for value in values]
-    return values
+    for row in _rows("claims"):
+        if row["name"] == name:
+            return row["value"]
+    raise EcoDiffError(f"There is no published claim {name!r} in claims.csv.")
 
 
 @lru_cache
@@ -104,17 +111,25 @@ def _texts(name: str) -> list[dict[str, str]]:
 
 @lru_cache
 def _rows(name: str) -> list[dict]:
-    rows = _texts(name)
-    columns = {column: _typed([row[column] for row in rows]) for column in rows[0]}
-    return [{column: values[i] for column, values in columns.items()} for i in range(len(rows))]
+    rows: list[dict] = [{} for _ in _texts(name)]
+    for column in _texts(name)[0]:
+        values = _typed([texts[column] for texts in _texts(name)])
+        for row, value in zip(rows, values, strict=True):
+            row[column] = value
+    return rows
 
 
-@lru_cache
-def _claims() -> dict[str, float]:
-    return {row["name"]: row["value"] for row in _rows("claims")}
+def _typed(texts: list[str]) -> list:
+    """The values of a column. Where it has numbers with a point and no words, its whole numbers are floats, too."""
+    values = [_value(text) for text in texts]
+    types = {type(value) for value in values}
+    if float not in types or str in types:
+        return values
+    return [None if value is None else float(value) for value in values]
 
 
 def _value(text: str):
+    """An entry as int, float or text, whichever fits first; None for an empty one."""
     if text == "":
         return None
     for kind in (int, float):

@@ -10,7 +10,10 @@ from ecodiff.method.generate import generate
 
 
 def latency(models: Mapping[str, object], captions: Sequence[str], *, turns: int = 5, **settings) -> dict[str, dict]:
-    """Seconds of drawing the captions with each pipeline, in turns; ratios to the first pipeline, pair by pair."""
+    """Seconds of generating an image for each caption with each pipeline, and ratios to the first pipeline.
+
+    All are medians over turns; a ratio is taken within a turn, ``low`` and ``high`` are its extremes.
+    """
     seconds: dict[str, list[float]] = {label: [] for label in models}
     for turn in range(turns + 1):  # the first turn warms up
         for label, pipe in models.items():
@@ -18,10 +21,14 @@ def latency(models: Mapping[str, object], captions: Sequence[str], *, turns: int
             generate(pipe, captions, range(len(captions)), progress=False, **settings)
             if turn:
                 seconds[label].append(time.perf_counter() - started)
-    base = seconds[next(iter(models))]
+    first = seconds[next(iter(models))]
     result = {}
     for label, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, base, strict=True)]
-        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        result[label] = {"seconds": statistics.median(times), "ratio": middle, "low": low, "high": high}
+        ratios = [a / b for a, b in zip(times, first, strict=True)]
+        result[label] = {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+        }
     return result

@@ -1,5 +1,4 @@
-"""Seconds and peak memory of one mask update against the number of denoising steps T (§2.3, Fig. 8), all measured in
-one run.
+"""Seconds and peak memory of one mask update against the number of denoising steps T (§2.3, Fig. 8), from one run.
 
     python -m ecodiff benchmark mask-update                       # table; about ten minutes on two cores
     python -m ecodiff benchmark mask-update --steps 1 2 5 --json rows.jsonl
@@ -25,8 +24,11 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
+from operator import itemgetter
 
 import torch
+from torch import Tensor
 
 import ecodiff
 from ecodiff.method.gates import Gates
@@ -44,20 +46,26 @@ def inputs(pipe, batch: int) -> dict:
     config, generator = pipe.unet.config, torch.Generator().manual_seed(0)
 
     def noise(*shape):
-        return torch.randn(*shape, generator=generator).to(pipe.device)
+        return torch.randn(batch, *shape, generator=generator).to(pipe.device)
 
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    text = (24, config.cross_attention_dim)
+    # SDXL joins the pooled text with embeddings of six numbers: sizes and crop.
+    pooled = (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,)
     side = config.sample_size * pipe.vae_scale_factor
-    arguments = {"prompt_embeds": (24, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
-    arguments = {
-        f"{sign}{name}": noise(batch, *shape) for name, shape in arguments.items() for sign in ("", "negative_")
+    return {
+        "prompt_embeds": noise(*text),
+        "negative_prompt_embeds": noise(*text),
+        "pooled_prompt_embeds": noise(*pooled),
+        "negative_pooled_prompt_embeds": noise(*pooled),
+        "latents": noise(config.in_channels, config.sample_size, config.sample_size),
+        "height": side,
+        "width": side,
+        "guidance_scale": GUIDANCE,
     }
-    latents = noise(batch, config.in_channels, config.sample_size, config.sample_size)
-    return {**arguments, "latents": latents, "height": side, "width": side, "guidance_scale": GUIDANCE}
 
 
-def ours(pipe, arguments, gates, teacher, steps, *, checkpoint, keep_last=0):
-    """One mask update by this package: gradients into ``gates.log_alpha``."""
+def ours(pipe, arguments: dict, gates: Gates, teacher: Tensor, steps: int, *, checkpoint: bool, keep_last: int = 0):
+    """One mask update by this package: it adds gradients to those of ``gates.log_alpha``."""
     values = gates.sample(torch.Generator().manual_seed(0))
     with apply_gates(pipe.unet, values, gates.sites):
         options = {"checkpoint": checkpoint, "keep_last": keep_last, "num_inference_steps": steps}
@@ -65,9 +73,12 @@ def ours(pipe, arguments, gates, teacher, steps, *, checkpoint, keep_last=0):
         (latents - teacher).square().mean().backward()
 
 
-def published(pipe, arguments, gates, teacher, steps, *, conditions):
-    """One mask update by the published loop, for a first-order scheduler; here with one gate sample, so that it is
-    exact."""
+def published(pipe, arguments: dict, gates: Gates, teacher: Tensor, steps: int, *, conditions: dict):
+    """One mask update by the published loop, for a first-order scheduler.
+
+    Here all its steps have the same gate sample, so that it is exact. ``conditions`` is what the pipeline passes to
+    the denoiser beside latents and time step.
+    """
     unet, scheduler = pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
     values = gates.sample(torch.Generator().manual_seed(0))
@@ -94,7 +105,7 @@ def published(pipe, arguments, gates, teacher, steps, *, conditions):
             parts = torch.autograd.grad(after, list(leaves.values()), upstream, retain_graph=True)
             (upstream,) = torch.autograd.grad(after, before, upstream, retain_graph=True)
             total = [a + b for a, b in zip(total, parts, strict=True)]
-            del after
+            del after  # and with it the retained graph, before the next step makes its own
     torch.autograd.backward(list(values.values()), total)
 
 
@@ -109,15 +120,19 @@ def peak_bytes(update, device) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
         update()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = []
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))  # negative where memory is given back
     alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
+    for _, change in sorted(changes, key=itemgetter(0)):
+        alive += change
         peak = max(peak, alive)
     return peak
 
 
 def seconds(update, device) -> float:
+    """Seconds of the clock that ``update()`` takes."""
     started = time.perf_counter()
     update()
     if device.type == "cuda":
@@ -129,22 +144,27 @@ def measure(pipe, steps: int, batch: int, turns: int) -> list[dict]:
     """One row a variant at this T; raises AssertionError where a variant's gradient is not the plain one."""
     arguments, device = inputs(pipe, batch), pipe.device
     gates = Gates.start(find_sites(pipe.unet), 1.0, device=device)
-    seen: list[dict] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    conditions: list[dict] = []
+
+    def remember(module, args, kwargs):
+        conditions.append(kwargs)
+
+    handle = pipe.unet.register_forward_pre_hook(remember, with_kwargs=True)
     teacher = final_latents(pipe, gradients=False, num_inference_steps=steps, **arguments)
     handle.remove()
 
-    half = -(-steps // 2)
+    half = -(-steps // 2)  # rounded up
     common = (pipe, arguments, gates, teacher, steps)
     updates = {
-        "plain": lambda: ours(*common, checkpoint=False),
-        "checkpointed": lambda: ours(*common, checkpoint=True, keep_last=1),
-        "every step": lambda: ours(*common, checkpoint=True, keep_last=0),
-        "half kept": lambda: ours(*common, checkpoint=True, keep_last=half),
-        "published": lambda: published(*common, conditions=seen[0]),
+        "plain": partial(ours, *common, checkpoint=False),
+        "checkpointed": partial(ours, *common, checkpoint=True, keep_last=1),
+        "every step": partial(ours, *common, checkpoint=True, keep_last=0),
+        "half kept": partial(ours, *common, checkpoint=True, keep_last=half),
+        "published": partial(published, *common, conditions=conditions[0]),
     }
 
     def clean(variant):
+        """The update of a variant; the gradients of the one before are gone, as are their bytes."""
         for value in gates.log_alpha.values():
             value.grad = None
         return updates[variant]
@@ -163,57 +183,70 @@ def measure(pipe, steps: int, batch: int, turns: int) -> list[dict]:
     def ratio(variant, other):
         return statistics.median(a / b for a, b in zip(times[variant], times[other], strict=True))
 
-    return [
-        {
-            "variant": variant,
-            "T": steps,
-            "seconds": statistics.median(times[variant]),
-            "times_plain": ratio(variant, "plain"),
-            "times_published": ratio(variant, "published"),
-            "peak_bytes": peaks[variant],
-            "bit_equal": torch.equal(gradients[variant], gradients["plain"]),
-            "turns": turns,
-            "batch": batch,
-            "threads": torch.get_num_threads(),
-            "device": str(device),
-            "torch": torch.__version__,
-            "denoiser_parameters": sum(p.numel() for p in pipe.unet.parameters()),
-        }
-        for variant in VARIANTS
-    ]
+    rows = []
+    for variant in VARIANTS:
+        rows.append(
+            {
+                "variant": variant,
+                "T": steps,
+                "seconds": statistics.median(times[variant]),
+                "times_plain": ratio(variant, "plain"),
+                "times_published": ratio(variant, "published"),
+                "peak_bytes": peaks[variant],
+                "bit_equal": torch.equal(gradients[variant], gradients["plain"]),
+                "turns": turns,
+                "batch": batch,
+                "threads": torch.get_num_threads(),
+                "device": str(device),
+                "torch": torch.__version__,
+                "denoiser_parameters": sum(p.numel() for p in pipe.unet.parameters()),
+            }
+        )
+    return rows
 
 
 def verdicts(rows: list[dict]) -> list[dict[str, str]]:
     """What counting lets one expect of the checkpointed update, and the worst that was measured: rows of a table."""
-    by = {(row["variant"], row["T"]): row for row in rows}
-    steps = sorted({row["T"] for row in rows})
-    slowest = max(by["checkpointed", t]["times_plain"] for t in steps)
-    against = max(by["checkpointed", t]["times_published"] for t in steps)
-    memory = max(by["checkpointed", t]["peak_bytes"] / by["published", t]["peak_bytes"] for t in steps)
-    found = [
-        ("time, relative to plain", "at most 1.6", f"{slowest:.2f}", slowest <= 1.6),
-        ("time, relative to the published loop", "at most 0.75", f"{against:.2f}", against <= 0.75),
-        ("peak memory, relative to the published loop", "at most 1.02", f"{memory:.2f}", memory <= 1.02),
-    ]
-    if {5, 20} <= set(steps):
-        growth = by["checkpointed", 20]["peak_bytes"] / by["checkpointed", 5]["peak_bytes"] - 1
-        what = "growth of peak memory from T = 5 to T = 20"
-        found.append((what, "under 5 %", f"{100 * growth:.1f} %", growth < 0.05))
-    heads = ("of the checkpointed update", "expected", "worst measured", "as expected")
-    return [
-        dict(zip(heads, (what, expected, measured, "yes" if holds else "no"), strict=True))
-        for what, expected, measured, holds in found
-    ]
+    ours = {row["T"]: row for row in rows if row["variant"] == "checkpointed"}
+    theirs = {row["T"]: row for row in rows if row["variant"] == "published"}
+    lines = []
+
+    def line(what: str, expected: str, measured: str, holds: bool) -> None:
+        lines.append(
+            {
+                "of the checkpointed update": what,
+                "expected": expected,
+                "worst measured": measured,
+                "as expected": "yes" if holds else "no",
+            }
+        )
+
+    slowest = max(row["times_plain"] for row in ours.values())
+    line("time, relative to plain", "at most 1.6", f"{slowest:.2f}", slowest <= 1.6)
+    against = max(row["times_published"] for row in ours.values())
+    line("time, relative to the published loop", "at most 0.75", f"{against:.2f}", against <= 0.75)
+    memory = max(ours[steps]["peak_bytes"] / theirs[steps]["peak_bytes"] for steps in ours)
+    line("peak memory, relative to the published loop", "at most 1.02", f"{memory:.2f}", memory <= 1.02)
+    if {5, 20} <= ours.keys():
+        growth = ours[20]["peak_bytes"] / ours[5]["peak_bytes"] - 1
+        line("growth of peak memory from T = 5 to T = 20", "under 5 %", f"{100 * growth:.1f} %", growth < 0.05)
+    return lines
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of this name; without a name CUDA where there is one, else the CPU."""
+    if name:
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> int:
     """The command ``python -m ecodiff benchmark mask-update``."""
-
-    pipe = ecodiff.load(options.model)
-    pipe.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # First order, as the published loop needs.
     from diffusers import EulerDiscreteScheduler
 
+    pipe = ecodiff.load(options.model)
+    pipe.to(torch_device(options.device))
+    # Of first order, as the published loop needs: it calls the scheduler twice for the same step.
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     count = sum(p.numel() for p in pipe.unet.parameters())
     print(f"{options.model}, {count / 1e6:.1f} M parameters, batch {options.batch}, {torch.get_num_threads()} threads")

@@ -1,4 +1,4 @@
-"""The picture at the top of README.md: the same captions and noise before and after a fifth of the units went.
+"""The figure at the top of README.md: the same prompts and noise before and after a fifth of the units were removed.
 
 ``python -m ecodiff book before-after`` writes book/_static/before-after.png
 
@@ -15,32 +15,33 @@ import torch
 
 import ecodiff
 from ecodiff.lab import openmoji
-from . import plotting
 from ecodiff.lab.studies.measure import scores_of
+from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.generate import generate
 from ecodiff.method.learn import LearnConfig
 from ecodiff.method.mask import make_mask
-from ecodiff.storage.paths import root
-from ecodiff.pipelines.parts import denoiser
-from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.method.sites import find_sites
+from ecodiff.pipelines.parts import denoiser
+from ecodiff.storage.paths import root
 
-RATIO, PICTURES = 0.2, 8
+from . import plotting
+
+RATIO, IMAGES = 0.2, 8
 
 
 def draw_before_after() -> None:
-    """Write the picture, with the recorded masks and the pictures' own seeds."""
+    """Write the figure, with the recorded masks; each image has its own seed."""
     plotting.style()
     protocol = Protocol.of("openmoji-sdxl")
     pipe = ecodiff.load(protocol.model)
-    captions = openmoji.prompts("train", 100)
     config = LearnConfig(guidance_scale=protocol.guidance_scale)
-    shown = openmoji.prompts("seen", PICTURES, start=200)
-    rows = {"original": pipe}
+    pipelines = {"original": pipe}
     for method in ("learned", "magnitude", "random"):
-        scores = scores_of(pipe, method, captions, config, seed=0)
-        rows[method] = ecodiff.prune(pipe, make_mask(scores, find_sites(denoiser(pipe)), RATIO))
-    settings = protocol.sampling
-    drawn = torch.stack([generate(p, shown, range(PICTURES), progress=False, **settings) for p in rows.values()])
-    figure = plotting.picture_grid(drawn, rows=list(rows), size=1.1)
+        scores = scores_of(pipe, method, openmoji.prompts("train", 100), config, seed=0)
+        pipelines[method] = ecodiff.prune(pipe, make_mask(scores, find_sites(denoiser(pipe)), RATIO))
+    prompts = openmoji.prompts("seen", IMAGES, start=200)
+    rows = []
+    for one in pipelines.values():
+        rows.append(generate(one, prompts, range(IMAGES), progress=False, **protocol.sampling))
+    figure = plotting.picture_grid(torch.stack(rows), rows=list(pipelines), size=1.1)
     figure.savefig(root() / "book" / "_static" / "before-after.png", dpi=110)

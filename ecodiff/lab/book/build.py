@@ -28,8 +28,8 @@ import papermill
 import yaml
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.paths import data_dir, root
 from ecodiff.storage.files import write_whole
+from ecodiff.storage.paths import data_dir, root
 
 CODE = {".py", ".js", ".json", ".yaml", ".csv"}
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
@@ -81,7 +81,7 @@ def pair(base: Path | None = None) -> list[Path]:
 
 def parameters(source: Path) -> dict[str, object]:
     """Names and default values of a chapter's ``parameters`` cell."""
-    return {name: ast.literal_eval(found["default"]) for name, found in inspected(source).items()}
+    return {name: ast.literal_eval(parameter["default"]) for name, parameter in inspected(source).items()}
 
 
 def inspected(source: Path) -> dict[str, dict[str, str]]:
@@ -93,29 +93,32 @@ def inspected(source: Path) -> dict[str, dict[str, str]]:
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise EcoDiffError(f"{source.name} has {len(cells)} cells tagged 'parameters': it needs exactly one.")
+    # papermill refuses a notebook that names no kernel.
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch, "plain.ipynb")
         nbformat.write(notebook, plain)
         found = papermill.inspect_notebook(plain)
-    for line in filter(str.strip, cells[0].source.splitlines()):
-        if line.startswith("#"):
+    for line in cells[0].source.splitlines():
+        if not line.strip() or line.startswith("#"):
             continue
-        parameter = found.get(re.split(r"\W", line, maxsplit=1)[0])
-        if parameter is None or parameter["inferred_type_name"] == "None" or not _has_help(line, parameter):
+        name = re.split(r"\W", line, maxsplit=1)[0]
+        if name not in found or not _is_whole(line, found[name]):
             raise EcoDiffError(
                 f"{source.name}: parameter line {line!r} must read 'name: type = value  # help', with one '=' in it."
             )
     return found
 
 
-def _has_help(line: str, parameter: dict[str, str]) -> bool:
-    """Whether the line is its value and, after two spaces and a hash, its comment: papermill takes less for one."""
+def _is_whole(line: str, parameter: dict[str, str]) -> bool:
+    """Whether a line has a type, a plain value and, after two spaces and a hash, a comment: papermill accepts less."""
     try:
         ast.literal_eval(parameter["default"])
     except (ValueError, SyntaxError):
         return False
-    return bool(parameter["help"]) and line.endswith(f"{parameter['default']}  # {parameter['help']}")
+    if parameter["inferred_type_name"] == "None" or not parameter["help"]:
+        return False
+    return line.endswith(f"{parameter['default']}  # {parameter['help']}")
 
 
 def parameter_table(source: Path, injected: dict[str, object]) -> str:
@@ -123,15 +126,22 @@ def parameter_table(source: Path, injected: dict[str, object]) -> str:
 
     A page that was made with other values (``injected``) has them in a column of their own.
     """
-    heads = ["Parameter", "Default", *(["On this page"] if injected else []), "Meaning"]
+    heads = ["Parameter", "Default", "Meaning"]
+    if injected:
+        heads.insert(2, "On this page")
     lines = [heads, ["---"] * len(heads)]
     for name, parameter in inspected(source).items():
-        values = [f"`{parameter['default']}`".replace("|", "\\|")]
+        line = [f"`{name}`", _value(parameter["default"]), MARKUP.sub(r"\\\1", parameter["help"])]
         if injected:
-            values.append(f"`{injected[name]!r}`".replace("|", "\\|") if name in injected else "")
-        lines.append([f"`{name}`", *values, MARKUP.sub(r"\\\1", parameter["help"])])
+            line.insert(2, _value(repr(injected[name])) if name in injected else "")
+        lines.append(line)
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f":::{{table}}\n:class: parameters\n\n{body}\n:::"
+
+
+def _value(text: str) -> str:
+    """A value as code, in a cell of a table, which a bar would end."""
+    return f"`{text}`".replace("|", "\\|")
 
 
 def profile_file(profile: str, base: Path | None = None) -> Path:
@@ -149,43 +159,52 @@ def declared(source: Path, profile: str, kind: str = "data") -> list[Path]:
 
     Names are relative to the data folder, may be folders (every file in them counts) and may hold ``{profile}``.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for name in read(source).metadata.get("ecodiff", {}).get(kind, []):
         path = data_dir() / name.format(profile=profile)
         if kind == "data" and not path.exists() and path not in _made(source, profile):
             raise EcoDiffError(f"{source.name} reads data/{name}, which is not there: make it, or get it with git.")
-        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return found
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.is_file())
+        else:
+            files.append(path)
+    return files
 
 
 def code(source: Path | None = None, base: Path | None = None) -> list[Path]:
-    """Files of the package that a chapter depends on: the library, and what its front matter names of the lab
-    (``ecodiff: {lab: [book/plotting.py, studies]}``, files or folders of ``ecodiff/lab``). Without a chapter, all files.
+    """Files of the package that a chapter depends on; without a chapter, all files.
+
+    These are the library and what the front matter names of the lab: ``ecodiff: {lab: [book/plotting.py, studies]}``,
+    files or folders of ``ecodiff/lab``.
     """
     package = (base or root()) / "ecodiff"
     lab = package / "lab"
     files = sorted(path for path in package.rglob("*") if path.suffix in CODE)
     if source is None:
         return files
-    named = [lab / name for name in read(source).metadata.get("ecodiff", {}).get("lab", [])]
-    for path in named:
-        if not path.exists():
-            raise EcoDiffError(f"{source.name} names {path.relative_to(lab)} of ecodiff/lab, which is not there.")
-    return [path for path in files if lab not in path.parents or any(path.is_relative_to(part) for part in named)]
+    depends = [path for path in files if lab not in path.parents]
+    for name in read(source).metadata.get("ecodiff", {}).get("lab", []):
+        if not (lab / name).exists():
+            raise EcoDiffError(f"{source.name} names {name} of ecodiff/lab, which is not there.")
+        depends += [path for path in files if path.is_relative_to(lab / name)]
+    return sorted(set(depends))
 
 
 def _made(source: Path, profile: str) -> set[Path]:
     """What the chapters before this one make: it may be absent until they have run."""
-    earlier = [other for other in source.parent.glob("[0-9][0-9]_*.md") if other.name < source.name]
-    return {path for other in earlier for path in declared(other, profile, "makes")}
+    made: set[Path] = set()
+    for chapter in source.parent.glob("[0-9][0-9]_*.md"):
+        if chapter.name < source.name:
+            made.update(declared(chapter, profile, "makes"))
+    return made
 
 
 def run(source: Path, profile: str, out: Path) -> Path:
     """Execute one chapter and write its page, ``out/notebooks/NN_name.ipynb``.
 
     Only parameters whose value in the profile differs from the chapter's own are injected. A table of all of them, from
-    their comments, stands above their folded cell. A chapter that fails, or
-    shows a figure without number, caption and alternative text, raises EcoDiffError and leaves no page at all.
+    their comments, stands above their folded cell. A chapter that fails, or shows a figure without number, caption and
+    alternative text, raises EcoDiffError and leaves no page at all.
     """
     page = out / "notebooks" / f"{source.stem}.ipynb"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -196,41 +215,55 @@ def run(source: Path, profile: str, out: Path) -> Path:
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        plain, executed = Path(scratch, "plain.ipynb"), Path(scratch, "executed.ipynb")
-        nbformat.write(read(source), plain)
-        workplace = Path(scratch, "cwd")  # a chapter must not depend on, or write into, the folder it is run from
-        workplace.mkdir()
-        try:
-            with patch.dict(os.environ, QUIET | wanted.get("environment", {})):  # the kernel inherits it
-                papermill.execute_notebook(
-                    plain, executed, parameters=injected, kernel_name="python3", cwd=workplace, progress_bar=False,
-                    # ipykernel warns about TCP at every start, and calls the signal that ends it an error.
-                    extra_arguments=["--log-level=50"],
-                )
-        except papermill.PapermillExecutionError as error:
-            raise EcoDiffError(_failure(source, profile, error)) from None
-        notebook = nbformat.read(executed, as_version=4)
+        with patch.dict(os.environ, QUIET | wanted.get("environment", {})):  # the kernel inherits it
+            try:
+                notebook = _executed(source, injected, Path(scratch))
+            except papermill.PapermillExecutionError as error:
+                raise EcoDiffError(_failure(source, profile, error)) from None
     seconds = round(time.perf_counter() - start, 1)
 
     _show_parameters(notebook, parameter_table(source, injected))
     _name_cells(notebook, source.stem)
     _require_figure_text(notebook, source)
+    # papermill noted paths of the scratch folder.
     notebook.metadata["papermill"].update(input_path=source.name, output_path=page.name)
     notebook.metadata["ecodiff"] = dict(
         notebook.metadata.get("ecodiff", {}),
-        profile=profile, parameters={**own, **injected}, seconds=seconds, commit=_commit(), versions=_versions(),
+        profile=profile,
+        parameters={**own, **injected},
+        seconds=seconds,
+        commit=_commit(),
+        versions=_versions(),
     )
     text = nbformat.writes(notebook)
-    for private in (str(root()), sys.prefix, str(Path(scratch))):
-        if json.dumps(private)[1:-1] in text:
+    for private in (str(root()), sys.prefix, scratch):
+        if json.dumps(private)[1:-1] in text:  # as JSON writes it, without the quotes
             raise EcoDiffError(f"{source.name} shows a folder of this machine ({private}): print names instead.")
     write_whole(page, text.encode())
     return page
 
 
+def _executed(source: Path, injected: dict[str, object], scratch: Path) -> nbformat.NotebookNode:
+    """The chapter with its outputs; raises papermill's error for a cell that fails."""
+    nbformat.write(read(source), scratch / "plain.ipynb")
+    workplace = scratch / "cwd"  # a chapter must not depend on, or write into, the folder it is run from
+    workplace.mkdir()
+    papermill.execute_notebook(
+        scratch / "plain.ipynb",
+        scratch / "executed.ipynb",
+        parameters=injected,
+        kernel_name="python3",
+        cwd=workplace,
+        progress_bar=False,
+        # ipykernel warns about TCP at every start, and calls the signal that ends it an error.
+        extra_arguments=["--log-level=50"],
+    )
+    return nbformat.read(scratch / "executed.ipynb", as_version=4)
+
+
 def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
     """Put the table of parameters where their cell is, and fold the cell, and that of a profile's values, below it."""
-    for i, cell in reversed(list(enumerate(notebook.cells))):
+    for i, cell in reversed(list(enumerate(notebook.cells))):  # from the end: a cell that is put in moves those below
         tags = cell.metadata.get("tags", [])
         if {"parameters", "injected-parameters"} & set(tags):
             if "hide-input" not in tags:
@@ -242,13 +275,16 @@ def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
 
 
 def _failure(source: Path, profile: str, error: papermill.PapermillExecutionError) -> str:
+    """What failed, the first lines of its cell, and the innermost line of the traceback that lies in the notebook."""
+    parts = [f"{source.name} failed in cell {error.exec_count} (profile {profile}): {error.ename}: {error.evalue}"]
     lines = error.source.strip().splitlines()
-    excerpt = "\n".join(f"    {line}" for line in lines[:12]) + ("\n    ..." if len(lines) > 12 else "")
-    where = next((line.strip() for line in reversed(error.traceback) if "Cell In[" in line), "")
-    return "\n".join(filter(None, [
-        f"{source.name} failed in cell {error.exec_count} (profile {profile}): {error.ename}: {error.evalue}",
-        excerpt, _strip_colours(where)[:600],
-    ]))
+    parts += [f"    {line}" for line in lines[:12]]
+    if len(lines) > 12:
+        parts.append("    ...")
+    places = [line.strip() for line in error.traceback if "Cell In[" in line]
+    if places:
+        parts.append(_strip_colours(places[-1])[:600])
+    return "\n".join(parts)
 
 
 def _strip_colours(text: str) -> str:
@@ -256,18 +292,28 @@ def _strip_colours(text: str) -> str:
 
 
 def _require_figure_text(notebook: nbformat.NotebookNode, source: Path) -> None:
+    """Raise EcoDiffError for a cell that shows an image and does not say what a reader, or who cannot see it, needs."""
     for cell in notebook.cells:
-        kinds = {mime for output in cell.get("outputs", []) for mime in output.get("data", {})}
-        if not kinds & {"image/png", "image/svg+xml", "image/jpeg"} or "remove-output" in cell.metadata.get("tags", []):
+        if not _shows_image(cell) or "remove-output" in cell.metadata.get("tags", []):
             continue
         myst = cell.metadata.get("mystnb", {})
-        lacking = [f"mystnb.{a}.{b}" for a, b in (("figure", "name"), ("figure", "caption"), ("image", "alt"))
-                   if not myst.get(a, {}).get(b)]
+        lacking = []
+        for group, name in (("figure", "name"), ("figure", "caption"), ("image", "alt")):
+            if not myst.get(group, {}).get(name):
+                lacking.append(f"mystnb.{group}.{name}")
         if lacking:
             raise EcoDiffError(f"{source.name}, cell {cell.id}: a figure without {', '.join(lacking)} in its metadata.")
 
 
+def _shows_image(cell: nbformat.NotebookNode) -> bool:
+    for output in cell.get("outputs", []):
+        if {"image/png", "image/svg+xml", "image/jpeg"} & output.get("data", {}).keys():
+            return True
+    return False
+
+
 def _commit() -> str:
+    """The commit of this repository, marked "-dirty" where a file differs from it."""
     command = ["git", "-C", str(root()), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -276,25 +322,27 @@ def _commit() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in VERSIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def status(pages: list[Path]) -> str:
     """The status page's tables (MyST): profile, seconds and commit of each chapter; versions."""
-    rows, versions = [], {}
+    chapters = ["| Chapter | Profile | Seconds | Commit |", "|---|---|---:|---|"]
+    versions: dict[str, str] = {}
     for page in pages:
-        notebook = nbformat.read(page, as_version=4)
-        facts = notebook.metadata["ecodiff"]
+        facts = nbformat.read(page, as_version=4).metadata["ecodiff"]
         versions.update(facts["versions"])
-        rows.append(f"| [](notebooks/{page.name}) | {facts['profile']} | {facts['seconds']:.1f} | {facts['commit']} |")
-    chapters = ["| Chapter | Profile | Seconds | Commit |", "|---|---|---:|---|", *rows]
-    programs = ["| Program | Version |", "|---|---|", *(f"| {name} | {number} |" for name, number in versions.items())]
+        chapters.append(
+            f"| [](notebooks/{page.name}) | {facts['profile']} | {facts['seconds']:.1f} | {facts['commit']} |"
+        )
+    programs = ["| Program | Version |", "|---|---|"]
+    programs += [f"| {name} | {number} |" for name, number in versions.items()]
     return "\n".join(["## Chapters", "", *chapters, "", "## Versions", "", *programs, ""])
 
 
@@ -316,11 +364,10 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     (source / "_status.md").write_text(status(pages))
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")  # it has no `python -m`
-    command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work,
-               "--all", "-W", "-n", "--keep-going", "-q"]
+    command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]
+    command += ["--all", "-W", "-n", "--keep-going", "-q"]  # all pages; warnings are errors, collected to the end
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
-    result = subprocess.run([str(part) for part in command], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode or not (work / "_build" / "html" / "index.html").exists():
         raise EcoDiffError(f"The HTML was not built. Jupyter Book says:\n{_strip_colours(result.stdout).strip()}")
     shutil.rmtree(html, ignore_errors=True)

@@ -10,8 +10,9 @@ from html import escape
 from pathlib import Path
 
 from ecodiff.cost import presets
-from ecodiff.cost.units import CONTEXT, FRAGMENTS
 from ecodiff.cost.counting import cost
+from ecodiff.cost.units import CONTEXT, FRAGMENTS
+
 from .interactive import interactive
 
 FAR = 0.5  # the second ratio that is counted; between 0 and this the page interpolates
@@ -33,7 +34,10 @@ STYLE = """
 
 
 def numbers(name: str) -> dict:
-    """What the calculator needs of one preset: plain values at ratio 0 and `FAR`, for one sample at its own size."""
+    """What the calculator needs of one preset: plain values at ratio 0 and `FAR`, for one sample at its own size.
+
+    Bytes and operations of a call grow with the number of samples and calls, so that the page can count any other.
+    """
     preset = presets.preset(name)
     counted = cost(name, batch=1, steps=1, guidance=0.0, ratio=FAR)
     points = []
@@ -55,28 +59,24 @@ def numbers(name: str) -> dict:
 def calculator(rows: Sequence[dict], start: str = "sdxl", batch: int = 1, ratio: float = 0.2, gpu: int = 24):
     """The calculator as an object that Jupyter, Colab and the book display; `rows` are from `numbers`."""
     chosen = next(row for row in rows if row["name"] == start)
-    models = "".join(
-        f'<option value="{escape(row["name"])}"{" selected" if row is chosen else ""}>{escape(row["title"])}</option>'
-        for row in rows
-    )
-    controls = f'<label>Model <select name="model">{models}</select></label>' + "".join(
-        f'<label>{escape(text)} <input type="number" name="{name}" min="{low}" max="{high}" step="{step}" '
-        f'value="{value}"></label>'
-        for name, text, low, high, step, value in (
-            ("steps", "Denoising steps", 1, 100, 1, chosen["steps"]),
-            ("batch", "Pictures at a time", 1, 64, 1, batch),
-            ("ratio", "Units removed, %", 0, 100 * FAR, 1, round(100 * ratio)),
-            ("gpu", "GPU memory, GB", 4, 200, 1, gpu),
-        )
-    )
-    controls += '<label><input type="checkbox" name="guided" checked> with guidance</label>'
-    lines = "".join(
-        f'<tr><th scope="row">{escape(text)}</th><td>{before}</td><td>{after}</td></tr>'
-        for text, before, after in table(chosen, chosen["steps"], batch, ratio, True)
-    )
+    models = ""
+    for row in rows:
+        selected = " selected" if row is chosen else ""
+        models += f'<option value="{escape(row["name"])}"{selected}>{escape(row["title"])}</option>'
+    controls = [
+        f'<label>Model <select name="model">{models}</select></label>',
+        _number("steps", "Denoising steps", 1, 100, chosen["steps"]),
+        _number("batch", "Pictures at a time", 1, 64, batch),
+        _number("ratio", "Units removed, %", 0, 100 * FAR, round(100 * ratio)),
+        _number("gpu", "GPU memory, GB", 4, 200, gpu),
+        '<label><input type="checkbox" name="guided" checked> with guidance</label>',
+    ]
+    lines = ""
+    for text, before, after in table(chosen, chosen["steps"], batch, ratio, True):
+        lines += f'<tr><th scope="row">{escape(text)}</th><td>{before}</td><td>{after}</td></tr>'
     constants = {"rows": list(rows), "far": FAR, "context": CONTEXT, "fragments": FRAGMENTS}
     body = f"""
-<div class="cost-controls">{controls}</div>
+<div class="cost-controls">{"".join(controls)}</div>
 <p class="cost-says" role="status" aria-live="polite"></p>
 <table><thead><tr><th></th><th scope="col">original</th><th scope="col">pruned</th></tr></thead>
 <tbody>{lines}</tbody></table>"""
@@ -84,33 +84,40 @@ def calculator(rows: Sequence[dict], start: str = "sdxl", batch: int = 1, ratio:
     return interactive("cost-calculator", "Cost calculator", body, STYLE, script, constants)
 
 
+def _number(name: str, text: str, low: float, high: float, value: float) -> str:
+    return (
+        f'<label>{escape(text)} <input type="number" name="{name}" min="{low}" max="{high}" step="1" '
+        f'value="{value}"></label>'
+    )
+
+
 def table(row: dict, steps: int, batch: int, ratio: float, guided: bool) -> list[tuple[str, str, str]]:
     """The calculator's table for one setting, as text: (what, original, pruned). The script computes the same."""
-    doubled = guided and row["guided"] != "embedded"
-    samples = batch * (2 if doubled and row["guided"] == "batch" else 1)
-    calls = steps * (2 if doubled and row["guided"] == "calls" else 1)
-    forwards = steps * (2 if doubled else 1)
+    samples, calls, forwards = batch, steps, steps
+    if guided and row["guided"] != "embedded":  # an embedded guidance is an input of the denoiser, and costs nothing
+        forwards *= 2
+        if row["guided"] == "batch":
+            samples *= 2
+        if row["guided"] == "calls":
+            calls *= 2
     columns = []
     for share in (0.0, ratio):
-        p = {
-            key: a + (b - a) * share / FAR
-            for (key, a), b in zip(row["points"][0].items(), row["points"][1].values(), strict=True)
-        }
+        p = {}
+        for key, at_zero in row["points"][0].items():
+            p[key] = at_zero + (row["points"][1][key] - at_zero) * share / FAR
         base = p["weights"] + row["others"] + calls * row["inputs"] * samples
-        drawing = max((row["inputs"] + p["forward"]) * samples, row["decode"] * batch)
-        alone = max(
-            row["encoder"], p["weights"] + (row["inputs"] + p["forward"]) * samples, row["vae"] + row["decode"] * batch
-        )
+        drawing = (row["inputs"] + p["forward"]) * samples
+        decoding = row["decode"] * batch
         columns.append([
-            f"{p['parameters'] / 1e6:,.0f} M", f"{p['paper'] * forwards / 1e9:,.0f}",
+            f"{p['parameters'] / 1e6:,.0f} M",
+            f"{p['paper'] * forwards / 1e9:,.0f}",
             f"{p['total'] * forwards / 1e9:,.0f}",
-            *(f"{value / 1e9:,.1f} GB" for value in (
-                base + ((calls - 1) * p["held"] + p["peak"]) * samples,
-                base + p["peak"] * samples,
-                base + p["inner_peak"] * samples,
-                p["weights"] + row["others"] + drawing,
-                alone,
-            )),
+            _gb(base + ((calls - 1) * p["held"] + p["peak"]) * samples),
+            _gb(base + p["peak"] * samples),
+            _gb(base + p["inner_peak"] * samples),
+            _gb(p["weights"] + row["others"] + max(drawing, decoding)),
+            # With offload one component at a time is on the device: text encoder, denoiser, VAE.
+            _gb(max(row["encoder"], p["weights"] + drawing, row["vae"] + decoding)),
         ])  # fmt: skip
     names = (
         "Parameters of the denoiser", "GFLOP a picture, linear and convolution", "GFLOP a picture, attention too",
@@ -118,3 +125,7 @@ def table(row: dict, steps: int, batch: int, ratio: float, guided: bool) -> list
         "Drawing, all on the device", "Drawing, with CPU offload",
     )  # fmt: skip
     return list(zip(names, *columns, strict=True))
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:,.1f} GB"

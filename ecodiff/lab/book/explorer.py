@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ecodiff.method.hard_concrete import HardConcrete
+
 from .interactive import interactive
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 48, 58, 14
@@ -41,53 +42,61 @@ STYLE = """
 def curves(distribution: HardConcrete, points: int = 121) -> dict[str, list[tuple[float, float]]]:
     """Median gate, its 1 % and 99 % quantiles, and P(open), each as (λ, value) pairs."""
     grid = torch.linspace(-RANGE, RANGE, points)
-    low, high = (distribution.sample(grid, torch.full_like(grid, u)).tolist() for u in (LEVELS[0], LEVELS[-1]))
-    values = {"median": distribution.deterministic(grid).tolist(), "low": low, "high": high,
-              "open": distribution.prob_open(grid).tolist()}
-    return {name: list(zip(grid.tolist(), line, strict=True)) for name, line in values.items()}
+    lines = {
+        "median": distribution.deterministic(grid),
+        "low": distribution.sample(grid, torch.full_like(grid, LEVELS[0])),
+        "high": distribution.sample(grid, torch.full_like(grid, LEVELS[-1])),
+        "open": distribution.prob_open(grid),
+    }
+    return {name: list(zip(grid.tolist(), values.tolist(), strict=True)) for name, values in lines.items()}
 
 
-def _xy(x: float, y: float) -> str:
-    return (f"{LEFT + (x + RANGE) / (2 * RANGE) * (WIDTH - LEFT - 10):.1f},"
-            f"{HEIGHT - BOTTOM - y * (HEIGHT - BOTTOM - TOP):.1f}")
+def _x(log_alpha: float) -> str:
+    """Where a λ lies in the drawing, in its own units from the left."""
+    return f"{LEFT + (log_alpha + RANGE) / (2 * RANGE) * (WIDTH - LEFT - 10):.1f}"
+
+
+def _y(value: float) -> str:
+    """Where a value between 0 and 1 lies, from the top."""
+    return f"{HEIGHT - BOTTOM - value * (HEIGHT - BOTTOM - TOP):.1f}"
 
 
 def _path(pairs) -> str:
-    return "M" + "L".join(_xy(x, y) for x, y in pairs)
+    return "M" + "L".join(f"{_x(log_alpha)},{_y(value)}" for log_alpha, value in pairs)
 
 
 def _axes() -> str:
+    """Grid lines with their numbers, and the name of the horizontal axis."""
     parts = []
-    for x in range(-8, 9, 2):
-        px = _xy(x, 0).split(",")[0]
-        parts.append(f'<line class="hc-grid" x1="{px}" x2="{px}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-                     f'<text x="{px}" y="{HEIGHT - BOTTOM + 24}" text-anchor="middle">{x}</text>'.replace(">-", ">−"))
-    for y in (0, 0.5, 1):
-        py = _xy(0, y).split(",")[1]
-        parts.append(f'<line class="hc-grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{py}" y2="{py}"/>'
-                     f'<text x="{LEFT - 8}" y="{float(py) + 5:.1f}" text-anchor="end">{y:g}</text>')
+    for log_alpha in range(-8, 9, 2):
+        x = _x(log_alpha)
+        number = str(log_alpha).replace("-", "−")
+        parts.append(f'<line class="hc-grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 24}" text-anchor="middle">{number}</text>')
+    for value in (0, 0.5, 1):
+        y = _y(value)
+        parts.append(f'<line class="hc-grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{float(y) + 5:.1f}" text-anchor="end">{value:g}</text>')
     parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">λ (log α)</text>')
     return "".join(parts)
 
 
 def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | None = None):
-    """The figure as an object that Jupyter, Colab and the book display; starts at `log_alpha` and `distribution`."""
+    """The figure as an object that Jupyter, Colab and the book display; it starts at `log_alpha` and `distribution`."""
     start = distribution or HardConcrete()
     lines = curves(start)
-    band = _path(lines["low"]) + "L" + _path(lines["high"][::-1])[1:] + "Z"
-    constants = {"gamma": start.gamma, "zeta": start.zeta, "range": RANGE, "width": WIDTH, "height": HEIGHT,
-                 "left": LEFT, "bottom": BOTTOM, "top": TOP, "levels": LEVELS}
-    sliders = [("lambda", "λ, what is learned", -RANGE, RANGE, 0.1, log_alpha),
-               ("delta", "δ, limits the noise", 0, 2, 0.01, start.delta),
-               ("alpha", "α, temperature", 0.1, 2, 0.01, start.temperature)]
-    controls = "".join(
-        f'<label><span>{escape(text)}</span> <output>{value:g}</output> '
-        f'<input type="range" name="{name}" min="{low}" max="{high}" step="{step}" value="{value}"></label>'
-        for name, text, low, high, step, value in sliders)
-    description = ("Gate value against lambda. A curve rises from 0 to 1 through a half at lambda 0 and is "
-                   "clipped at both ends; a band around it holds 98 percent of the random draws; a dashed curve is the "
-                   "probability that the gate is open. Sliders change lambda, delta and the temperature alpha.")
-    here = _xy(log_alpha, 0).split(",")[0]
+    band = _path(lines["low"] + lines["high"][::-1]) + "Z"  # there along its lower edge, and back along the upper one
+    controls = [
+        _slider("lambda", "λ, what is learned", -RANGE, RANGE, 0.1, log_alpha),
+        _slider("delta", "δ, limits the noise", 0, 2, 0.01, start.delta),
+        _slider("alpha", "α, temperature", 0.1, 2, 0.01, start.temperature),
+    ]
+    description = (
+        "Gate value against lambda. A curve rises from 0 to 1 through a half at lambda 0 and is clipped at both ends; "
+        "a band around it holds 98 percent of the random draws; a dashed curve is the probability that the gate is "
+        "open. Sliders change lambda, delta and the temperature alpha."
+    )
+    here = _x(log_alpha)
     body = f"""
 <svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">
 {_axes()}
@@ -99,19 +108,34 @@ def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | 
 </svg>
 <p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws. <b>Dashed:</b> P(open).
 <b>Dots:</b> draws at the chosen λ.</p>
-<div class="hc-controls">{controls}</div>
+<div class="hc-controls">{"".join(controls)}</div>
 <p class="hc-says" role="status" aria-live="polite">{escape(says(start, log_alpha))}</p>"""
+    constants = {
+        "gamma": start.gamma, "zeta": start.zeta, "range": RANGE, "width": WIDTH, "height": HEIGHT,
+        "left": LEFT, "bottom": BOTTOM, "top": TOP, "levels": LEVELS,
+    }  # fmt: skip
     script = Path(__file__).with_suffix(".js")
     return interactive("hc-explorer", "Interactive hard concrete gate", body, STYLE, script, constants)
+
+
+def _slider(name: str, text: str, low: float, high: float, step: float, value: float) -> str:
+    return (
+        f"<label><span>{escape(text)}</span> <output>{value:g}</output> "
+        f'<input type="range" name="{name}" min="{low}" max="{high}" step="{step}" value="{value}"></label>'
+    )
 
 
 def says(distribution: HardConcrete, log_alpha: float) -> str:
     """The sentence under the figure, which the script keeps up to date."""
     at = torch.tensor([float(log_alpha)])
     low = 1 - distribution.prob_open(at).item()
-    # z is 1 for λ exactly when z is 0 for -λ: noise and clipping are symmetric
+    # The gate of λ is 1 as often as that of -λ is 0: noise and clipping are symmetric.
     high = 1 - distribution.prob_open(-at).item()
-    stuck = (f"From λ = {distribution.saturation:.2f} on it is zero in every draw." if distribution.delta
-             else "Without a limit on the noise, no λ makes it zero in every draw.")
-    return (f"P(gate = 0) = {low:.3f}, P(gate = 1) = {high:.3f}. "
-            f"The gradient is zero in {100 * (low + high):.1f} % of the draws. {stuck}")
+    if distribution.delta:
+        stuck = f"From λ = {distribution.saturation:.2f} on it is zero in every draw."
+    else:
+        stuck = "Without a limit on the noise, no λ makes it zero in every draw."
+    return (
+        f"P(gate = 0) = {low:.3f}, P(gate = 1) = {high:.3f}. "
+        f"The gradient is zero in {100 * (low + high):.1f} % of the draws. {stuck}"
+    )

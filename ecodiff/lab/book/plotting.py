@@ -25,17 +25,29 @@ COLOURS = {
     "original": "#000000", "learned": "#0072B2", "random": "#999999", "magnitude": "#E69F00", "taylor": "#009E73",
     "attention": "#0072B2", "feed_forward": "#E69F00", "modulation": "#009E73",
     "published": "#D55E00", "closed form": "#0072B2",
-}
+}  # fmt: skip
 
 
 def style() -> None:
     """Set the book's figure style; call it once, in a chapter's first cell."""
-    sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, rc={
-        "figure.figsize": (7.0, 3.2), "figure.constrained_layout.use": True, "figure.facecolor": "white",
-        "axes.prop_cycle": cycler(color=PALETTE, linestyle=DASHES), "axes.edgecolor": "0.3", "axes.titlesize": "medium",
-        "grid.color": "0.9", "legend.frameon": False, "legend.fontsize": "small", "lines.linewidth": 1.8,
-        "svg.hashsalt": "ecodiff",
-    })
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        palette=PALETTE,
+        rc={
+            "figure.figsize": (7.0, 3.2),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "axes.prop_cycle": cycler(color=PALETTE, linestyle=DASHES),
+            "axes.edgecolor": "0.3",
+            "axes.titlesize": "medium",
+            "grid.color": "0.9",
+            "legend.frameon": False,
+            "legend.fontsize": "small",
+            "lines.linewidth": 1.8,
+            "svg.hashsalt": "ecodiff",
+        },
+    )
     try:  # sharp on dense screens; there is nothing to set outside of a notebook
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -45,7 +57,10 @@ def style() -> None:
 
 
 def panels(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 3.2, **options):
-    """Figure and flat list of axes: `rows` times `columns` panels lettered (a), (b), ..., `height` inches a row."""
+    """A figure and the flat list of its axes: `rows` times `columns` panels, lettered (a), (b), ... if several.
+
+    `height` is that of a row; sizes are in inches.
+    """
     figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, **options)
     axes = list(axes.flat)
     if len(axes) > 1:
@@ -55,24 +70,26 @@ def panels(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 
 
 
 def legend_below(figure, *axes, columns: int = 4) -> None:
-    """One legend under the panels, where it lies on no data: the labels of `axes` (else the first panel), each once."""
-    labels = {}
+    """Put one legend under the panels, where it lies on no data.
+
+    It has the labels of `axes`, or else of the first panel, each once.
+    """
+    handles_by_label = {}
     for axis in axes or figure.axes[:1]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            labels.setdefault(label, handle)
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns)
+            handles_by_label.setdefault(label, handle)
+    figure.legend(handles_by_label.values(), handles_by_label.keys(), loc="outside lower center", ncols=columns)
 
 
 def picture_grid(pictures, rows: Sequence[str] = (), columns: Sequence[str] = (), size: float = 0.9):
-    """Pictures in rows and columns with a name for each.
+    """A figure of images in rows and columns, with a name for each row and column.
 
-    pictures: uint8, [rows, columns, 3, height, width] (as `ecodiff.generate` stacks them); returns the figure.
+    pictures: uint8, [rows, columns, 3, height, width] (as `ecodiff.generate` stacks them).
     """
     pictures = np.asarray(pictures)
     count_rows, count_columns = pictures.shape[:2]
-    figure, axes = plt.subplots(
-        count_rows, count_columns, figsize=(size * count_columns + 1.0, size * count_rows + 0.3), squeeze=False
-    )
+    room = (size * count_columns + 1.0, size * count_rows + 0.3)  # with some for the names
+    figure, axes = plt.subplots(count_rows, count_columns, figsize=room, squeeze=False)
     for i in range(count_rows):
         for j in range(count_columns):
             axis = axes[i, j]
@@ -93,11 +110,17 @@ def table(rows: Sequence[Mapping[str, object]], caption: str, name: str) -> None
     """
     from IPython.display import Markdown, display
 
-    heads = list(rows[0])
-    right = [all(_is_number(row[head]) for row in rows) for head in heads]
-    lines = [heads, ["---:" if flush else "---" for flush in right], *([row[head] for head in heads] for row in rows)]
-    body = "\n".join("| " + " | ".join(_cell(entry) for entry in line) + " |" for line in lines)
-    display(Markdown(f":::{{table}} {caption}\n:name: {name}\n\n{body}\n:::"))
+    rules = []
+    for head in rows[0]:
+        numbers = all(_is_number(row[head]) for row in rows)
+        rules.append("---:" if numbers else "---")  # numbers are set flush right
+    lines = [list(rows[0]), rules]
+    for row in rows:
+        lines.append([row[head] for head in rows[0]])
+    body = []
+    for line in lines:
+        body.append("| " + " | ".join(_cell(entry) for entry in line) + " |")
+    display(Markdown("\n".join([f":::{{table}} {caption}", f":name: {name}", "", *body, ":::"])))
 
 
 def note(text: str) -> None:
@@ -109,11 +132,13 @@ def note(text: str) -> None:
 
 
 def _cell(entry: object) -> str:
-    text = re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", str(entry).replace("|", r"\|"))
-    return re.sub(r"(?<=[a-z]\+)(?=[a-z])", "\u200b", text)
+    text = str(entry).replace("|", r"\|")
+    text = re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", text)  # spaces at which no line breaks
+    return re.sub(r"(?<=[a-z]\+)(?=[a-z])", "\u200b", text)  # a place without width at which a line may break
 
 
 def _is_number(entry: object) -> bool:
+    """Whether an entry is a number as tables show it: with a true minus sign, ∞, or per cent."""
     text = str(entry).replace("−", "-").replace("∞", "inf").rstrip(" %")
     try:
         float(text)
@@ -129,4 +154,6 @@ def publish(**numbers) -> None:
     except ImportError:  # Colab, where the page is not built
         return
     for name, value in numbers.items():
-        glue(name.replace("_", "-"), value.item() if hasattr(value, "item") else value, display=False)
+        if hasattr(value, "item"):  # glue keeps the repr of a value, and that of a tensor is no number
+            value = value.item()
+        glue(name.replace("_", "-"), value, display=False)
