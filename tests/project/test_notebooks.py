@@ -176,7 +176,7 @@ def test_repository_address_is_the_same_everywhere():
 
 @pytest.mark.slow
 def test_papermill_runs_a_chapter_from_another_folder(tmp_path):
-    notebook = root() / "notebooks" / "01_hard_concrete.ipynb"
+    notebook = root() / "notebooks" / "03_hard_concrete.ipynb"
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb"]
     command += ["-p", "draws", "500", "-p", "delta", "0.1"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

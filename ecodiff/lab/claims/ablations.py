@@ -16,7 +16,7 @@ def middle_beta() -> Claim:
         "β has a best value in the middle, such as 0.5; a much larger one fails, and FLUX behaves alike.",
         "Tables: the lowest FID is at neither end. On small models, whose loss has another scale: β = 2 in every "
         "update is better than 0.5 and than 8.",
-        ("12_settings",),
+        ("11_settings",),
         (
             printed("Table 4, SDXL", *_lowest_in_the_middle("table4", "coco_fid")),
             printed("Table 9, FLUX", *_lowest_in_the_middle("table9", "flickr_fid")),
@@ -49,7 +49,7 @@ def a_hundred_prompts() -> Claim:
         "A hundred prompts suffice for learning; even a single one costs little, for SDXL and for FLUX.",
         "Tables: FID with 1 and with 100 prompts within a tenth of that with 512. On small models: SSIM and right "
         "images are kept, against more prompts.",
-        ("12_settings", "15_errata"),
+        ("11_settings", "16_errata"),
         (
             _fid_with_fewer("table5", "SDXL"),
             _fid_with_fewer("table10", "FLUX"),
@@ -80,7 +80,7 @@ def any_prompts() -> Claim:
         "Which units are not needed hardly depends on the data.",
         "Masks learned on captions of held-out pairs of objects, minus those learned on the usual ones: SSIM and right "
         "images are kept.",
-        ("12_settings",),
+        ("11_settings",),
         tuple(kept(model, ("transfer", "learned on held-out pairs"), LEARNED, BOTH) for model in FLUX),
     )
 
@@ -96,7 +96,7 @@ def one_threshold() -> Claim:
         "One threshold for all modules is better than one in each.",
         "Table 11: lower FID. On small models: one threshold a kind (the published code's global), and one for all, "
         "each better than one a module.",
-        ("12_settings",),
+        ("11_settings",),
         (
             printed("Table 11", all(ours < theirs for ours, theirs in fids), evidence),
             one_a_kind(SDXL, label="one a kind"),
@@ -114,7 +114,7 @@ def one_kind_alone() -> Claim:
         "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
         "Right images at a fifth of the heads, and at a fifth of the neurons, minus the original's: above minus the "
         "smallest effect.",
-        ("12_settings",),
+        ("11_settings",),
         (
             *_either_way(SDXL),
             *_either_way(DEV),
@@ -141,7 +141,7 @@ def one_mask_for_all_ratios() -> Claim:
         "App. G.2, Fig. 7",
         "One learning gives masks of every ratio: only the threshold changes.",
         "The authors' published λ of SDXL, cut at 10 and 20 %: no module keeps more at 20 % than at 10 %.",
-        ("05_a_smaller_model", "07_what_it_costs"),
+        ("07_a_smaller_model", "13_what_it_costs"),
         (printed("published λ of SDXL", nested, evidence),),
     )
 

@@ -37,7 +37,7 @@ def beats_diff_pruning() -> Claim:
         "At equal ratio it is better than Diff-Pruning by most FIDs.",
         "Table 1: lower in more than half of the cells. On small models against Diff-Pruning's criterion for heads and "
         "neurons: more SSIM or more right images, less of neither, at a fifth of the units and of their parameters.",
-        ("11_every_method",),
+        ("10_every_method",),
         (
             printed("Table 1", sum(cells) > len(cells) / 2, lower),
             *(_against_diff_pruning(model) for model in FAMILY),
@@ -58,7 +58,7 @@ def best_of_all() -> Claim:
         "It improves on all earlier pruning of diffusion models and sets a new standard.",
         f"On small models better, by the same rule, than each other score: {', '.join(EARLIER)}; at a fifth of the "
         "units and of their parameters.",
-        ("11_every_method",),
+        ("10_every_method",),
         (
             _against_all(SDXL),
             _against_all(DEV),
@@ -84,7 +84,7 @@ def no_mimicry() -> Claim:
         "§3.2, Table 1",
         "Pruned models draw well without imitating the original: SSIM stays below 0.55, lower than Diff-Pruning's.",
         "Both statements against Table 1; on the small model the interval of SSIM at 20 % lies below 0.55.",
-        ("11_every_method", "15_errata"),
+        ("10_every_method", "16_errata"),
         (
             printed("Table 1", max(ssim) < limit, evidence),
             contradicted(arithmetic.ssim_comparison()),
@@ -114,7 +114,7 @@ def semantics() -> Claim:
         "Its pictures show what the caption says more often than those of other methods.",
         "Two objects in pairs never seen, learned minus Diff-Pruning's criterion: images with all facts right by the "
         "judge (SSIM where there is no judge).",
-        ("11_every_method",),
+        ("10_every_method",),
         (*(against(model) for model in (SDXL, SD2, DEV)), real(SDXL, "pairs", against)),
     )
 
@@ -125,7 +125,7 @@ def mends_semantics() -> Claim:
         "Pruning sometimes mends a picture that the original got wrong, and may improve semantics.",
         "Two objects, 10 %: pictures that were wrong and are right, less those that were right and are wrong: above "
         "zero?",
-        ("11_every_method",),
+        ("10_every_method",),
         (_mended(SDXL), _mended(DEV), real(SDXL, "pairs", _mended)),
     )
 
@@ -156,7 +156,7 @@ def with_deepcache() -> Claim:
         "App. I.2, Fig. 10",
         "It can be combined with feature reuse by DeepCache.",
         "On small models: mask and reuse together, minus reuse alone, keep SSIM and right images.",
-        ("13_after_pruning", "11_every_method"),
+        ("12_after_pruning", "10_every_method"),
         (combined(SDXL), combined(SD2), real(SDXL, "main", combined)),
     )
 
@@ -173,7 +173,7 @@ def light_retraining() -> Claim:
         "App. J, Table 8, Fig. 11",
         "Retraining with LoRA on a hundred pictures of the original wins back much of what 25 and 30 % cost.",
         "Table 8: FID falls in all cells. On small models: retrained minus not retrained, paired, at equal ratio.",
-        ("13_after_pruning", "05_a_smaller_model"),
+        ("12_after_pruning", "07_a_smaller_model"),
         (
             printed("Table 8", falls, evidence),
             _retrained(SDXL, ratio=30),

@@ -29,7 +29,7 @@ def parameters() -> Claim:
         "The ratio is a share of the parameters: at 20 % SDXL keeps 2.1 billion, at 15 % FLUX keeps 10.1 billion.",
         "Parameters counted, to the printed digit: SDXL under the authors' published λ, FLUX with every kind of unit "
         "at the ratio. Is what goes 20 % of the parameters?",
-        ("07_what_it_costs",),
+        ("13_what_it_costs",),
         (
             by_count("SDXL, counted", _sdxl_as_printed, published_mask(10), published_mask(20)),
             by_count("FLUX.1, counted", _flux_as_printed, (FLUX, ONE)),
@@ -76,7 +76,7 @@ def operations() -> Claim:
         "GFLOP of a picture, with 5 steps for FLUX and 50 for SDXL, and how they fall when units go.",
         "Linear layers and convolutions counted: originals to the printed thousand (SDXL with and without guidance), "
         "pruned ones within 1 % (SDXL for 80 calls, which is what the print for the original comes to).",
-        ("07_what_it_costs",),
+        ("13_what_it_costs",),
         (
             by_count("FLUX.1, counted", flux, (FLUX, ONE)),
             by_count("SDXL, counted", sdxl, ("sdxl", ONE)),
@@ -113,7 +113,7 @@ def faster() -> Claim:
         "Pruned models draw faster.",
         "One denoiser call with random weights, 20 % of the units gone, over the original in the same turns: below 1 "
         "by the clock and, on a CPU, by processor time.",
-        ("07_what_it_costs",),
+        ("13_what_it_costs",),
         (
             _time("sd2", "Stable Diffusion 2, fp32"),
             _time("sdxl", "SDXL, bf16"),
@@ -152,7 +152,7 @@ def small_gpus() -> Claim:
         "Pruning is what brings SDXL to a GPU of 8 GB and FLUX to one of 24 GB.",
         "Peak of drawing one picture in bf16, by the better of all on the GPU and one component at a time: does the "
         "pruned model fit, and does the unpruned one not, whichever way a GB is read?",
-        ("07_what_it_costs",),
+        ("13_what_it_costs",),
         (
             *_fits_when_pruned("SDXL", "sdxl", 0.2, claim("sdxl_inference_gpu")),
             *_fits_when_pruned("FLUX.1", FLUX, 0.15, claim("flux_inference_gpu")),
@@ -197,7 +197,7 @@ def hours() -> Claim:
         "Learning a mask takes hours of one GPU: 0.16 for SD2, 1.24 for SDXL, 0.42 for FLUX.",
         "200 updates of four samples, from the time of one checkpointed update measured on a GPU at the paper's number "
         "of steps: within a factor of two of the printed hours; hours and GPU-hours of the one GPU agree.",
-        ("08_carbon", "07_what_it_costs"),
+        ("14_carbon", "13_what_it_costs"),
         (
             *(_hours_measured(model) for model in UPDATE_OF),
             contradicted(arithmetic.hours()),
@@ -238,7 +238,7 @@ def _learn_sdxl() -> str:
     """The command that learns a mask of the real SDXL as the paper does: 50 steps, guidance 5."""
     updates = round(claim("carbon_training_steps"))
     arguments = f"num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates {updates} -p batch_size 4"
-    return f"papermill notebooks/04_learning_a_mask.ipynb out.ipynb -p model {on_embedded.HUB[SDXL]} -p {arguments}"
+    return f"papermill notebooks/05_learning_a_mask.ipynb out.ipynb -p model {on_embedded.HUB[SDXL]} -p {arguments}"
 
 
 def carbon() -> Claim:
@@ -252,7 +252,7 @@ def carbon() -> Claim:
         "Learning a mask emits 12 g of CO2 for SD2, 93 g for SDXL and 31.5 g for FLUX.",
         "Nothing that is printed could contradict it: grams and GPU-hours are one column, times a constant. Whether "
         "the hours are right is the claim before.",
-        ("08_carbon",),
+        ("14_carbon",),
         (Decision("Table 12", UNDECIDED, evidence),),
     )
 
@@ -265,7 +265,7 @@ def retraining_is_dear() -> Claim:
         "§1",
         "Retraining a pruned SD2 may take 40,000 GPU-hours; learning a mask is thousands of times cheaper.",
         "A tenth to a fifth of 200,000 hours ends at 40,000; divided by Table 12's hours for SD2 it is above 1,000.",
-        ("08_carbon",),
+        ("14_carbon",),
         (
             printed("§1", high == given, f"{low:,.0f} to {high:,.0f} hours"),
             _times_cheaper(low),

@@ -37,7 +37,7 @@ def memory_of_an_update() -> Claim:
         "An update of SDXL's mask needs 1400 GB, or 15 H100; with checkpointing less than 30 GB, up to 50 times less.",
         "Counted at 1024 x 1024, 50 steps, 1 and 4 samples, without and with guidance: any reading within a tenth of "
         "1400 GB, below 30 GB, as much as 50 times.",
-        ("07_what_it_costs", "06_memory_and_time"),
+        ("13_what_it_costs", "06_memory_and_time"),
         (
             by_count("SDXL, counted: 1400 GB", _plain_as_printed, *UPDATES),
             by_count("SDXL, counted: below 30 GB", _below_the_limit, ONE_GUIDED),
@@ -183,7 +183,7 @@ def memory_of_table_12() -> Claim:
         "A mask of FLUX is learned on one GPU of 80 GB; memory is 4.6 GB for SD2, 22.9 for SDXL, 64.2 for FLUX.",
         "Checkpointed update counted in bf16, all components on the GPU: within a fifth of what is printed; FLUX's "
         "within what an 80 GB GPU can hand out.",
-        ("07_what_it_costs",),
+        ("13_what_it_costs",),
         (
             by_count("SD2, counted", partial(_as_in_table_12, model="SD2"), SD2_UPDATE),
             by_count("SDXL, counted", partial(_as_in_table_12, model="SDXL"), ONE_GUIDED),

@@ -27,7 +27,7 @@ def exact_gates() -> Claim:
         "§2.2, Fig. 4",
         "Hard concrete gates are exactly 0 or 1 with positive chance and can still be learned by gradients.",
         "Shares of draws at 0, at 1, and between (only there is a gradient), with Figure 4's constants: all positive.",
-        ("01_hard_concrete",),
+        ("03_hard_concrete",),
         (printed("formulas of §2.2", min(closed, opened, between) > 0, evidence),),
     )
 
@@ -37,7 +37,7 @@ def steeper_by_delta() -> Claim:
         "§2.2, App. F, Fig. 5",
         "The larger δ, the more the gate is like a step.",
         "Slope of the mean gate and share of gates at 0 or 1, for small and large δ.",
-        ("01_hard_concrete", "15_errata"),
+        ("03_hard_concrete", "16_errata"),
         (contradicted(algebra.delta_as_steepness()),),
     )
 
@@ -57,7 +57,7 @@ def l1_for_l0() -> Claim:
         "The expected number of open gates is about a multiple of the sum of |λ|, which can take its place.",
         "Appendix D's factor g is constant; masks learned with |λ|, at the best of several β (chosen on captions of no "
         "table), keep SSIM and right images of those learned with the closed form.",
-        ("02_l0_to_l1", "12_settings"),
+        ("04_l0_to_l1", "11_settings"),
         (
             contradicted(algebra.constant_factor()),
             contradicted(algebra.log_of_lambda()),
@@ -73,7 +73,7 @@ def start_at_five() -> Claim:
         "Starting all λ at 5 makes training smooth.",
         "Some gate has a gradient at the start; with the paper's δ of 0.5 and 0.1, masks learned from 5 keep SSIM and "
         "right images of those learned from 3 (with L1 in every update, as published).",
-        ("12_settings", "01_hard_concrete"),
+        ("11_settings", "03_hard_concrete"),
         (contradicted(algebra.start_value()), _from_five("0.5"), _from_five("0.1")),
     )
 
@@ -91,7 +91,7 @@ def end_to_end() -> Claim:
         "A mask learned from the final latents is better than one learned from the error of each step, which adds up.",
         "The same gates learned from the final latents, minus those learned from the error of single steps: more SSIM "
         "or more right pictures, less of neither.",
-        ("12_settings", "04_learning_a_mask"),
+        ("11_settings", "05_learning_a_mask"),
         (by_final_latents(SDXL), by_final_latents(DEV), real(SDXL, "choices", by_final_latents)),
     )
 
@@ -101,7 +101,7 @@ def exact_gradient() -> Claim:
         "§2.3, Alg. 2",
         "Time-step checkpointing computes the gradient of the whole trajectory.",
         "Algorithm 2 on a problem with a known derivative; on the model, gradients equal bit for bit at every T.",
-        ("06_memory_and_time", "15_errata"),
+        ("06_memory_and_time", "16_errata"),
         (contradicted(algebra.checkpointing()), _bit_equal()),
     )
 
@@ -121,7 +121,7 @@ def outer_widths() -> Claim:
         "App. B, Eq. 9, 10",
         "Removing heads and neurons leaves what goes in and out of a module as wide as it was.",
         "Every second unit of every site removed from the real configurations: no outer width changes.",
-        ("03_where_masks_go",),
+        ("02_where_masks_go",),
         (
             by_structure("Stable Diffusion 2, built without weights", on_full_size.widths_stay, "sd2"),
             by_structure("SDXL, built without weights", on_full_size.widths_stay, "sdxl"),
@@ -136,7 +136,7 @@ def any_architecture() -> Claim:
         "One method, without code for each model, prunes U-Nets and diffusion transformers.",
         "The same function finds heads and neurons in SD2, SDXL and FLUX; the same call has learned masks on a U-Net "
         "and on a transformer.",
-        ("03_where_masks_go",),
+        ("02_where_masks_go",),
         (
             by_count("SD2, SDXL, FLUX.1, counted", _has_units, SD2_UPDATE, ("sdxl", ONE), ("flux-schnell", ONE)),
             _learned_on_both(),
@@ -170,7 +170,7 @@ def deepcache_needs_a_unet() -> Claim:
         "§3.2, Table 1",
         "DeepCache fits only U-Nets, so it cannot be used on FLUX.",
         "The function that looks for the deep part finds one in SD2's denoiser and none in FLUX's.",
-        ("11_every_method",),
+        ("10_every_method",),
         (by_structure("SD2 and FLUX.1, built without weights", _only_the_unet, "sd2", "flux-schnell"),),
     )
 
@@ -192,7 +192,7 @@ def occlusion_is_slow() -> Claim:
         "Scoring parts by leaving each out does not scale to many candidates.",
         "Trajectories that occluding each head and neuron of SDXL takes, against those of Table 3's 400 updates: over "
         "ten times.",
-        ("11_every_method",),
+        ("10_every_method",),
         (by_count("SDXL, counted", _occluding_against_learning, ("sdxl", ONE)),),
     )
 

@@ -43,7 +43,7 @@ def a_fifth_of_sdxl() -> Claim:
         "A fifth of SDXL can go without retraining, with hardly any loss that one sees.",
         "Table 1: FID does not rise. On the small model: right images, learned mask minus original, above minus the "
         "smallest effect.",
-        ("11_every_method", "05_a_smaller_model"),
+        ("10_every_method", "07_a_smaller_model"),
         (
             fid_rises("table1", "SDXL", 0.2, 0.0),
             kept(SDXL, LEARNED, ORIGINAL, label="one object"),
@@ -59,7 +59,7 @@ def a_fifth_of_flux() -> Claim:
         "Up to a fifth of FLUX can go without retraining; at 10 and 15 % FID rises only slightly.",
         "Is FLUX at 20 % in a table, and is every rise at 10 and 15 % slight (below a tenth)? On the small models as "
         "for SDXL.",
-        ("11_every_method", "15_errata"),
+        ("10_every_method", "16_errata"),
         (
             contradicted(arithmetic.flux_at_twenty()),
             fid_rises("table1", "FLUX", 0.1, SMALL),
@@ -76,7 +76,7 @@ def no_loss() -> Claim:
         "§4",
         "Nothing at all is lost at a fifth, on any model.",
         "No FID of Tables 1 and 6 rises at the largest ratio of each model.",
-        ("15_errata",),
+        ("16_errata",),
         (contradicted(arithmetic.without_loss()),),
     )
 
@@ -86,7 +86,7 @@ def pruned_draws_better() -> Claim:
         "§3.2, Table 1",
         "SDXL's FID falls when it is pruned: the smaller model draws better.",
         "Table 1: FID falls at 10 and 20 % on both sets. On the small model: difference of FID over seeds, below zero.",
-        ("11_every_method",),
+        ("10_every_method",),
         (
             *(fid_rises("table1", "SDXL", ratio, 0.0) for ratio in (0.1, 0.2)),
             lower_fid(SDXL, TENTH, ORIGINAL, "10 %"),
@@ -104,7 +104,7 @@ def where_it_ends() -> Claim:
         "Quality holds up to a fifth and falls beyond: at 25 % for SDXL, at 20 % for FLUX.",
         "64 prompts: right images at 20 % (FLUX 10 %) minus those at 5 % above minus the smallest effect (holds); "
         "more at 5 % than at 30 % (FLUX 20 %; falls).",
-        ("05_a_smaller_model",),
+        ("07_a_smaller_model",),
         (
             kept(SDXL, fifth, least, label="holds at 20 %"),
             better(SDXL, least, third, ("quality",), "falls at 30 %"),
@@ -126,7 +126,7 @@ def drops_beyond_a_fifth() -> Claim:
         "App. J, Table 8",
         "Beyond a fifth, quality falls clearly unless the model is retrained.",
         "Table 8: without retraining FID rises by more than a tenth on both sets.",
-        ("13_after_pruning", "05_a_smaller_model"),
+        ("12_after_pruning", "07_a_smaller_model"),
         tuple(decisions),
     )
 
@@ -137,7 +137,7 @@ def distilled() -> Claim:
         "A model distilled to a few steps can still be pruned.",
         "Table 7: FID of FLUX-schnell rises only slightly (by less than a tenth) at 10 and 15 %. On the small "
         "distilled model: right images, learned mask minus original, above minus the smallest effect.",
-        ("13_after_pruning", "11_every_method"),
+        ("12_after_pruning", "10_every_method"),
         (
             *(fid_rises("table7", "FLUX Schnell", ratio, SMALL) for ratio in (0.1, 0.15)),
             kept(SCHNELL, TENTH, ORIGINAL, label="10 %"),
@@ -153,7 +153,7 @@ def stable_diffusion_2() -> Claim:
         "Stable Diffusion 2 can be pruned in the same way, with nearly the same quality.",
         "Table 6: every rise of FID is slight (below a tenth). On the small model: right images above minus the "
         "smallest effect.",
-        ("13_after_pruning", "11_every_method"),
+        ("12_after_pruning", "10_every_method"),
         (
             *(fid_rises("table6", "SD2", ratio, SMALL) for ratio in (0.1, 0.2)),
             kept(SD2, TENTH, ORIGINAL, label="10 %"),

@@ -21,7 +21,7 @@ def rigour() -> Claim:
         "L1 can stand for L0, by more than a heuristic.",
         "Appendix D's step with its own constants; masks learned with L1, at the best of several β, keep SSIM and "
         "right images of those learned with the closed form σ(λ + c), which needs no such step.",
-        ("02_l0_to_l1", "12_settings"),
+        ("04_l0_to_l1", "11_settings"),
         (contradicted(algebra.constant_factor()), l1_against_l0(SDXL), l1_against_l0(DEV)),
     )
 
@@ -32,7 +32,7 @@ def binary() -> Claim:
         "Learned gates may lie between 0 and 1, and cutting them to 0 and 1 costs nothing.",
         "Share of learned gates, without noise, between 0 and 1: above zero. The same units cut, those that stay at 1 "
         "minus those that stay at their gates: SSIM and right images above minus the smallest effect.",
-        ("12_settings", "03_where_masks_go"),
+        ("11_settings", "02_where_masks_go"),
         (
             gates_between(SDXL),
             _cut_against_gates(SDXL),
@@ -88,7 +88,7 @@ def baselines() -> Claim:
         "missing baselines",
         "Learned masks are better than magnitude, WANDA and LD-Pruner's criterion.",
         "Learned minus each of them at 20 %, paired: more SSIM or more right images, less of neither.",
-        ("11_every_method",),
+        ("10_every_method",),
         tuple(decisions),
     )
 
