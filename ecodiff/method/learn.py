@@ -16,7 +16,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError

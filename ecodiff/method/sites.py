@@ -169,8 +169,8 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
         return note
 
     with hooked(denoiser, "with_flops") as hooks:
-        for layer, site in layers.items():
-            hooks.before(layer, noting(layer), site)
+        for layer, owner in layers.items():
+            hooks.before(layer, noting(layer), owner)
         run()
 
     return {name: replace(site, flops_per_unit=_flops(denoiser, site, shapes)) for name, site in sites.items()}
@@ -336,7 +336,7 @@ def _norms_over_heads(module: nn.Module, query: nn.Linear) -> dict[str, int]:
 def returned_channels(norm: nn.Module) -> int:
     """Channels that a norm over all heads returns: all of them, or those that are left."""
     index = getattr(norm, "index", None)
-    return _norm_size(norm) if index is None else index.numel()
+    return (_norm_size(norm) or 0) if index is None else index.numel()
 
 
 def _gate_sizes(gates: Mapping[str, nn.Linear], units: int) -> dict[str, int]:
@@ -362,11 +362,10 @@ def _fused_attention(name: str, module: nn.Module, heads: int, inputs: Mapping[s
         outputs[f"{name}.{layer}.0" if listed else f"{name}.{layer}"] = part[0] if listed else part
     _check_linear(*outputs.values())
     width = next(iter(outputs.values())).in_features
-    head_dim = number_of(module, ("head_dim", "dim_heads", "dim_head"))
     if _FUSED_WITH_NEURONS in inputs:
-        width = heads * head_dim
-    head_dim = head_dim or width // heads
-    if heads * head_dim != width:
+        width = module.inner_dim  # the output layer reads neurons, too
+    head_dim = number_of(module, ("head_dim", "dim_heads", "dim_head")) or width // max(heads, 1)
+    if heads < 1 or heads * head_dim != width:
         raise _NotASite(f"{width} channels do not divide into {heads} heads of {head_dim}")
     writers = []
     for layer, part in inputs.items():
@@ -466,7 +465,7 @@ def _parallel_mlp(name: str, module: nn.Module, parent: nn.Module) -> Site:
     proj_out = _parallel_reader(parent, attention)
     layer = _beside(name, "proj_out")
     units = neurons_beside(parent)
-    if units == 0:
+    if not units:
         raise _NotASite("no unit is left")
     # A gated activation (Ovis) splits the rows into two halves: neuron i owns row i of both.
     writers = tuple(Span(name, offset, 1) for offset in range(0, module.out_features, units))
