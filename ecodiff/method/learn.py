@@ -12,11 +12,11 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
@@ -36,6 +36,7 @@ from .hooks import apply_gates
 from .sites import Site, sites_but, skipped_modules
 from .surgery import check_prunable
 from .trajectory import final_latents, prediction
+from .trial import failing_sites
 
 
 def learn(
@@ -91,6 +92,7 @@ def learn(
 
     with on_device(pipe, "learn") as device, undisturbed(device):
         task = Task(encoding_once(pipe), prompts, config, device)
+        sites = _removable(network, sites, partial(task.latents, [0], gradients=False))
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
         folder, done = None, 0
@@ -110,6 +112,22 @@ def learn(
                 tqdm.write(task.cost(config.updates - done))
             _descend(task, gates, optimizer, done, folder, progress)
         return _finished(gates)
+
+
+def _removable(network: nn.Module, sites: Mapping[str, Site], run: Callable) -> dict[str, Site]:
+    """The sites without those of which a trial shows that their units cannot be removed; a warning names one of them.
+
+    Raises EcoDiffError where none is left.
+    """
+    failing = failing_sites(network, sites, run)
+    left = {name: site for name, site in sites.items() if name not in failing}
+    if failing:
+        name, why = next(iter(failing.items()))
+        said = f"{len(failing)} of {len(sites)} sites cannot be pruned and get no gates, such as {name!r}: {why}."
+        if not left:
+            raise EcoDiffError(f"learn: {said}")
+        warnings.warn(f"learn: {said}", stacklevel=3)
+    return left
 
 
 def _descend(task: Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:

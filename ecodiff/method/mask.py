@@ -44,6 +44,8 @@ def make_mask(
         round_to: kept units of a site are rounded up to a multiple of this, giving the best removed ones back; one
             number or one a kind. A site with none left stays empty, and none gets more than it has.
 
+    A site keeps its best unit where it is not known what its module returns without any (``Site.min_units``).
+
     Equal scores: the unit that comes last goes first, in the order of site names (numbers in them by value), which is
     how the published masks were cut. Raises EcoDiffError for anything that does not fit.
     """
@@ -85,11 +87,23 @@ def _cut(scores, members: Mapping[str, Site], ratio: Fraction, count: str) -> di
     last = flat.numel() - 1
     order = last - torch.sort(flat.flip(0), stable=True).indices
     budget = int(ratio * int(each.sum()))  # exact: 0.29 of 100 units is 29, which floats would make 28
+    order = order[~_must_stay(scores, members)[order]]
     removed = order[each[order].cumsum(0) <= budget]
     keep = torch.ones_like(flat, dtype=torch.bool)
     keep[removed] = False
     parts = keep.split([site.units for site in members.values()])
     return {name: part.clone() for name, part in zip(members, parts, strict=True)}
+
+
+def _must_stay(scores, members: Mapping[str, Site]) -> Tensor:
+    """The best units of the sites that cannot be without any, bool [units of all members]."""
+    parts = []
+    for name, site in members.items():
+        stay = torch.zeros(site.units, dtype=torch.bool)
+        best = torch.sort(scores[name].detach().cpu(), stable=True, descending=True).indices[: site.min_units]
+        stay[best] = True
+        parts.append(stay)
+    return torch.cat(parts)
 
 
 def _cost_of_unit(site: Site, count: str) -> int:

@@ -17,22 +17,20 @@ from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
 from .adapters import guard_flux_loader, guarded_methods
-from .sites import KINDS, Site, find_sites
+from .sites import (
+    HEADS,
+    KEY_HEADS,
+    KINDS,
+    RETURNS_OF_PROCESSORS,
+    Site,
+    find_sites,
+    returned_channels,
+)
 
 if TYPE_CHECKING:  # always mixed into a model class of diffusers
     from diffusers import ModelMixin as _Model
 else:
     _Model = object
-
-# How attention processors call and what they return decides what may stand in for an attention without heads.
-_ONE_OUTPUT = {
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "SanaLinearAttnProcessor2_0",
-}
-_TWO_OUTPUTS = {"JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
 
 
 class PrunedMixin(_Model):
@@ -134,11 +132,18 @@ def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Te
     for name, keep in mask.items():
         site, module = sites[name], model.get_submodule(name)
         if site.kind == "attention":
+            for span in site.selects:
+                norm = model.get_submodule(span.layer)
+                _replace(model, span.layer, SelectedNorm.of(norm, keep.repeat_interleave(span.size)))
             _set_heads(module, int(keep.sum()), site)
             if not keep.any():
                 _replace(model, name, NoHeads(name, module))
         elif site.kind == "modulation":
             _replace(model, f"{name}.linear", ScatteredLinear(module.linear, keep))
+        else:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(getattr(owner, "mlp_hidden_dim", None), int):  # some blocks split what is written by it
+                owner.mlp_hidden_dim = int(keep.sum())
 
 
 def _cut_linear(linear: nn.Linear, dimension: int, entries: Tensor) -> None:
@@ -157,14 +162,19 @@ def _cut_linear(linear: nn.Linear, dimension: int, entries: Tensor) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
 
 
+# What attentions keep that follows from their heads: the number of heads, or of channels of all heads.
+_NUMBERS_OF_HEADS = (*HEADS, *KEY_HEADS, "sliceable_head_dim")
+_NUMBERS_OF_CHANNELS = ("inner_dim", "inner_kv_dim", "kv_inner_dim")
+
+
 def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
     """Tell the attention module how many heads are left; its processors reshape by these numbers."""
-    attention.heads = attention.heads // site.units * units
-    attention.inner_dim = attention.to_q.out_features
-    if hasattr(attention, "inner_kv_dim"):
-        attention.inner_kv_dim = getattr(getattr(attention, "to_k", None), "out_features", 0)
-    if hasattr(attention, "sliceable_head_dim"):
-        attention.sliceable_head_dim = attention.heads
+    for name in (*_NUMBERS_OF_HEADS, *_NUMBERS_OF_CHANNELS):
+        number = getattr(attention, name, None)
+        if isinstance(number, int) and number % site.units == 0:
+            setattr(attention, name, number // site.units * units)
+    if site.selects and not any(hook is _select_positions for hook in attention._forward_pre_hooks.values()):
+        attention.register_forward_pre_hook(_select_positions, with_kwargs=True)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -186,11 +196,11 @@ class NoHeads(nn.Module):
     def __init__(self, name: str, attention: nn.Module):
         super().__init__()
         processor = type(attention.processor).__name__
-        if processor not in _ONE_OUTPUT | _TWO_OUTPUTS:
+        if processor not in RETURNS_OF_PROCESSORS:
             raise EcoDiffError(
                 f"{name}: keep at least one head; what {processor} returns without heads is not known here."
             )
-        self.joint = processor in _TWO_OUTPUTS
+        self.joint = RETURNS_OF_PROCESSORS[processor] == 2
         self.to_out = getattr(attention, "to_out", None)  # None in a parallel block, whose proj_out reads what is left
         self.to_add_out = getattr(attention, "to_add_out", None)
         self.residual_connection = getattr(attention, "residual_connection", False)
@@ -225,12 +235,87 @@ class ScatteredLinear(nn.Module):
 
     def places_are_right(self) -> bool:
         """Whether each channel that is left has a place of its own."""
-        index = self.index.cpu()
-        return bool((index[1:] > index[:-1]).all()) and bool(((index >= 0) & (index < self.out_features)).all())
+        return _ascending(self.index, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         kept = nn.functional.linear(x, self.weight, self.bias)
         return kept.new_zeros(*kept.shape[:-1], self.out_features).index_copy(-1, self.index, kept)
+
+
+class SelectedNorm(nn.Module):
+    """A norm over the queries or keys of all heads, of which those of the heads that are left are returned.
+
+    What the norm divides by depends on every channel, so none of its inputs can go.
+    """
+
+    def __init__(self, norm: nn.Module, index: Tensor):
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("index", index)
+
+    @classmethod
+    def of(cls, norm: nn.Module, keep: Tensor) -> SelectedNorm:
+        """A norm that returns the channels ``keep`` of what the given one returns, which may be such a norm."""
+        device = next((tensor.device for tensor in norm.parameters()), keep.device)
+        left = keep.nonzero().flatten().to(device)
+        if isinstance(norm, SelectedNorm):
+            return cls(norm.norm, norm.index[left])
+        return cls(norm, left)
+
+    @property
+    def normalized_shape(self):
+        """That of the norm."""
+        return getattr(self.norm, "normalized_shape", None)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """That of the norm."""
+        return getattr(self.norm, "weight", None)
+
+    @property
+    def channels(self) -> int:
+        """Channels that the norm sees."""
+        return self.normalized_shape[-1] if self.weight is None else self.weight.numel()
+
+    def places_are_right(self) -> bool:
+        """Whether each channel that is returned is another one of those that there are."""
+        return _ascending(self.index, self.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)[..., self.index]
+
+
+def _ascending(index: Tensor, end: int) -> bool:
+    """Whether these are different places below ``end``, in order."""
+    index = index.cpu()
+    return bool((index[1:] > index[:-1]).all()) and bool(((index >= 0) & (index < end)).all())
+
+
+def _select_positions(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Positions that hold a number for each channel of each head (LTX), or for each head: those of heads that are left.
+
+    A hook of attentions with a `SelectedNorm`. Positions that all heads share pass as they are.
+    """
+    norms = {name: norm for name, norm in attention.named_children() if isinstance(norm, SelectedNorm)}
+    if not norms:
+        return args, kwargs
+    norm = next(iter(norms.values()))
+    whole, left = norm.channels, returned_channels(norm)
+    heads = next(getattr(attention, name) for name in HEADS if hasattr(attention, name))
+    head_dim = left // heads
+
+    def selected(value):
+        if isinstance(value, (tuple, list)):
+            return type(value)(selected(part) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape[-1] == whole:
+            return value[..., norm.index]
+        if value.ndim == 4 and value.shape[1] * head_dim == whole and value.shape[1] > 1:
+            return value[:, norm.index[::head_dim] // head_dim]
+        return value
+
+    return args, {key: selected(value) if "rotary" in key else value for key, value in kwargs.items()}
 
 
 def _check_loaded(place: str, model: nn.Module, info: Mapping, options: Mapping) -> None:
@@ -248,7 +333,8 @@ def _check_loaded(place: str, model: nn.Module, info: Mapping, options: Mapping)
         what = f"have {len(unexpected)} tensors that its config.json does not know, such as {unexpected[0]!r}"
         raise EcoDiffError(_other_weights(place, type(model), what))
     for name, module in model.named_modules():
-        if isinstance(module, ScatteredLinear) and not module.index.is_meta and not module.places_are_right():
+        placed = isinstance(module, (ScatteredLinear, SelectedNorm))
+        if placed and not module.index.is_meta and not module.places_are_right():
             what = f"put channels of {name!r} where there are none, or two in one place"
             raise EcoDiffError(_other_weights(place, type(model), what))
 

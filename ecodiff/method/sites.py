@@ -23,13 +23,51 @@ from ecodiff.pipelines.forward_hooks import hooked
 from ecodiff.pipelines.parts import plain_name
 
 from .config import KINDS
+from .roles import feed_forward_roles, rows_of_unit
 
-_INPUT_LAYERS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_QUERY_LAYERS = ("to_q", "add_q_proj")
-_KEY_LAYERS = ("to_k", "add_k_proj")
-_HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+# Layers that write the queries, keys and values of heads, by the names that attentions of diffusers give them. A fused
+# one writes several of them, one after the other.
+_QUERY_LAYERS = ("to_q", "to_query", "add_q_proj")
+_KEY_LAYERS = ("to_k", "to_key", "add_k_proj")
+_VALUE_LAYERS = ("to_v", "to_value", "add_v_proj")
+_INPUT_LAYERS = (*_QUERY_LAYERS, *_KEY_LAYERS, *_VALUE_LAYERS)
+_FUSED_LAYERS = ("to_qkv", "to_kv", "qkv", "img_qkv_proj", "txt_kv_proj", "img_attn_qkv", "txt_attn_qkv")
+_FUSED_WITH_NEURONS = "to_qkv_mlp_proj"
+_QUERIES_OF_FUSED = ("to_qkv", "qkv", "img_qkv_proj", "img_attn_qkv", "txt_attn_qkv", _FUSED_WITH_NEURONS)
+_OUTPUT_LAYERS = ("to_out", "to_add_out", "out_layer", "img_attn_proj", "txt_attn_proj")
+_QUERY_NORMS = ("norm_q", "norm_added_q", "query_norm", "q_norm", "img_attn_q_norm", "txt_attn_q_norm")
+_KEY_NORMS = ("norm_k", "norm_added_k", "key_norm", "k_norm", "img_attn_k_norm", "txt_attn_k_norm")
+_HEAD_NORMS = (*_QUERY_NORMS, *_KEY_NORMS)
+# An output gate multiplies what the heads return, with one number or one a channel for each head.
+_OUTPUT_GATES = ("to_gate", "to_gate_logits", "gate_proj", "g_proj")
 # Parts of an attention module that act on its input or inside one head, so that removing other heads changes nothing.
-_ATTENTION_PARTS = {*_INPUT_LAYERS, *_HEAD_NORMS, "to_out", "to_add_out", "group_norm", "spatial_norm", "norm_cross"}
+_ATTENTION_PARTS = {
+    *_INPUT_LAYERS,
+    *_FUSED_LAYERS,
+    _FUSED_WITH_NEURONS,
+    *_OUTPUT_LAYERS,
+    *_HEAD_NORMS,
+    *_OUTPUT_GATES,
+    "group_norm",
+    "spatial_norm",
+    "norm_cross",
+}
+# What attention processors call and return decides what may stand in for an attention without heads: one output, or
+# two (image, text) of joint attention.
+RETURNS_OF_PROCESSORS = {
+    "AttnProcessor": 1,
+    "AttnProcessor2_0": 1,
+    "SlicedAttnProcessor": 1,
+    "XFormersAttnProcessor": 1,
+    "SanaLinearAttnProcessor2_0": 1,
+    "JointAttnProcessor2_0": 2,
+    "XFormersJointAttnProcessor": 2,
+    "FluxAttnProcessor": 2,
+    "FluxAttnProcessor2_0": 2,
+}
+# By which names an attention says how many heads it has; processors reshape by these numbers.
+HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads")
+KEY_HEADS = ("num_kv_heads", "kv_heads", "n_kv_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -49,6 +87,10 @@ class Site:
     multiplies the input of the readers (after the heads, Eq. 9; after the activation, Eq. 10); a site without readers
     is gated where it is written. `unit_size` is the number of channels of one unit there. `params_per_unit` counts
     every weight and bias that goes with one unit; `flops_per_unit` is None until `with_flops` has measured it.
+
+    `selects` are norms over all heads of queries or keys. They must see all channels, so their projections stay whole,
+    and only what they return is selected. `min_units`: units that have to stay, since it is not known what the module
+    without units would return.
     """
 
     name: str
@@ -59,6 +101,8 @@ class Site:
     readers: tuple[Span, ...]
     params_per_unit: int
     flops_per_unit: int | None = None
+    selects: tuple[Span, ...] = ()
+    min_units: int = 0
 
     @property
     def gated(self) -> tuple[Span, ...]:
@@ -113,7 +157,10 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
     Raises EcoDiffError where `run` does not reach a layer of a site: leave such sites out.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    layers = {span.layer: name for name, site in sites.items() for span in site.writers + site.readers}
+    layers = {}
+    for name, site in sites.items():
+        for span in site.writers + site.readers + site.selects:
+            layers[span.layer] = name
 
     def noting(layer):
         def note(x):
@@ -122,8 +169,8 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
         return note
 
     with hooked(denoiser, "with_flops") as hooks:
-        for layer, site in layers.items():
-            hooks.before(layer, noting(layer), site)
+        for layer, owner in layers.items():
+            hooks.before(layer, noting(layer), owner)
         run()
 
     return {name: replace(site, flops_per_unit=_flops(denoiser, site, shapes)) for name, site in sites.items()}
@@ -144,26 +191,33 @@ def _flops(denoiser: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]
         # Two products, of queries with keys and of their weights with values, over the tokens of all streams together.
         batch = shapes[site.writers[0].layer][0]
         queries = keys = 0
-        for span in site.writers:
-            tokens = shapes[span.layer][-2]
-            layer = span.layer.rpartition(".")[2]
-            if layer in _QUERY_LAYERS:
+        for layer, tokens in _tokens(site, shapes).items():
+            if layer in (*_QUERY_LAYERS, *_QUERY_NORMS, *_QUERIES_OF_FUSED):
                 queries += tokens
-            elif layer in _KEY_LAYERS:
+            if layer in (*_KEY_LAYERS, *_KEY_NORMS, *_FUSED_LAYERS, _FUSED_WITH_NEURONS):
                 keys += tokens
         total += 4 * batch * queries * keys * site.unit_size
     return total
 
 
+def _tokens(site: Site, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """{layer: tokens that it was given} of the layers that write heads, or of norms in the place of whole ones."""
+    return {span.layer.rpartition(".")[2]: shapes[span.layer][-2] for span in site.writers + site.selects}
+
+
 def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
     """Yield every site, and (name, reason) for every look-alike."""
     modules = {plain_name(name): module for name, module in denoiser.named_modules()}
+    inside = ""  # the feed-forward whose own parts come next
     for name, module in modules.items():
+        if inside and name.startswith(inside):
+            continue
         parent = modules.get(name.rpartition(".")[0], denoiser)
         try:
-            # The attention of a parallel block (FLUX) has pre_only in the place of an output layer of its own.
-            if hasattr(module, "to_q") and (hasattr(module, "to_out") or hasattr(module, "pre_only")):
+            if _is_attention(module):
                 yield _attention(name, module, parent)
+                if hasattr(module, _FUSED_WITH_NEURONS):
+                    yield _fused_mlp(name, module)
             elif isinstance(getattr(module, "net", None), nn.ModuleList):
                 yield _feed_forward(name, module)
             elif name.rpartition(".")[2] == "proj_mlp":
@@ -172,10 +226,28 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
                 # A shift, a scale and a gate at least. Norms with two of them (AdaLayerNormContinuous) are no sites.
                 if module.linear.out_features >= 3 * module.linear.in_features:
                     yield _modulation(name, module)
+            elif _may_be_feed_forward(name, module) and feed_forward_roles(module):
+                inside = f"{name}."
+                yield _feed_forward_by_role(name, module)
             elif type(module).__name__.endswith(("FeedForward", "GLUMBConv")):
-                raise _NotASite("not built like diffusers' FeedForward (net.0.proj, net.2)")
+                raise _NotASite("no layer of it writes units that another one reads one by one")
         except _NotASite as reason:
             yield name, str(reason)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module is built like an attention; the attention of a parallel block (FLUX) has no output layer."""
+    writes = any(hasattr(module, name) for name in ("to_q", "to_query", _FUSED_WITH_NEURONS, *_FUSED_LAYERS))
+    return writes and any(hasattr(module, name) for name in (*_OUTPUT_LAYERS, "pre_only"))
+
+
+def _may_be_feed_forward(name: str, module: nn.Module) -> bool:
+    """Whether a module is part of a numbered block, and no embedder of a time step or a text.
+
+    Embedders have linear layers in pairs, too. They are small, and what they write steers the whole network.
+    """
+    in_a_block = any(part.isdigit() for part in name.split("."))
+    return in_a_block and not any(word in type(module).__name__ for word in ("Embed", "TextProjection", "Pool"))
 
 
 def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:
@@ -184,48 +256,170 @@ def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:
     for child, part in module.named_children():
         if child not in _ATTENTION_PARTS and next(part.parameters(), None) is not None:
             raise _NotASite(f"unknown part {child!r}")
-    inputs = {}
-    for layer in _INPUT_LAYERS:
-        part = getattr(module, layer, None)
-        if part is not None:
-            inputs[layer] = part
-    _check_linear(*inputs.values())
-    heads, width = module.heads, inputs["to_q"].out_features
+    heads = number_of(module, HEADS)
+    if heads is None:
+        raise _NotASite("it does not say how many heads it has")
+    inputs = _children(module, _INPUT_LAYERS)
+    fused = _children(module, (*_FUSED_LAYERS, _FUSED_WITH_NEURONS))
+    gates = _children(module, _OUTPUT_GATES)
+    _check_linear(*inputs.values(), *fused.values(), *gates.values())
+    if fused:
+        return _fused_attention(name, module, heads, inputs | fused, gates)
+
+    query = next(inputs[layer] for layer in _QUERY_LAYERS if layer in inputs)
+    outputs = _attention_outputs(name, module, parent, inputs)
+    norms = _norms_over_heads(module, query)
+    width = query.out_features  # channels of all heads
+    if norms:  # queries keep all rows: how many heads are left stands in what the output layers read
+        width = next(iter(outputs.values())).in_features
+        inputs = {layer: part for layer, part in inputs.items() if layer in _VALUE_LAYERS}
     if heads < 1 or width % heads:
         raise _NotASite(f"{width} query channels do not divide into {heads} heads")
     head_dim = width // heads
     # With fewer key heads than query heads a unit is one key head and all the query heads that share it.
     units, rest = divmod(min(part.out_features for part in inputs.values()), head_dim)
-    if rest or heads % units:
+    if rest or not units or heads % units:
         raise _NotASite("its key heads do not divide its query heads")
     for norm in _HEAD_NORMS:
         size = _norm_size(getattr(module, norm, None))
-        if size not in (None, head_dim):
+        if size not in (None, head_dim) and norm not in norms:
             raise _NotASite(f"{norm} normalises {size} channels across heads of {head_dim}")
 
     sizes = {layer: part.out_features // units for layer, part in inputs.items()}
     if any(sizes[layer] != width // units for layer in inputs if layer in _QUERY_LAYERS):
         raise _NotASite("its two streams have different widths")
+    sizes |= _gate_sizes(gates, units)
     writers = tuple(Span(f"{name}.{layer}", 0, size) for layer, size in sizes.items())
-
-    outputs = _attention_outputs(name, module, parent, width)
     readers = tuple(Span(layer, 0, width // units) for layer in outputs)
-    layers = {f"{name}.{layer}": part for layer, part in inputs.items()} | outputs
-    return _site(name, "attention", units, writers, readers, layers)
+    selects = tuple(Span(f"{name}.{norm}", 0, channels // units) for norm, channels in norms.items())
+    layers = {f"{name}.{layer}": part for layer, part in (inputs | gates).items()} | outputs
+    site = _site(name, "attention", units, writers, readers, layers)
+    return replace(site, selects=selects, min_units=_heads_that_stay(module))
 
 
-def _attention_outputs(name: str, module: nn.Module, parent: nn.Module, width: int) -> dict[str, nn.Linear]:
-    """{layer name: layer} of the layers that read the heads, ``width`` channels together."""
-    to_out = getattr(module, "to_out", None)
-    if to_out is None and isinstance(getattr(parent, "proj_out", None), nn.Module):
-        return {_beside(name, "proj_out"): _parallel_reader(parent, module)}
-    if not isinstance(to_out, nn.ModuleList):
-        raise _NotASite("its output layer is not to_out[0]")
-    outputs = {f"{name}.to_out.0": to_out[0]}
-    if getattr(module, "to_add_out", None) is not None:  # joint attention: the text stream has a layer of its own
-        outputs[f"{name}.to_add_out"] = module.to_add_out
+def _children(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """{name: part} of those parts that the module has."""
+    parts = {}
+    for name in names:
+        part = getattr(module, name, None)
+        if isinstance(part, nn.Module):
+            parts[name] = part
+    return parts
+
+
+def number_of(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The number that a module has under one of these names."""
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _norms_over_heads(module: nn.Module, query: nn.Linear) -> dict[str, int]:
+    """{norm: channels that it returns} of norms that see all channels of queries or keys together (Wan, LTX)."""
+    norms = {}
+    for name in _HEAD_NORMS:
+        norm = getattr(module, name, None)
+        size = _norm_size(norm)
+        if size is None or number_of(module, HEADS) == 1:
+            continue
+        layer = query
+        if name in _KEY_NORMS:
+            layers = ("add_k_proj",) if "added" in name else ("to_k", "to_key")
+            layer = next((getattr(module, key) for key in layers if hasattr(module, key)), query)
+        if size == layer.out_features:
+            norms[name] = returned_channels(norm)
+    return norms
+
+
+def returned_channels(norm: nn.Module) -> int:
+    """Channels that a norm over all heads returns: all of them, or those that are left."""
+    index = getattr(norm, "index", None)
+    return (_norm_size(norm) or 0) if index is None else index.numel()
+
+
+def _gate_sizes(gates: Mapping[str, nn.Linear], units: int) -> dict[str, int]:
+    """{output gate: rows a unit}."""
+    sizes = {}
+    for layer, part in gates.items():
+        sizes[layer], rest = divmod(part.out_features, units)
+        if rest:
+            raise _NotASite(f"the {part.out_features} rows of its gate {layer!r} do not divide into {units} heads")
+    return sizes
+
+
+def _heads_that_stay(module: nn.Module) -> int:
+    """0 where it is known what the attention returns without heads, else 1."""
+    return 0 if type(getattr(module, "processor", None)).__name__ in RETURNS_OF_PROCESSORS else 1
+
+
+def _fused_attention(name: str, module: nn.Module, heads: int, inputs: Mapping[str, nn.Linear], gates) -> Site:
+    """An attention with projections that write queries, keys and values one after the other."""
+    outputs = {}
+    for layer, part in _children(module, _OUTPUT_LAYERS).items():
+        listed = isinstance(part, (nn.ModuleList, nn.Sequential))
+        outputs[f"{name}.{layer}.0" if listed else f"{name}.{layer}"] = part[0] if listed else part
     _check_linear(*outputs.values())
-    if any(layer.in_features != width for layer in outputs.values()):
+    width = next(iter(outputs.values())).in_features
+    if _FUSED_WITH_NEURONS in inputs:
+        width = module.inner_dim  # the output layer reads neurons, too
+    head_dim = number_of(module, ("head_dim", "dim_heads", "dim_head")) or width // max(heads, 1)
+    if heads < 1 or heads * head_dim != width:
+        raise _NotASite(f"{width} channels do not divide into {heads} heads of {head_dim}")
+    writers = []
+    for layer, part in inputs.items():
+        blocks, rest = divmod(part.out_features, width)
+        if layer == _FUSED_WITH_NEURONS:
+            blocks, rest = 3, 0
+        if rest:
+            raise _NotASite(f"{layer!r} does not write whole queries, keys or values")
+        writers += [Span(f"{name}.{layer}", block * width, head_dim) for block in range(blocks)]
+    writers += [Span(f"{name}.{layer}", 0, size) for layer, size in _gate_sizes(gates, heads).items()]
+    for norm in _HEAD_NORMS:
+        size = _norm_size(getattr(module, norm, None))
+        if size not in (None, head_dim):
+            raise _NotASite(f"{norm} normalises {size} channels across heads of {head_dim}")
+    readers = tuple(Span(layer, 0, head_dim) for layer in outputs)
+    layers = {f"{name}.{layer}": part for layer, part in {**inputs, **gates}.items()} | outputs
+    site = _site(name, "attention", heads, tuple(writers), readers, layers)
+    return replace(site, min_units=1)
+
+
+def _fused_mlp(name: str, module: nn.Module) -> Site:
+    """The neurons that a fused projection writes behind queries, keys and values (FLUX.2): the layer is the site."""
+    inner, neurons, factor = module.inner_dim, module.mlp_hidden_dim, module.mlp_mult_factor
+    layer, output = getattr(module, _FUSED_WITH_NEURONS), module.to_out
+    _check_linear(layer, output)
+    if neurons == 0:
+        raise _NotASite("no unit is left")
+    if layer.out_features != 3 * inner + factor * neurons or output.in_features != inner + neurons or factor > 2:
+        raise _NotASite("its output layer does not read the heads and the neurons side by side")
+    written, read = f"{name}.{_FUSED_WITH_NEURONS}", f"{name}.to_out"
+    # The activation halves what is written (Flux2SwiGLU): neuron i owns row i of both halves.
+    writers = tuple(Span(written, 3 * inner + part * neurons, 1) for part in range(factor))
+    readers = (Span(read, inner, 1),)
+    return _site(written, "feed_forward", neurons, writers, readers, {written: layer, read: output})
+
+
+def _attention_outputs(name: str, module: nn.Module, parent: nn.Module, inputs) -> dict[str, nn.Linear]:
+    """{layer name: layer} of the layers that read the heads."""
+    parts = _children(module, _OUTPUT_LAYERS)
+    if "to_out" not in parts and "out_layer" not in parts:
+        if isinstance(getattr(parent, "proj_out", None), nn.Module):
+            return {_beside(name, "proj_out"): _parallel_reader(parent, module)}
+        raise _NotASite("its output layer is not to_out[0]")
+    outputs = {}
+    for layer, part in parts.items():  # in joint attention the text stream has a layer of its own
+        if isinstance(part, (nn.ModuleList, nn.Sequential)):
+            outputs[f"{name}.{layer}.0"] = part[0]
+        else:
+            outputs[f"{name}.{layer}"] = part
+    _check_linear(*outputs.values())
+    widths = {layer.in_features for layer in outputs.values()}
+    query = next(inputs[layer] for layer in _QUERY_LAYERS if layer in inputs)
+    pruned = any(getattr(norm, "index", None) is not None for norm in module.children())
+    if len(widths) > 1 or (widths != {query.out_features} and not pruned):
         raise _NotASite("its output layer does not read the heads one by one")
     return outputs
 
@@ -247,6 +441,21 @@ def _feed_forward(name: str, module: nn.Module) -> Site:
     return _site(name, "feed_forward", units, writers, readers, {writers[0].layer: proj, readers[0].layer: net[2]})
 
 
+def _feed_forward_by_role(name: str, module: nn.Module) -> Site:
+    """A feed-forward whose layers were found by trying (`ecodiff.method.roles`)."""
+    roles = feed_forward_roles(module)
+    assert roles is not None
+    reader = module.get_submodule(roles.reader)
+    writers, layers = [], {f"{name}.{roles.reader}": reader}
+    for layer, layout in roles.writers:
+        layers[f"{name}.{layer}"] = module.get_submodule(layer)
+        for offset, size in rows_of_unit(layout, reader.in_features):
+            writers.append(Span(f"{name}.{layer}", offset, size))
+    _check_linear(*layers.values())
+    readers = (Span(f"{name}.{roles.reader}", 0, 1),)
+    return _site(name, "feed_forward", reader.in_features, tuple(writers), readers, layers)
+
+
 def _parallel_mlp(name: str, module: nn.Module, parent: nn.Module) -> Site:
     """FLUX's single block: proj_out reads the heads first, then the neurons of proj_mlp."""
     attention = getattr(parent, "attn", None)
@@ -255,18 +464,29 @@ def _parallel_mlp(name: str, module: nn.Module, parent: nn.Module) -> Site:
     _check_linear(module)
     proj_out = _parallel_reader(parent, attention)
     layer = _beside(name, "proj_out")
-    offset = proj_out.in_features - module.out_features
-    if module.out_features == 0:
+    units = neurons_beside(parent)
+    if not units:
         raise _NotASite("no unit is left")
-    writers, readers = (Span(name, 0, 1),), (Span(layer, offset, 1),)
-    return _site(name, "feed_forward", module.out_features, writers, readers, {name: module, layer: proj_out})
+    # A gated activation (Ovis) splits the rows into two halves: neuron i owns row i of both.
+    writers = tuple(Span(name, offset, 1) for offset in range(0, module.out_features, units))
+    readers = (Span(layer, proj_out.in_features - units, 1),)
+    return _site(name, "feed_forward", units, writers, readers, {name: module, layer: proj_out})
+
+
+def neurons_beside(block: nn.Module) -> int | None:
+    """Neurons of the ``proj_mlp`` of a parallel block; half of what it writes where the block says so."""
+    written = getattr(getattr(block, "proj_mlp", None), "out_features", None)
+    said = getattr(block, "mlp_hidden_dim", None)
+    if written is not None and said is not None and written == 2 * said:
+        return said
+    return written
 
 
 def _parallel_reader(parent: nn.Module, attention: nn.Module) -> nn.Linear:
     """The layer of a parallel block that reads [heads, neurons], checked to be as wide as both together."""
     _check_linear(parent.proj_out)
     heads = attention.to_q.out_features if hasattr(attention, "to_q") else 0
-    neurons = getattr(getattr(parent, "proj_mlp", None), "out_features", None)
+    neurons = neurons_beside(parent)
     if neurons is None or parent.proj_out.in_features != heads + neurons:
         raise _NotASite("proj_out does not read the heads and the neurons of proj_mlp side by side")
     return parent.proj_out

@@ -251,3 +251,8 @@ def _check_mask(mask: Mapping[str, Tensor], sites: Mapping[str, Site], skipped: 
             raise EcoDiffError(f"prune: the mask of {name!r} must be a bool tensor, True = keep; make_mask makes one.")
         if tuple(keep.shape) != (sites[name].units,):
             raise EcoDiffError(f"prune: {name!r} has {sites[name].units} units, its mask {list(keep.shape)}.")
+        if int(keep.sum()) < sites[name].min_units:
+            raise EcoDiffError(
+                f"prune: {name!r} must keep at least {sites[name].min_units} unit, since it is not known what its "
+                "module returns without any; make_mask sees to that."
+            )

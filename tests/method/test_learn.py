@@ -180,6 +180,7 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
         quiet(pipe, config=config, resume_dir=tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_saved_before(tmp_path, monkeypatch):
     pipe, config = tiny_sd(), replace(QUICK, target_open=None)
     quiet(pipe, config=replace(config, updates=1), resume_dir=tmp_path)
@@ -266,6 +267,7 @@ def test_a_model_that_could_not_be_pruned_is_refused_before_anything_is_learned(
         learn(pipe, PROMPTS, replace(QUICK, updates=1))
 
 
+@pytest.mark.slow
 def test_an_offloaded_pipeline_keeps_its_weights_until_backward_is_over(monkeypatch):
     pipe, freed = tiny_sd(), []
     pipe._all_hooks = [object()]

@@ -145,6 +145,7 @@ def test_the_original_is_untouched_and_shares_no_weights():
     assert torch.equal(latents(pipe), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_and_mode_stay(dtype):
     model = tiny_sdxl().unet.to(dtype).train()
@@ -152,6 +153,7 @@ def test_dtype_and_mode_stay(dtype):
     assert {parameter.dtype for parameter in pruned.parameters()} == {dtype} and pruned.training
 
 
+@pytest.mark.slow
 def test_pipeline_settings_stay():
     pipe = tiny_sdxl()
     pipe.register_to_config(force_zeros_for_empty_prompt=False)

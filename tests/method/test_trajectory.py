@@ -104,6 +104,7 @@ def test_gradient_is_the_derivative_through_all_steps():
     assert value.grad[0].item() == pytest.approx((above - below) / 2**-8, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_keep_last_counts_steps_and_saves_that_many_recomputations():
     pipe, calls = tiny_sd(), []
     pipe.scheduler = HeunDiscreteScheduler()  # 2T - 1 steps
@@ -118,6 +119,7 @@ def test_keep_last_counts_steps_and_saves_that_many_recomputations():
     assert counts == [10, 8, 5]
 
 
+@pytest.mark.slow
 def test_gates_drawn_in_each_call_are_exact_when_random_states_are_restored_and_wrong_when_drawn_anew():
     pipe = tiny_sd()
     assert_exact(pipe, [{"keep_last": 0}, {"keep_last": 1}], draw="call")
@@ -142,6 +144,7 @@ def test_a_tensor_that_checkpointing_does_not_know_is_refused_not_forgotten():
             final_latents(pipe, **arguments(pipe)).square().mean().backward()
 
 
+@pytest.mark.slow
 def test_gradients_reach_gates_and_arguments_through_autograd_grad_and_autocast():
     pipe = tiny_sdxl()
     net = denoiser(pipe)
@@ -187,6 +190,7 @@ def state(pipe):
     }
 
 
+@pytest.mark.slow
 def test_pipeline_is_left_as_it_was_also_after_an_exception():
     pipe = tiny_sdxl()
     pipe.set_progress_bar_config(desc="mine")

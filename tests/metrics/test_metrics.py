@@ -240,6 +240,7 @@ def test_bootstrap_interval_is_fixed_by_its_seed():
     assert first.low < first.mean < first.high and str(first).startswith(f"{first.mean:.3f} [")
 
 
+@pytest.mark.slow
 def test_nested_interval_counts_what_all_pictures_of_a_seed_share():
     rng = np.random.default_rng(0)
     pictures = rng.normal(size=200)

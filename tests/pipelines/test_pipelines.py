@@ -108,6 +108,7 @@ def test_functions_named_like_their_modules_stay_functions():
         assert callable(getattr(ecodiff, name)) and getattr(ecodiff, name).__name__ == name
 
 
+@pytest.mark.slow
 def test_load_leaves_no_weight_at_an_odd_address(tmp_path):
     pipe = tiny_sdxl()
     pipe.save_pretrained(tmp_path / "whole")

@@ -67,6 +67,7 @@ def test_a_page_knows_its_provenance_and_hides_injected_parameters(project):
     assert "| [](notebooks/01_a.ipynb) | smoke |" in build.status([page])
 
 
+@pytest.mark.slow
 def test_nothing_is_injected_where_the_profile_says_the_same(project):
     notebook = nbformat.read(build.run(chapter(project, "01_a", "size"), "default", project / "out"), as_version=4)
     assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]

@@ -385,6 +385,7 @@ def test_a_golden_key_is_that_of_a_recorded_row(name):
     assert set(GOLDEN[name].values()) <= recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESULTS)
 def test_every_recorded_row_is_asked_for_by_the_plan_or_is_a_known_orphan(name, keys_of):
     recorded = {row["key"]: row["config"] for row in records.rows(name)}

@@ -152,6 +152,7 @@ def test_labels_are_unique_across_chapters():
 PROFILES = sorted((root() / "notebooks" / "profiles").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
 def test_profile_names_parameters_of_the_right_type(profile):
     values = yaml.safe_load(profile.read_text())

@@ -164,6 +164,7 @@ def test_widgets_move_and_can_be_read_from_the_start(browser, serve, specimen, s
     page.context.close()
 
 
+@pytest.mark.slow
 def test_the_faults_are_seen(browser, serve, tmp_path):
     """The check itself, on a page with one fault of each kind."""
     (tmp_path / "bad.html").write_text("""<meta name=viewport content="width=device-width"><body class="bd-article">
@@ -199,6 +200,7 @@ def test_every_page_of_the_book(browser, serve, whole, name):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_widgets_of_the_book_move(browser, serve, whole):
     address, found = serve(whole), []
     for name in pages(whole):

@@ -104,6 +104,7 @@ def test_occlusion_by_groups_gives_an_idle_neuron_nothing():
     assert all(value[0] == 0 < value[1:].min() for value in scores.values())
 
 
+@pytest.mark.slow
 def test_wanda_is_the_direct_computation():
     pipe = tiny_sdxl()
     site = first(pipe, "attention")

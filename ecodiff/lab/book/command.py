@@ -2,6 +2,8 @@
 
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
     python -m ecodiff book before-after     draw book/_static/before-after.png
+
+Both write into the repository from which they run.
 """
 
 from __future__ import annotations
