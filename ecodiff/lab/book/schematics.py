@@ -2,9 +2,9 @@
 
 ``python -m ecodiff book schematics`` writes book/_static/schematics/NAME-light.svg and NAME-dark.svg
 
-A page shows one of the two by the theme's classes ``only-light`` and ``only-dark``: a file that is shown as an image does
-not see the theme that the reader has chosen. Text stays text, in the reader's fonts. Images are 600 units wide, so that
-letters of 19 units have 11 pixels on a phone, where a page's column is 350 pixels wide.
+A page shows one of the two by the theme's classes ``only-light`` and ``only-dark``: a file that is shown as an image
+does not see which theme the reader has chosen. Text stays text, in the reader's fonts. Images are 600 units wide, so
+that letters of 19.5 units have 11 pixels on a phone, where a figure is 342 pixels wide.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ecodiff.storage.paths import root
 from .plotting import COLOURS, PALETTE
 
 WIDTH = 600
-SIZE, INDEX_SIZE, LINE = 19, 15, 25  # letters, indices and the distance of lines
+SIZE, INDEX_SIZE, LINE = 19.5, 15.5, 25  # letters, indices and the distance of lines
 
 # What has a colour in the figures has the same one here.
 ROLES = {
@@ -48,13 +48,14 @@ class Theme:
     ink: str
     tint: float  # share of a role's colour in the fill of a box
     strong_tint: float  # the same in a fill that stands out
+    edge: float  # contrast of lines with the ground; the accessibility guidelines ask 3 to 1 at least
 
     def line(self, role: str) -> str:
-        """The colour of lines: three to one against the ground at least, as the accessibility guidelines ask."""
-        return self._against_ground(ROLES.get(role, self.ink), 3.0)
+        """The colour of lines and edges."""
+        return self._against_ground(ROLES.get(role, self.ink), self.edge)
 
     def word(self, role: str) -> str:
-        """The colour of words: four and a half to one against the ground at least."""
+        """The colour of words: 4.5 to 1 against the ground at least, as the guidelines ask."""
         return self._against_ground(ROLES.get(role, self.ink), 4.5)
 
     def fill(self, role: str) -> str:
@@ -71,8 +72,8 @@ class Theme:
         return mixed(colour, self.ink, share)
 
 
-LIGHT = Theme("light", "#ffffff", "#222832", 0.16, 0.4)
-DARK = Theme("dark", "#121212", "#ced6dd", 0.24, 0.42)
+LIGHT = Theme("light", "#ffffff", "#222832", 0.16, 0.4, 3.0)
+DARK = Theme("dark", "#121212", "#ced6dd", 0.24, 0.42, 4.5)
 THEMES = (LIGHT, DARK)
 
 
@@ -534,7 +535,7 @@ FLUX_MODULATION = {"double": 18_432, "single": 9_216}
 
 def flux_transformer(theme: Theme) -> Drawing:
     drawing = Drawing("The transformer of FLUX and its sites", 985, theme)
-    drawing.box(10, 50, 580, 440, filled=False)
+    drawing.box(10, 50, 580, 420, filled=False)
     drawing.text(300, 24, f"**double block**, {FLUX_DOUBLE} times")
     for x, stream, norm, ff in ((155, "image", "norm1", "ff"), (445, "text", "norm1_context", "ff_context")):
         drawing.text(x, 78, f"{stream} tokens")
@@ -546,13 +547,13 @@ def flux_transformer(theme: Theme) -> Drawing:
         drawing.box(x - 120, 305, 240, 46, f"`{output}` reads", role="attention", filled=False)
         drawing.arrow((x, 351), (x, 380))
         drawing.box(x - 120, 380, 240, 66, f"`{ff}`", f"{FLUX_NEURONS:,} neurons", role="feed_forward")
-        drawing.line((x, 446), (x, 510))
+        drawing.line((x, 446), (x, 495))
     drawing.box(
         35, 210, 530, 66, "`attn`: both streams together", f"{FLUX_HEADS} heads, one gate each", role="attention"
     )
 
-    drawing.line((155, 510), (445, 510))
-    drawing.arrow((300, 510), (300, 535))
+    drawing.line((155, 495), (445, 495))
+    drawing.arrow((300, 495), (300, 530))
     drawing.text(300, 553, f"**single block**, {FLUX_SINGLE} times: image and text in a row")
     drawing.box(10, 578, 580, 338, filled=False)
     drawing.arrow((300, 578), (300, 605))
