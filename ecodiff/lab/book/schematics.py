@@ -24,6 +24,7 @@ from .plotting import COLOURS, PALETTE
 
 WIDTH = 600
 SIZE, INDEX_SIZE, LINE = 19.5, 15.5, 25  # letters, indices and the distance of lines
+DASHES = {False: "", True: ' stroke-dasharray="6 5"'}
 
 # What has a colour in the figures has the same one here.
 ROLES = {
@@ -97,7 +98,10 @@ def _luminance(colour: str) -> float:
     linear = []
     for channel in _channels(colour):
         value = channel / 255
-        linear.append(value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
+        if value <= 0.04045:
+            linear.append(value / 12.92)
+        else:
+            linear.append(((value + 0.055) / 1.055) ** 2.4)
     red, green, blue = linear
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -131,15 +135,14 @@ class Drawing:
         height: float,
         *lines: str,
         role: str = "plain",
-        gone: bool = False,
-        strong: bool = False,
-        filled: bool = True,
+        look: str = "filled",
     ) -> None:
-        """A rectangle with lines of words in its middle; what is ``gone`` has a dashed edge and no fill."""
-        fill = self.theme.strong(role) if strong else self.theme.fill(role)
-        if gone or not filled:
-            fill = "none"
-        dashes = ' stroke-dasharray="6 5"' if gone else ""
+        """A rectangle with lines of words in its middle.
+
+        ``look`` is "filled", "strong" for what stands out, "empty", or "gone", which has a dashed edge and no fill.
+        """
+        fills = {"filled": self.theme.fill(role), "strong": self.theme.strong(role)}
+        fill, dashes = fills.get(look, "none"), DASHES[look == "gone"]
         self._add(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{fill}" '
             f'stroke="{self.theme.line(role)}" stroke-width="2"{dashes}/>'
@@ -154,8 +157,7 @@ class Drawing:
 
     def line(self, *points: tuple[float, float], role: str = "ink", dashed: bool = False, width: float = 2) -> None:
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
-        dashes = ' stroke-dasharray="6 5"' if dashed else ""
-        colour = self.theme.line(role)
+        dashes, colour = DASHES[dashed], self.theme.line(role)
         self._add(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width:g}"{dashes}/>')
 
     def arrow(self, *points: tuple[float, float], role: str = "ink", dashed: bool = False) -> None:
@@ -177,8 +179,10 @@ class Drawing:
         self.text(x, y, sign)
 
     def dot(self, x: float, y: float, role: str, hollow: bool = False) -> None:
-        fill = self.theme.ground if hollow else self.theme.line(role)
         edge = self.theme.line(role)
+        fill = edge
+        if hollow:
+            fill = self.theme.ground
         self._add(f'<circle cx="{round(x, 1):g}" cy="{y:g}" r="6" fill="{fill}" stroke="{edge}" stroke-width="2.5"/>')
 
     def svg(self) -> str:
@@ -211,7 +215,7 @@ def _spans(words: str) -> str:
         elif part.startswith("`"):
             part, style = part[1:-1], ' font-family="ui-monospace, monospace"'
         elif part.startswith(("_{", "^{")):
-            wanted = 5 if part.startswith("_") else -7
+            wanted = {"_": 5, "^": -7}[part[0]]
             part, style = part[2:-1], f' font-size="{INDEX_SIZE}"'
             if part.isalpha():  # indices that are letters are variables too
                 style += ' font-style="italic"'
@@ -219,7 +223,10 @@ def _spans(words: str) -> str:
             # A shift holds for all that follows it, so the next part has to take it back.
             style += f' dy="{wanted - shift}"'
         shift = wanted
-        spans.append(f"<tspan{style}>{escape(part)}</tspan>" if style else escape(part))
+        part = escape(part)
+        if style:
+            part = f"<tspan{style}>{part}</tspan>"
+        spans.append(part)
     return "".join(spans)
 
 
@@ -227,27 +234,24 @@ def gated_head(theme: Theme) -> Drawing:
     drawing = Drawing("Attention with a gate after each head", 570, theme)
     drawing.box(200, 15, 200, 42, "tokens *x*")
     drawing.line((300, 57), (300, 78))
-    columns = {"1": 105, "2": 275, "h": 490}
-    drawing.line((columns["1"], 78), (columns["h"], 78))
+    drawing.line((105, 78), (490, 78))
     drawing.text(382, 145, "…")
     drawing.text(382, 350, "…")
-    values = {"1": "1", "2": "0", "h": "0.7"}
-    for head, x in columns.items():
-        name = f"*{head}*" if head == "h" else head
-        closed = values[head] == "0"
+    for x, head, name, value in ((105, "1", "1", "1"), (275, "2", "2", "0"), (490, "h", "*h*", "0.7")):
+        role, look = "ink", "filled"
+        closed = value == "0"
+        if closed:
+            role, look = "plain", "gone"
+        heads = (f"**head** {name}", f"*Q*_{{{head}}} *K*_{{{head}}} *V*_{{{head}}}", f"gives *a*_{{{head}}}")
         drawing.arrow((x, 78), (x, 100))
-        drawing.box(
-            x - 75, 100, 150, 90,
-            f"**head** {name}", f"*Q*_{{{head}}} *K*_{{{head}}} *V*_{{{head}}}", f"gives *a*_{{{head}}}",
-            role="attention",
-        )  # fmt: skip
+        drawing.box(x - 75, 100, 150, 90, *heads, role="attention")
         drawing.arrow((x, 190), (x, 230))
         drawing.node(x, 250, "×", "gate")
-        drawing.text(x + 28, 250, f"*z*_{{{head}}} = {values[head]}", "start", "gate")
-        drawing.arrow((x, 270), (x, 320), role="plain" if closed else "ink", dashed=closed)
-        drawing.box(x - 75, 320, 150, 60, f"*W*^{{o}}_{{{head}}}", role="attention", gone=closed)
-        drawing.line((x, 380), (x, 405), role="plain" if closed else "ink", dashed=closed)
-    drawing.line((columns["1"], 405), (columns["h"], 405))
+        drawing.text(x + 28, 250, f"*z*_{{{head}}} = {value}", "start", "gate")
+        drawing.arrow((x, 270), (x, 320), role=role, dashed=closed)
+        drawing.box(x - 75, 320, 150, 60, f"*W*^{{o}}_{{{head}}}", role="attention", look=look)
+        drawing.line((x, 380), (x, 405), role=role, dashed=closed)
+    drawing.line((105, 405), (490, 405))
     drawing.arrow((300, 405), (300, 435))
     drawing.node(300, 455, "Σ")
     drawing.text(265, 455, "`to_out[0]`", "end")
@@ -336,7 +340,7 @@ def _matrix(drawing: Drawing, x, y, width, height, role: str, rows=(), columns=(
 
 
 def checkpoints(theme: Theme) -> Drawing:
-    drawing = Drawing("The unrolled sampler with time-step checkpointing", 760, theme)
+    drawing = Drawing("The unrolled sampler with time-step checkpointing", 720, theme)
     drawing.box(20, 15, 560, 42, "λ  →  gates *z*, the same ones in both passes", role="gate")
     drawing.text(165, 88, "**forward**")
     drawing.text(430, 88, "**backward**")
@@ -345,7 +349,7 @@ def checkpoints(theme: Theme) -> Drawing:
         y = 105 + i * high
         _kept_latents(drawing, left, y, f"*ẑ*_{{{step}}}")
         drawing.arrow((left, y + 40), (left, y + 65))
-        drawing.box(85, y + 65, 160, 60, f"step {step}", "keeps nothing", gone=True)
+        drawing.box(85, y + 65, 160, 60, f"step {step}", "keeps nothing", look="gone")
         drawing.arrow((left, y + 125), (left, y + high))
         drawing.arrow((35, y + 95), (85, y + 95), role="gate")
     drawing.line((35, 57), (35, 105 + 2 * high + 95), role="gate")
@@ -354,30 +358,26 @@ def checkpoints(theme: Theme) -> Drawing:
     drawing.arrow((left, end + 40), (left, end + 80))
     drawing.box(45, end + 80, 510, 70, "loss: the distance of *ẑ*_{0} from the *z*_{0}", "of the model without gates")
 
-    words = {3: ("step 3", "waits"), 2: ("step 2", "recomputed,", "in memory now"), 1: ("step 1", "done, freed")}
-    for i, step in enumerate((3, 2, 1)):
-        y = 105 + i * high
-        now = step == 2
-        drawing.box(
-            345, y + 50, 170, 90, *words[step],
-            role="gradient" if now else "plain", gone=not now, strong=now,
-        )  # fmt: skip
-        if step > 1:
-            drawing.arrow((right, y + high + 50), (right, y + 140), role="gradient", dashed=step == 3)
-            if step == 2:
-                drawing.text(right + 12, y + high + 20, "*g*", "start", "gradient")
-        if now:
-            drawing.arrow((left + 60, y + 20), (300, y + 20), (300, y + 95), (345, y + 95))
-        reached = step < 3
-        drawing.line((515, y + 95), (565, y + 95), role="gradient" if reached else "plain", dashed=not reached)
-    drawing.arrow((right, end + 80), (right, 105 + 2 * high + 140), role="gradient")
-    drawing.arrow((565, 105 + 2 * high + 95), (565, 57), role="gradient")
+    # The moment that is drawn: the last step is done, the one before it is in memory, the first has not begun.
+    first, second, last = (155 + i * high for i in range(3))
+    drawing.box(345, first, 170, 90, "step 3", "waits", look="gone")
+    drawing.box(345, second, 170, 90, "step 2", "recomputed,", "in memory now", role="gradient", look="strong")
+    drawing.box(345, last, 170, 90, "step 1", "done, freed", look="gone")
+    drawing.arrow((left + 60, second - 30), (300, second - 30), (300, second + 45), (345, second + 45))
+    drawing.arrow((right, last), (right, second + 90), role="gradient")
+    drawing.text(right + 12, last - 30, "*g*", "start", "gradient")
+    drawing.arrow((right, second), (right, first + 90), role="gradient", dashed=True)
+    drawing.line((515, first + 45), (565, first + 45), role="plain", dashed=True)
+    drawing.line((515, second + 45), (565, second + 45), role="gradient")
+    drawing.line((515, last + 45), (565, last + 45), role="gradient")
+    drawing.arrow((right, end + 80), (right, last + 90), role="gradient")
+    drawing.arrow((565, last + 45), (565, 57), role="gradient")
     drawing.text(552, 88, "*G*", "end", "gradient")
     return drawing
 
 
 def _kept_latents(drawing: Drawing, x: float, y: float, name: str) -> None:
-    drawing.box(x - 60, y, 120, 40, f"{name} kept", role="learned", strong=True)
+    drawing.box(x - 60, y, 120, 40, f"{name} kept", role="learned", look="strong")
 
 
 def hard_concrete(theme: Theme) -> Drawing:
@@ -535,16 +535,19 @@ FLUX_MODULATION = {"double": 18_432, "single": 9_216}
 
 def flux_transformer(theme: Theme) -> Drawing:
     drawing = Drawing("The transformer of FLUX and its sites", 985, theme)
-    drawing.box(10, 50, 580, 420, filled=False)
+    drawing.box(10, 50, 580, 420, look="empty")
     drawing.text(300, 24, f"**double block**, {FLUX_DOUBLE} times")
-    for x, stream, norm, ff in ((155, "image", "norm1", "ff"), (445, "text", "norm1_context", "ff_context")):
+    streams = (
+        (155, "image", "norm1", "to_out[0]", "ff"),
+        (445, "text", "norm1_context", "to_add_out", "ff_context"),
+    )
+    for x, stream, norm, output, ff in streams:
         drawing.text(x, 78, f"{stream} tokens")
         drawing.arrow((x, 92), (x, 115))
         drawing.box(x - 120, 115, 240, 66, f"`{norm}`", f"{FLUX_MODULATION['double']:,} channels", role="modulation")
         drawing.arrow((x, 181), (x, 210))
-        output = "to_out[0]" if stream == "image" else "to_add_out"
         drawing.arrow((x, 276), (x, 305))
-        drawing.box(x - 120, 305, 240, 46, f"`{output}` reads", role="attention", filled=False)
+        drawing.box(x - 120, 305, 240, 46, f"`{output}` reads", role="attention", look="empty")
         drawing.arrow((x, 351), (x, 380))
         drawing.box(x - 120, 380, 240, 66, f"`{ff}`", f"{FLUX_NEURONS:,} neurons", role="feed_forward")
         drawing.line((x, 446), (x, 495))
@@ -554,8 +557,8 @@ def flux_transformer(theme: Theme) -> Drawing:
 
     drawing.line((155, 495), (445, 495))
     drawing.arrow((300, 495), (300, 530))
-    drawing.text(300, 553, f"**single block**, {FLUX_SINGLE} times: image and text in a row")
-    drawing.box(10, 578, 580, 338, filled=False)
+    drawing.text(300, 553, f"**single block**, {FLUX_SINGLE} times: both in one sequence")
+    drawing.box(10, 578, 580, 338, look="empty")
     drawing.arrow((300, 578), (300, 605))
     drawing.box(180, 605, 240, 66, "`norm`", f"{FLUX_MODULATION['single']:,} channels", role="modulation")
     drawing.line((300, 671), (300, 690))
@@ -566,8 +569,8 @@ def flux_transformer(theme: Theme) -> Drawing:
     drawing.box(325, 712, 240, 66, "`proj_mlp`", f"{FLUX_NEURONS:,} neurons", role="feed_forward")
     drawing.arrow((155, 778), (155, 808))
     drawing.arrow((445, 778), (445, 808))
-    drawing.box(35, 808, 265, 60, "columns of heads", role="attention", filled=False)
-    drawing.box(300, 808, 265, 60, "columns of neurons", role="feed_forward", filled=False)
+    drawing.box(35, 808, 265, 60, "columns of heads", role="attention", look="empty")
+    drawing.box(300, 808, 265, 60, "columns of neurons", role="feed_forward", look="empty")
     drawing.text(300, 890, "`proj_out` reads both")
     drawing.arrow((300, 916), (300, 946))
     drawing.text(300, 964, "tokens of the next block")
@@ -585,9 +588,13 @@ def masked_or_removed(theme: Theme) -> Drawing:
         x = 30 + 46 * i
         drawing.box(x, 80, 46, 46, f"*a*_{{{i + 1}}}", role="attention")
         drawing.arrow((x + 23, 126), (x + 23, 160))
-        drawing.node(x + 23, 180, "1" if kept else "0", "gate")
-        drawing.arrow((x + 23, 200), (x + 23, 240), role="ink" if kept else "plain", dashed=not kept)
-        drawing.box(x, 240, 46, 110, role="attention" if kept else "plain")
+        drawing.node(x + 23, 180, str(int(kept)), "gate")
+        if kept:
+            drawing.arrow((x + 23, 200), (x + 23, 240))
+            drawing.box(x, 240, 46, 110, role="attention")
+        else:
+            drawing.arrow((x + 23, 200), (x + 23, 240), role="plain", dashed=True)
+            drawing.box(x, 240, 46, 110)
     drawing.text(145, 375, "`to_out[0]`, all columns")
     left = [i for i, kept in enumerate(keep) if kept]
     for k, i in enumerate(left):
@@ -638,8 +645,8 @@ def data_flow(theme: Theme) -> Drawing:
     drawing.arrow((240, 882), (240, 920), (400, 920), (400, 960))
     drawing.arrow((470, 882), (470, 960))
     drawing.arrow((580, 723), (592, 723), (592, 920), (550, 920), (550, 960))
-    drawing.box(20, 960, 180, 80, "chapters:", "text and cells", strong=True)
-    drawing.box(350, 960, 230, 80, "claims: functions", "that give verdicts", strong=True)
+    drawing.box(20, 960, 180, 80, "chapters:", "text and cells", look="strong")
+    drawing.box(350, 960, 230, 80, "claims: functions", "that give verdicts", look="strong")
     drawing.arrow((350, 1000), (200, 1000))
     return drawing
 
