@@ -1,9 +1,10 @@
-"""Pair notebooks with their sources, or draw the picture at the top of README.
+"""Pair notebooks with their sources, or draw what no chapter draws: the image at the top of README, and schematics.
 
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
     python -m ecodiff book before-after     draw book/_static/before-after.png
+    python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
-Both write into the repository from which they run.
+All of them write into the repository from which they run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["pair", "before-after"])
+    parser.add_argument("action", choices=["pair", "before-after", "schematics"])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,6 +23,11 @@ def run(options: argparse.Namespace) -> int:
 
         for written in pair():
             print(f"wrote notebooks/{written.name}")
+    elif options.action == "schematics":
+        from . import schematics
+
+        for path in schematics.write():
+            print(f"wrote book/_static/schematics/{path.name}")
     else:
         from .before_after import draw_before_after
 
