@@ -69,7 +69,7 @@ def _path(pairs) -> str:
 
 
 def _axes() -> str:
-    """Grid lines with their numbers, and the names of both axes. Neither quantity has a unit, and the names say so."""
+    """Grid lines with their numbers, and the names of both axes."""
     parts = []
     for log_alpha in range(-8, 9, 2):
         x = _x(log_alpha)
@@ -82,9 +82,8 @@ def _axes() -> str:
         parts.append(f'<text x="{LEFT - 8}" y="{float(y) + 5:.1f}" text-anchor="end">{value:g}</text>')
     middle = (HEIGHT - BOTTOM + TOP) / 2
     parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">λ (no unit)</text>')
-    parts.append(
-        f'<text x="22" y="{middle}" text-anchor="middle" transform="rotate(-90 22 {middle})">gate z, or P(z &gt; 0)</text>'
-    )
+    upright = f'x="22" y="{middle}" text-anchor="middle" transform="rotate(-90 22 {middle})"'
+    parts.append(f"<text {upright}>gate z, or P(z &gt; 0)</text>")
     return "".join(parts)
 
 
@@ -113,8 +112,8 @@ def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | 
 <line class="hc-here" x1="{here}" x2="{here}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>
 <g class="hc-draws"></g>
 </svg>
-<p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws. <b>Dashed:</b> P(z &gt; 0), the probability that the gate is open.
-<b>Dots:</b> draws at the chosen λ.
+<p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws.
+<b>Dashed:</b> P(z &gt; 0), the probability that the gate is open. <b>Dots:</b> draws at the chosen λ.
 λ, δ, α and z have no unit.</p>
 <div class="hc-controls">{"".join(controls)}</div>
 <button type="button">Reset the sliders</button>
