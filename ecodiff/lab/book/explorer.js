@@ -29,12 +29,17 @@
     const zero = 1 - open(l), one = 1 - open(-l);
     const stuck = d > 0 ? `From λ = ${(Math.log((1 + d) / d) - edge).toFixed(2)} on it is zero in every draw.`
       : "Without a limit on the noise, no λ makes it zero in every draw.";
-    find(".hc-says").textContent = `P(gate = 0) = ${zero.toFixed(3)}, P(gate = 1) = ${one.toFixed(3)}. ` +
-      `The gradient is zero in ${(100 * (zero + one)).toFixed(1)} % of the draws. ${stuck}`;
+    const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
+    find(".hc-says").textContent = `The gate is exactly 0 in ${percent(zero)} of the draws and exactly 1 in ` +
+      `${percent(one)}. The gradient is zero in these ${percent(zero + one)}. ${stuck}`;
     for (const input of box.querySelectorAll("input")) {
       input.parentElement.querySelector("output").textContent = input.value;
     }
   }
   box.addEventListener("input", draw);
+  find("button").addEventListener("click", () => {
+    for (const input of box.querySelectorAll("input")) input.value = input.defaultValue;
+    draw();
+  });
   draw();
 })();

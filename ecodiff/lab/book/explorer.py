@@ -14,7 +14,7 @@ from ecodiff.method.hard_concrete import HardConcrete
 
 from .interactive import interactive
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 48, 58, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 320, 76, 58, 14
 RANGE = 8.0  # λ runs over [-RANGE, RANGE]
 LEVELS = [round(0.01 + 0.98 * i / 96, 4) for i in range(97)]  # u for the band: 1 % to 99 % of the draws
 
@@ -31,11 +31,14 @@ STYLE = """
 .hc-controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .4rem 1.2rem; }
 .hc-controls label { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .9em; }
 .hc-controls input { width: 100%; min-height: 1.6rem; accent-color: #1f8fd0; }
+.hc-explorer button { margin-top: .5rem; padding: .15rem .9rem; min-height: 1.7rem; font: inherit; font-size: .9em;
+  cursor: pointer; color: inherit; background: none; border: 1px solid currentColor; border-radius: 4px; }
+.hc-explorer button:focus-visible { outline: 2px solid #1f8fd0; outline-offset: 2px; }
 .hc-key { font-size: .9em; margin: .3rem 0; }
 .hc-key b { font-weight: 600; }
 .hc-says { font-size: .9em; min-height: 4.5em; margin: .3rem 0 0; }
 @media (max-width: 600px) { .hc-explorer text { font-size: 22px; } }
-@media print { .hc-controls { display: none; } .hc-explorer { break-inside: avoid; } }
+@media print { .hc-controls, .hc-explorer button { display: none; } .hc-explorer { break-inside: avoid; } }
 """
 
 
@@ -66,7 +69,7 @@ def _path(pairs) -> str:
 
 
 def _axes() -> str:
-    """Grid lines with their numbers, and the name of the horizontal axis."""
+    """Grid lines with their numbers, and the names of both axes."""
     parts = []
     for log_alpha in range(-8, 9, 2):
         x = _x(log_alpha)
@@ -77,7 +80,10 @@ def _axes() -> str:
         y = _y(value)
         parts.append(f'<line class="hc-grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{float(y) + 5:.1f}" text-anchor="end">{value:g}</text>')
-    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">λ (log α)</text>')
+    middle = (HEIGHT - BOTTOM + TOP) / 2
+    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">λ (no unit)</text>')
+    upright = f'x="22" y="{middle}" text-anchor="middle" transform="rotate(-90 22 {middle})"'
+    parts.append(f"<text {upright}>gate z, or P(z &gt; 0)</text>")
     return "".join(parts)
 
 
@@ -94,7 +100,7 @@ def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | 
     description = (
         "Gate value against lambda. A curve rises from 0 to 1 through a half at lambda 0 and is clipped at both ends; "
         "a band around it holds 98 percent of the random draws; a dashed curve is the probability that the gate is "
-        "open. Sliders change lambda, delta and the temperature alpha."
+        "open. Sliders change lambda, delta and the temperature alpha; a button sets them back."
     )
     here = _x(log_alpha)
     body = f"""
@@ -106,9 +112,11 @@ def hard_concrete_explorer(log_alpha: float = 1.0, distribution: HardConcrete | 
 <line class="hc-here" x1="{here}" x2="{here}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>
 <g class="hc-draws"></g>
 </svg>
-<p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws. <b>Dashed:</b> P(open).
-<b>Dots:</b> draws at the chosen λ.</p>
+<p class="hc-key"><b>Solid:</b> gate without noise. <b>Band:</b> 98 % of the draws.
+<b>Dashed:</b> P(z &gt; 0), the probability that the gate is open. <b>Dots:</b> draws at the chosen λ.
+λ, δ, α and z have no unit.</p>
 <div class="hc-controls">{"".join(controls)}</div>
+<button type="button">Reset the sliders</button>
 <p class="hc-says" role="status" aria-live="polite">{escape(says(start, log_alpha))}</p>"""
     constants = {
         "gamma": start.gamma, "zeta": start.zeta, "range": RANGE, "width": WIDTH, "height": HEIGHT,
@@ -136,6 +144,6 @@ def says(distribution: HardConcrete, log_alpha: float) -> str:
     else:
         stuck = "Without a limit on the noise, no λ makes it zero in every draw."
     return (
-        f"P(gate = 0) = {low:.3f}, P(gate = 1) = {high:.3f}. "
-        f"The gradient is zero in {100 * (low + high):.1f} % of the draws. {stuck}"
+        f"The gate is exactly 0 in {100 * low:.1f}\u00a0% of the draws and exactly 1 in {100 * high:.1f}\u00a0%. "
+        f"The gradient is zero in these {100 * (low + high):.1f}\u00a0%. {stuck}"
     )
