@@ -71,7 +71,9 @@ def test_a_word_counts_only_decisions_about_the_item():
     erratum = Erratum("Table 4", "Wrong.", (Line("x", "1", "2", False),))
     assert items.judge(four, (), [erratum]).word == rules.FAILS
     assert items.judge(four, (), ()).word == items.SHOWN
-    assert "{ref}`1 <claim-it-is>`" in items.text(four, verdict) and page.badge(rules.MIXED) in items.text(four, verdict)
+    assert "{ref}`1 <claim-it-is>`" in items.text(four, verdict) and page.badge(rules.MIXED) in items.text(
+        four, verdict
+    )
 
 
 def test_the_claims_name_no_item_that_is_not_there(monkeypatch):

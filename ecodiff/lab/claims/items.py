@@ -16,7 +16,12 @@ from . import page
 from .rules import SCALES, Claim, Decision, contradicted, overall
 
 SHOWN, EXPLAINED = "shown", "explained"
-KINDS = {"Tables?": "Table", r"Fig(?:\.|ures?)": "Figure", r"Eq(?:\.|uations?)": "Equation", "Alg(?:\\.|orithm)": "Algorithm"}
+KINDS = {
+    r"Tables?": "Table",
+    r"Fig(?:\.|ures?)": "Figure",
+    r"Eq(?:\.|uations?)": "Equation",
+    r"Alg(?:\.|orithm)": "Algorithm",
+}
 PUBLISHED_PLACES = {"main table": "Published main table", "recovery table": "Published recovery table"}
 
 
@@ -234,8 +239,8 @@ def index(items: Sequence[Item], verdicts: Sequence[Verdict]) -> str:
     """All items with their words, as one paragraph of links."""
     parts = []
     for item, verdict in zip(items, verdicts, strict=True):
-        parts.append(f"{{ref}}`{item.name} <{item.slug}>` {page.badge(verdict.word)}")
-    return " ".join(parts)
+        parts.append(f"{{ref}}`{item.name} <{item.slug}>`\u00a0{page.badge(verdict.word)}")
+    return " · ".join(parts)
 
 
 def _reference(label: str) -> str:

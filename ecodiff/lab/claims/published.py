@@ -12,9 +12,9 @@ from ecodiff.lab.errata import versions
 from ecodiff.lab.paper import claim, row, setting, table
 
 from . import on_full_size
-
 from .cost import UPDATE_OF
 from .on_embedded import BOTH, DEV, HUB, LEARNED, ORIGINAL, SCHNELL, SDXL, better, kept, real
+from .page import anchor
 from .results import PAIRS, PAIRS_ORIGINAL, SETS, SMALL
 from .rules import CHECKPOINT, MISSING, UNDECIDED, Claim, Decision, contradicted, printed
 
@@ -78,8 +78,8 @@ def ten_hours() -> Claim:
     return Claim(
         "Published version: abstract",
         "A mask is learned in 10 GPU-hours of an A100, with 100 samples.",
-        "Tables 2 and 3's 400 updates of four samples, from the time of one checkpointed update measured on another GPU: more "
-        "than 10 hours there contradicts it; less leaves it open how much slower an A100 is.",
+        "The 400 updates of four samples of Tables 2 and 3, by the time of one checkpointed update measured on another "
+        "GPU: more than 10 hours there contradicts it; less leaves it open how much slower an A100 is.",
         ("17_versions", "13_what_it_costs"),
         (
             _hours("SDXL"),
@@ -296,8 +296,16 @@ def changes(checked: list[Claim]) -> list[dict[str, str]]:
     for number, one in enumerate(checked, 1):
         if one.name in CHANGES:
             later, effect = CHANGES[one.name]
-            lines.append({"number": str(number), "claim": one.says, "name": one.name,
-                          "later": later.format(**numbers), "effect": effect})  # fmt: skip
+            lines.append(
+                {
+                    "number": str(number),
+                    "claim": one.says,
+                    "name": one.name,
+                    "anchor": anchor(one),
+                    "later": later.format(**numbers),
+                    "effect": effect,
+                }
+            )
     return lines
 
 
@@ -320,5 +328,3 @@ def changed_recipes(model: str) -> list[Decision]:
     for label, (first, second) in recipes.items():
         decisions.append(kept(model, first, second, BOTH, label))
     return decisions
-
-

@@ -61,7 +61,6 @@ class Decision:
         if not (self.evidence or (self.command and self.verdict not in DECIDED)):
             raise EcoDiffError(f"A verdict {self.verdict!r} on {self.on} needs its evidence.")
 
-
     @property
     def scale(self) -> str:
         """What it rests on: one of ``SCALES``, or "open" where nothing does."""
