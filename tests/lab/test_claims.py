@@ -138,7 +138,7 @@ def test_better_is_more_of_something_and_less_of_nothing(family, mean, right, ex
     record(family, B, ssim=ssim(0.9), object=hits(70))
     found = on_embedded.better(MODEL, A, B)
     assert found.verdict == expected and found.command == ""
-    assert "a minus b: SSIM" in found.evidence and "100 pictures, 1 seed" in found.evidence
+    assert "a minus b: SSIM" in found.evidence and "100 images, 1 seed" in found.evidence
     assert "small, for SDXL" in found.on
 
 

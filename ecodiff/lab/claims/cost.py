@@ -73,7 +73,7 @@ def operations() -> Claim:
     pruned_sdxl = partial(_pruned_gflop, model="SDXL", ratio=0.2, calls=80)
     return Claim(
         "Table 1",
-        "GFLOP of a picture, with 5 steps for FLUX and 50 for SDXL, and how they fall when units go.",
+        "GFLOP per image, with 5 steps for FLUX and 50 for SDXL, and how they fall when units go.",
         "Linear layers and convolutions counted: originals to the printed thousand (SDXL with and without guidance), "
         "pruned ones within 1 % (SDXL for 80 calls, which is what the print for the original comes to).",
         ("13_what_it_costs",),
@@ -110,7 +110,7 @@ def drawing(preset: str, ratio: float) -> tuple[str, dict]:
 def faster() -> Claim:
     return Claim(
         "§1, §4",
-        "Pruned models draw faster.",
+        "Pruned models generate images faster.",
         "One denoiser call with random weights, 20 % of the units gone, over the original in the same turns: below 1 "
         "by the clock and, on a CPU, by processor time.",
         ("13_what_it_costs",),
@@ -150,7 +150,7 @@ def small_gpus() -> Claim:
     return Claim(
         "Fig. 1",
         "Pruning is what brings SDXL to a GPU of 8 GB and FLUX to one of 24 GB.",
-        "Peak of drawing one picture in bf16, by the better of all on the GPU and one component at a time: does the "
+        "Peak of generating one image in bf16, by the better of all on the GPU and one component at a time: does the "
         "pruned model fit, and does the unpruned one not, whichever way a GB is read?",
         ("13_what_it_costs",),
         (
