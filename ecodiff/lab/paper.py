@@ -2,6 +2,8 @@
 
 Nothing here is measured or corrected. A chapter that shows one of these numbers says *published*.
 
+The tables of the preprint (arXiv 2412.02852v1) were read from the preprint itself:
+
     table1                  main comparison: FID, CLIP and SSIM on two sets, GFLOP, parameters (* ratios are speed-ups)
     table2, table3          training configurations of FLUX and SDXL, as parameter and value
     table4, table9          the weight β of the regulariser, SDXL and FLUX
@@ -12,6 +14,15 @@ Nothing here is measured or corrected. A chapter that shows one of these numbers
     table12                 hours, memory and carbon
     claims                  numbers of the text and the captions, by name
     sdxl_lambda             not printed: the authors' published λ of SDXL, one row a module
+
+Numbers of the published version (ICLR 2026), and of others who measured the method, stand in files of their own. Each
+of their rows names its ``version`` and its ``source``: *first-hand*, or *second-hand* where notes on a paper were read
+and not the paper.
+
+    published/main          main comparison at 20 %, with speed-ups as printed
+    published/recovery      SDXL at 25 to 50 %, without and with recovery
+    published/claims        numbers of the text, by name
+    others/obs_diff         EcoDiff as OBS-Diff's authors measured it
 """
 
 from __future__ import annotations
@@ -23,18 +34,41 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.paths import data_file
 
 TABLES = (*(f"table{i}" for i in range(1, 13)), "claims", "sdxl_lambda")
+"""The preprint's tables: all of their numbers are first-hand."""
+LATER = ("published/main", "published/recovery", "published/claims", "others/obs_diff")
+"""Tables of the published version and of others; their rows have the columns ``version`` and ``source``."""
+SOURCES = ("first-hand", "second-hand")
 
 
 def table(name: str) -> list[dict]:
-    """Rows of a table, one of ``TABLES``: a dict a row, {column: number, text or None}.
+    """Rows of a table, one of ``TABLES`` or ``LATER``: a dict a row, {column: number, text or None}.
 
     A column of numbers is all int or all float; an empty entry is None: not printed, or not applicable. Column names
     end in their unit; ratios are shares (10 % is 0.1). ``bold`` names the columns that the paper prints in bold. Raises
-    EcoDiffError for another name.
+    EcoDiffError for another name, for a table of the preprint with rows of another source, and for a later table with
+    rows that do not name theirs.
     """
-    if name not in TABLES:
-        raise EcoDiffError(f"There is no published table {name!r} here: {', '.join(TABLES)}.")
+    if name not in TABLES + LATER:
+        raise EcoDiffError(f"There is no published table {name!r} here: {', '.join(TABLES + LATER)}.")
+    _check_source(name)
     return [dict(row) for row in _rows(name)]
+
+
+def _check_source(name: str) -> None:
+    """Raise EcoDiffError where rows of a table do not say where they come from, or come from where they must not."""
+    for texts in _texts(name):
+        if name in TABLES and not {"version", "source"}.isdisjoint(texts):
+            raise EcoDiffError(f"{name}.csv is the preprint's: rows of another version or source need their own file.")
+        if name in LATER and not (texts.get("version") and texts.get("source") in SOURCES):
+            raise EcoDiffError(f"{name}.csv: each row names its version, and its source as {' or '.join(SOURCES)}.")
+
+
+def provenance(name: str) -> str:
+    """Where the numbers of a table come from, for its caption: "preprint, first-hand" or "ICLR 2026, second-hand"."""
+    if name in TABLES:
+        return "preprint, first-hand"
+    origins = dict.fromkeys(f"{row['version']}, {row['source']}" for row in table(name))
+    return "; ".join(origins)
 
 
 def row(name: str, **columns) -> dict:
@@ -49,7 +83,7 @@ def row(name: str, **columns) -> dict:
 
 
 _HEADS = {"coco": "COCO", "flickr": "Flickr", "fid": "FID", "clip": "CLIP", "ssim": "SSIM"}
-_HEADS |= {"gflop": "GFLOP", "beta": "β"}
+_HEADS |= {"gflop": "GFLOP", "beta": "β", "image": "Image", "reward": "Reward"}
 
 
 def readable(name: str, **columns) -> list[dict[str, str]]:
@@ -95,12 +129,15 @@ def setting(name: str, parameter: str):
     return row(name, parameter=parameter)["value"]
 
 
-def claim(name: str) -> float:
-    """One number of the text, by its name in ``claims.csv``; raises EcoDiffError for another name."""
-    for row in _rows("claims"):
+def claim(name: str, file: str = "claims") -> float:
+    """One number of the text, by its name in ``claims.csv`` (or "published/claims").
+
+    Raises EcoDiffError for another name.
+    """
+    for row in table(file):
         if row["name"] == name:
             return row["value"]
-    raise EcoDiffError(f"There is no published claim {name!r} in claims.csv.")
+    raise EcoDiffError(f"There is no published claim {name!r} in {file}.csv.")
 
 
 @lru_cache

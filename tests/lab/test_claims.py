@@ -1,5 +1,6 @@
 """Claims: each is placed and decided by a rule, rules decide rightly on rows made for them, and counts are exact."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from ecodiff.lab.claims import (
     on_embedded,
     on_full_size,
     page,
+    published,
     results,
     reviewers,
     rules,
@@ -82,7 +84,9 @@ def ssim(mean):
     return [mean + 0.001 * (i % 5) for i in range(100)]
 
 
-@pytest.mark.parametrize("function", [*claims.CLAIMS, *claims.REVIEWERS], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "function", [*claims.CLAIMS, *claims.PUBLISHED, *claims.REVIEWERS], ids=lambda function: function.__name__
+)
 def test_a_claim_has_a_place_a_test_and_a_verdict_whether_rows_are_there_or_not(function, store):
     (claim,) = claims.check([function], presets=())
     assert claim.where and claim.says.endswith(".") and claim.test.endswith((".", "?")) and claim.decisions
@@ -110,7 +114,7 @@ def test_there_are_claims_of_every_part_of_the_paper_and_none_twice(store):
 @pytest.mark.slow
 def test_rows_of_studies_are_the_ones_that_are_named(family):
     """A row that a study does not have is an error, not a row that is missing."""
-    claims.check([*claims.CLAIMS, *claims.REVIEWERS], presets=())
+    claims.check([*claims.CLAIMS, *claims.PUBLISHED], presets=())
     with pytest.raises(EcoDiffError, match="has no row 'nonsense'"):
         on_embedded.better(MODEL, A, ("toy", "nonsense"))
 
@@ -134,7 +138,7 @@ def test_better_is_more_of_something_and_less_of_nothing(family, mean, right, ex
     record(family, B, ssim=ssim(0.9), object=hits(70))
     found = on_embedded.better(MODEL, A, B)
     assert found.verdict == expected and found.command == ""
-    assert "a minus b: SSIM" in found.evidence and "100 pictures, 1 seed" in found.evidence
+    assert "a minus b: SSIM" in found.evidence and "100 images, 1 seed" in found.evidence
     assert "small, for SDXL" in found.on
 
 
@@ -496,11 +500,53 @@ def test_gates_that_lie_between_are_counted_from_kept_ones(family, monkeypatch):
     assert not learned  # the file is where learned_gates looks
 
 
-def test_page_numbers_claims_and_groups_what_is_open(store):
+def test_a_card_has_number_word_and_place_and_groups_what_is_open(store):
     found = claims.check([results.a_fifth_of_sdxl, results.no_loss], presets=())
-    table = page.lines(found, first=7)
-    assert [line["no."] for line in table if line["no."]] == ["7", "8"]
-    assert len({tuple(line) for line in table}) == 1 and sum("not measured" in line["verdict"] for line in table) == 1
-    assert ".ipynb)" in table[0]["where"] and "20 %" in table[0]["evidence"]
+    text = page.cards(found, first=7, prefix="R")
+    assert re.findall(r"::::\{card\} (R\d+) \{bdg-\w+\}`(\S) (\w+)`", text) == [
+        ("R7", "✓", "holds"),
+        ("R8", "✗", "fails"),
+    ]
+    assert re.findall(r"^\((.*)\)=$", text, re.M) == ["claim-a-fifth-of-sdxl", "claim-no-loss"]
+    assert text.count("**not measured here yet:**") == 1 and ".ipynb)" in text and "20 %" in text
+    assert "1 verdict for, 3 open" in text and text.count("::::{card}") == text.count(":::{dropdown}") == 2
     waiting = page.waiting(found, first=7)
     assert all(line["decides claims"] == "7" and line["command"].startswith("`python") for line in waiting)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "word"),
+    [
+        ((rules.PRINTED, rules.REPRODUCED, rules.CHECKPOINT), rules.HOLDS),
+        ((rules.NOT_PRINTED, rules.MISSING), rules.FAILS),
+        ((rules.PRINTED, rules.NOT_REPRODUCED), rules.MIXED),
+        ((rules.PRINTED, rules.UNDECIDED), rules.MIXED),
+        ((rules.UNDECIDED, rules.DISAGREE), rules.UNSETTLED),
+        ((rules.MISSING, rules.CHECKPOINT), rules.OPEN),
+        ((), rules.OPEN),
+    ],
+)
+def test_one_word_for_several_verdicts(verdicts, word):
+    decisions = [rules.Decision("x", verdict, "1") for verdict in verdicts]
+    assert rules.overall(decisions) == word and word in claims.OVERALL and word in page.BADGES
+
+
+def test_published_claims_say_that_their_numbers_are_second_hand(store):
+    for claim in claims.check(claims.PUBLISHED, presets=()):
+        assert claim.where.startswith("Published version")
+        for decision in claim.decisions:
+            if decision.verdict in (rules.PRINTED, rules.NOT_PRINTED):
+                assert "second-hand" in decision.on
+
+
+def test_changes_between_the_versions_are_those_of_claims_that_are_there(store):
+    preprint = claims.check(presets=())
+    lines = published.changes(preprint)
+    assert [line["name"] for line in lines] and {line["name"] for line in lines} == set(published.CHANGES)
+    assert "rises by 4.76" in next(line["later"] for line in lines if line["name"] == "pruned_draws_better")
+
+
+def test_the_sign_of_the_fid_claim_is_decided_by_version(store):
+    preprint = [d.verdict for d in decisions(results.pruned_draws_better) if d.on.startswith("Table 1")]
+    assert preprint == [rules.PRINTED, rules.PRINTED]
+    assert decisions(published.minimal_loss_of_sdxl)[0].verdict == rules.NOT_PRINTED

@@ -3,7 +3,7 @@
 import pytest
 
 from ecodiff.lab import errata, paper
-from ecodiff.lab.errata import algebra, arithmetic
+from ecodiff.lab.errata import algebra, arithmetic, versions
 
 
 @pytest.mark.parametrize("erratum", errata.ERRATA, ids=lambda function: function.__name__)
@@ -33,6 +33,19 @@ def test_lines_for_comparison_agree():
     assert agreeing(algebra.two_betas) == [False, True]
     assert agreeing(algebra.checkpointing) == [False, False, True]
     assert agreeing(algebra.gated_activation) == [True, False]
+
+
+def test_what_does_not_fit_between_the_versions():
+    assert len(errata.VERSIONS) == 5
+    assert agreeing(versions.schnell_twice) == [True, True, True, False, False, False]
+    assert agreeing(versions.two_protocols) == [False] * 4 + [True] * 2
+    assert agreeing(versions.speedups) == [True] * 9 + [False]
+    assert not any(agreeing(versions.rebuilt_baseline))
+    assert [(line.published, line.computed) for line in versions.changed_sign().lines] == [
+        ("-1.09", "+4.76"),
+        ("-6.50", "+6.96"),
+    ]
+    assert all("second-hand" in erratum().where for erratum in errata.VERSIONS)
 
 
 def test_an_error_that_is_corrected_is_no_longer_confirmed(monkeypatch):

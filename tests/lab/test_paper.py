@@ -73,6 +73,34 @@ def test_originals_agree_between_tables():
             assert pruned == paper.row("table7", model="FLUX Schnell", ratio=ratio)[column]
 
 
+@pytest.mark.parametrize("name", paper.LATER)
+def test_rows_of_later_tables_name_version_and_source(name):
+    rows = paper.table(name)
+    assert rows and {row["source"] for row in rows} <= set(paper.SOURCES) and all(row["version"] for row in rows)
+    assert len({(row["version"], row["source"]) for row in rows}) == 1
+    assert all(shown["source"] in paper.provenance(name) for shown in paper.readable(name))
+
+
+def test_every_file_of_published_numbers_is_a_table_here():
+    folder = data_file("paper/table1.csv").parent
+    found = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.csv")}
+    assert found == {*paper.TABLES, *paper.LATER}
+    second_hand = [name for name in paper.LATER if "second-hand" in paper.provenance(name)]
+    assert second_hand == [name for name in paper.LATER if name.startswith("published/")]
+
+
+def test_second_hand_rows_never_enter_a_first_hand_table(monkeypatch):
+    assert all(paper.provenance(name).endswith("first-hand") for name in paper.TABLES)
+    mixed = [{"model": "SDXL", "coco_fid": "32.19", "version": "ICLR 2026", "source": "second-hand"}]
+    monkeypatch.setattr(paper, "_texts", lambda name: mixed)
+    with pytest.raises(EcoDiffError, match="is the preprint's"):
+        paper.table("table1")
+    paper.table("published/main")
+    monkeypatch.setattr(paper, "_texts", lambda name: [{**mixed[0], "source": ""}])
+    with pytest.raises(EcoDiffError, match="names its version, and its source"):
+        paper.table("published/main")
+
+
 def test_wrong_names_are_refused():
     with pytest.raises(EcoDiffError, match="no published table 'table13'"):
         paper.table("table13")

@@ -3,12 +3,15 @@
 Every claim is a function without arguments that returns a ``Claim``: where it stands, what it says in our words, what
 decides it, and the decisions that follow today from recorded rows, counts and the paper's own numbers. Rows that
 arrive later change the decisions and nothing here.
+
+``CLAIMS`` are the preprint's, in ``GROUPS``; ``PUBLISHED`` are those that the published version adds or changes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from .ablations import ABLATIONS
 from .comparisons import COMPARISONS
@@ -17,9 +20,10 @@ from .memory import MEMORY
 from .method import METHOD
 from .on_embedded import FAMILY
 from .on_full_size import PRESETS
+from .published import PUBLISHED
 from .results import RESULTS
 from .reviewers import REVIEWERS
-from .rules import AGAINST, DECIDED, IN_FAVOUR, VERDICTS, Claim, Decision
+from .rules import AGAINST, DECIDED, IN_FAVOUR, OVERALL, VERDICTS, Claim, Decision, overall
 
 GROUPS: dict[str, tuple[Callable[[], Claim], ...]] = {
     "method": METHOD,
@@ -35,7 +39,10 @@ def check(claims: Iterable[Callable[[], Claim]] = CLAIMS, presets: Sequence[str]
 
     ``presets`` names the full-size models that may be counted; what needs others stays open.
     """
-    return [claim().answered(presets) for claim in claims]
+    checked = []
+    for claim in claims:
+        checked.append(replace(claim().answered(presets), name=claim.__name__))
+    return checked
 
 
 def tally(claims: Iterable[Claim]) -> dict[str, int]:
@@ -53,10 +60,13 @@ __all__ = [
     "FAMILY",
     "GROUPS",
     "IN_FAVOUR",
+    "OVERALL",
+    "PUBLISHED",
     "REVIEWERS",
     "VERDICTS",
     "Claim",
     "Decision",
     "check",
+    "overall",
     "tally",
 ]

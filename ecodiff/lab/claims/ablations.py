@@ -111,7 +111,7 @@ def one_threshold() -> Claim:
 def one_kind_alone() -> Claim:
     return Claim(
         "App. K.1, Fig. 13",
-        "Heads alone or neurons alone can be pruned, and pictures stay good either way.",
+        "Heads alone or neurons alone can be pruned, and images stay good either way.",
         "Right images at a fifth of the heads, and at a fifth of the neurons, minus the original's: above minus the "
         "smallest effect.",
         ("11_settings",),

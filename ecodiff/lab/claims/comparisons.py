@@ -82,7 +82,7 @@ def no_mimicry() -> Claim:
     evidence = f"SSIM from {min(ssim):g} to {max(ssim):g}, below {limit:g}"
     return Claim(
         "§3.2, Table 1",
-        "Pruned models draw well without imitating the original: SSIM stays below 0.55, lower than Diff-Pruning's.",
+        "Pruned models generate good images unlike the original's: SSIM stays below 0.55, lower than Diff-Pruning's.",
         "Both statements against Table 1; on the small model the interval of SSIM at 20 % lies below 0.55.",
         ("10_every_method", "16_errata"),
         (
@@ -111,7 +111,7 @@ def semantics() -> Claim:
     against = partial(better, first=PAIRS, second=("pairs", f"{DIFF_PRUNING}, 20%"), measures=("quality",))
     return Claim(
         "§3.2, Fig. 6",
-        "Its pictures show what the caption says more often than those of other methods.",
+        "Its images show what the prompt says more often than those of other methods.",
         "Two objects in pairs never seen, learned minus Diff-Pruning's criterion: images with all facts right by the "
         "judge (SSIM where there is no judge).",
         ("10_every_method",),
@@ -122,8 +122,8 @@ def semantics() -> Claim:
 def mends_semantics() -> Claim:
     return Claim(
         "§3.2, App. G.2, Fig. 7",
-        "Pruning sometimes mends a picture that the original got wrong, and may improve semantics.",
-        "Two objects, 10 %: pictures that were wrong and are right, less those that were right and are wrong: above "
+        "Pruning sometimes mends an image that the original got wrong, and may improve semantics.",
+        "Two objects, 10 %: images that were wrong and are right, less those that were right and are wrong: above "
         "zero?",
         ("10_every_method",),
         (_mended(SDXL), _mended(DEV), real(SDXL, "pairs", _mended)),
@@ -171,7 +171,7 @@ def light_retraining() -> Claim:
     evidence = "FID " + ", ".join(f"{before:g} to {after:g}" for before, after in fids)
     return Claim(
         "App. J, Table 8, Fig. 11",
-        "Retraining with LoRA on a hundred pictures of the original wins back much of what 25 and 30 % cost.",
+        "Retraining with LoRA on a hundred images of the original wins back much of what 25 and 30 % cost.",
         "Table 8: FID falls in all cells. On small models: retrained minus not retrained, paired, at equal ratio.",
         ("12_after_pruning", "07_a_smaller_model"),
         (

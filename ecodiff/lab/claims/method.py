@@ -90,7 +90,7 @@ def end_to_end() -> Claim:
         "§1, §2.1",
         "A mask learned from the final latents is better than one learned from the error of each step, which adds up.",
         "The same gates learned from the final latents, minus those learned from the error of single steps: more SSIM "
-        "or more right pictures, less of neither.",
+        "or more right images, less of neither.",
         ("11_settings", "05_learning_a_mask"),
         (by_final_latents(SDXL), by_final_latents(DEV), real(SDXL, "choices", by_final_latents)),
     )

@@ -192,7 +192,7 @@ def number_of(values: Sequence[tuple[dict, ...]]) -> str:
     """How many images and seeds, as text."""
     images = sum(len(first["ssim"]) for first, *_ in values)
     plural = "s" if len(values) > 1 else ""
-    return f"{images} pictures, {len(values)} seed{plural}"
+    return f"{images} images, {len(values)} seed{plural}"
 
 
 def _decide(

@@ -1,4 +1,4 @@
-"""Claims as rows of the tables of a page."""
+"""Claims as cards of a page: one word for all verdicts of a claim, and the verdicts folded below it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,85 @@ from collections.abc import Sequence
 
 from ecodiff.storage.paths import root
 
-from .rules import DECIDED, Claim
+from .rules import AGAINST, DECIDED, FAILS, HOLDS, IN_FAVOUR, MIXED, OPEN, UNSETTLED, Claim, Decision, overall
+
+BADGES = {
+    HOLDS: ("success", "✓"),
+    FAILS: ("danger", "✗"),
+    MIXED: ("warning", "±"),
+    UNSETTLED: ("secondary", "?"),
+    OPEN: ("secondary-line", "○"),
+}
+"""Colour and mark of each word. The theme has each colour for light and for dark pages; the mark needs no colour."""
 
 
-def lines(claims: Sequence[Claim], first: int = 1) -> list[dict[str, str]]:
-    """A row for each decision, claims numbered from ``first``; what is open for the same reason shares a row.
+def badge(word: str) -> str:
+    """A word of ``OVERALL`` with its mark, on its colour; another word, such as "shown", on none."""
+    colour, mark = BADGES.get(word, ("info-line", "·"))
+    return f"{{bdg-{colour}}}`{mark} {word}`"
 
-    The column "where" has the place in the paper and a link to the chapter that shows the evidence.
+
+def anchor(claim: Claim) -> str:
+    """The label of a claim's card, the same in every build: "claim-no-loss"."""
+    return f"claim-{claim.name.replace('_', '-')}"
+
+
+def cards(claims: Sequence[Claim], first: int = 1, prefix: str = "") -> str:
+    """The claims as Markdown, numbered from ``first`` after ``prefix``: a card each.
+
+    A card has number, word, sentence and place; what decided it, and each verdict, are folded.
     """
-    table = []
-    for number, claim in enumerate(claims, first):
-        places = [place for place in (claim.where, _link(claim.shown)) if place]
-        head = {
-            "no.": str(number),
-            "claim": f"{claim.says} *Decided by:* {claim.test}",
-            "where": "; ".join(places),
-        }
-        for on, verdict, evidence, varies in _grouped(claim):
-            text = f"*{on}*"
-            if evidence:
-                text = f"*{on}:* {evidence}{varies}"
-            table.append({**head, "verdict": f"**{verdict}**", "evidence": _spaced(text)})
-            head = dict.fromkeys(head, "")  # further decisions of a claim stand below its first, without its text
-    return table
+    return "\n\n".join(_card(claim, f"{prefix}{number}") for number, claim in enumerate(claims, first))
+
+
+def _card(claim: Claim, number: str) -> str:
+    places = [place for place in (claim.where, _link(claim.shown)) if place]
+    lines = [
+        f"({anchor(claim)})=",
+        f"::::{{card}} {number} {badge(overall(claim.decisions))}",
+        "",
+        claim.says,
+        "",
+        f"*{places[0]}*" + "".join(f" · {place}" for place in places[1:]),
+        "",
+        f":::{{dropdown}} {counts(claim.decisions)}",
+        "",
+        f"*Decided by:* {claim.test}",
+        "",
+        *(f"- {line}" for line in verdicts(claim)),
+        ":::",
+        "::::",
+    ]
+    return "\n".join(lines)
+
+
+def counts(decisions: Sequence[Decision]) -> str:
+    """How many verdicts of each direction there are: "2 verdicts for, 1 against, 1 open"."""
+    number = {"for": 0, "against": 0, "undecided": 0, "open": 0}
+    for decision in decisions:
+        if decision.verdict in IN_FAVOUR:
+            number["for"] += 1
+        elif decision.verdict in AGAINST:
+            number["against"] += 1
+        elif decision.verdict in DECIDED:
+            number["undecided"] += 1
+        else:
+            number["open"] += 1
+    parts = [f"{count} {word}" for word, count in number.items() if count]
+    first, _, rest = parts[0].partition(" ")
+    parts[0] = f"{first} verdict{'' if first == '1' else 's'} {rest}"
+    return ", ".join(parts)
+
+
+def verdicts(claim: Claim) -> list[str]:
+    """A line for each verdict with its evidence; those that are open for the same reason share one."""
+    lines = []
+    for on, verdict, evidence, varies in _grouped(claim):
+        text = f"**{verdict}:** {on}"
+        if evidence:
+            text += f". {evidence[0].upper()}{evidence[1:]}{varies}"
+        lines.append(_spaced(text))
+    return lines
 
 
 def waiting(claims: Sequence[Claim], first: int = 1) -> list[dict[str, str]]:

@@ -84,7 +84,7 @@ def no_loss() -> Claim:
 def pruned_draws_better() -> Claim:
     return Claim(
         "§3.2, Table 1",
-        "SDXL's FID falls when it is pruned: the smaller model draws better.",
+        "SDXL's FID falls when it is pruned: the smaller model generates better images.",
         "Table 1: FID falls at 10 and 20 % on both sets. On the small model: difference of FID over seeds, below zero.",
         ("10_every_method",),
         (

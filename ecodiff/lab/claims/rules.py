@@ -29,6 +29,15 @@ IN_FAVOUR, AGAINST = (REPRODUCED, COUNTED, PRINTED), (NOT_REPRODUCED, NOT_COUNTE
 DECIDED = (REPRODUCED, NOT_REPRODUCED, DISAGREE, UNDECIDED, COUNTED, NOT_COUNTED, PRINTED, NOT_PRINTED)
 """Verdicts that rest on numbers, of which some settle nothing."""
 VERDICTS = (*DECIDED, CHECKPOINT, MISSING)
+HOLDS, FAILS, MIXED, UNSETTLED, OPEN = "holds", "fails", "mixed", "undecided", "open"
+OVERALL = (HOLDS, FAILS, MIXED, UNSETTLED, OPEN)
+"""One word for a claim with all its verdicts."""
+SCALES = {
+    "paper's numbers": (PRINTED, NOT_PRINTED),
+    "full size": (COUNTED, NOT_COUNTED),
+    "small models": (REPRODUCED, NOT_REPRODUCED),
+}
+"""What decided: verdicts of each scale; the others of ``DECIDED`` are told apart by what they are about."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,35 @@ class Decision:
         if not (self.evidence or (self.command and self.verdict not in DECIDED)):
             raise EcoDiffError(f"A verdict {self.verdict!r} on {self.on} needs its evidence.")
 
+    @property
+    def scale(self) -> str:
+        """What it rests on: one of ``SCALES``, or "open" where nothing does."""
+        for scale, verdicts in SCALES.items():
+            if self.verdict in verdicts:
+                return scale
+        if self.verdict not in DECIDED:
+            return OPEN
+        if "(small, for" in self.on:
+            return "small models"
+        if self.on.lower().startswith(("table", "published version")):
+            return "paper's numbers"
+        return "full size"
+
+
+def overall(decisions: Sequence[Decision]) -> str:
+    """One word for several decisions: what all that rest on numbers say, and "mixed" where they differ."""
+    words = set()
+    for decision in decisions:
+        if decision.verdict in IN_FAVOUR:
+            words.add(HOLDS)
+        elif decision.verdict in AGAINST:
+            words.add(FAILS)
+        elif decision.verdict in DECIDED:
+            words.add(UNSETTLED)
+    if not words:
+        return OPEN
+    return words.pop() if len(words) == 1 else MIXED
+
 
 @dataclass(frozen=True)
 class Question:
@@ -72,6 +110,8 @@ class Claim:
     test: str
     shown: tuple[str, ...]
     decisions: tuple[Decision | Question, ...]
+    name: str = ""
+    """The name of its function, from which the address of its card is made."""
 
     def answered(self, presets: Sequence[str]) -> Claim:
         """The same claim with every question answered, these full-size models being counted."""

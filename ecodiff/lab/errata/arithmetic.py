@@ -126,7 +126,7 @@ def weights_of_sdxl() -> Erratum:
 
 
 def ssim_rises() -> Erratum:
-    """Reusing or removing more should leave less of the original picture."""
+    """Reusing or removing more should leave less of the original image."""
     lines = []
     for method in ("DeepCache", "EcoDiff"):
         tenth = row("table1", model="SDXL", method=method, ratio=0.1)
@@ -135,7 +135,7 @@ def ssim_rises() -> Erratum:
             low, high = tenth[f"{data}_ssim"], fifth[f"{data}_ssim"]
             what = f"{method}, {data}: SSIM at 20 % against 10 %"
             lines.append(Line(what, "not higher", f"{high:g} against {low:g}", high <= low))
-    text = "In Table 1, DeepCache keeps more of the original picture at the larger speed-up, without a word on why."
+    text = "In Table 1, DeepCache keeps more of the original image at the larger speed-up, without a word on why."
     return Erratum("Table 1", text, tuple(lines))
 
 
