@@ -1,16 +1,19 @@
-"""Pair notebooks with their sources, or draw the picture at the top of README.
+"""Pair notebooks with their sources, make the slides, or draw the picture at the top of README.
 
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
+    python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run (--out: elsewhere)
     python -m ecodiff book before-after     draw book/_static/before-after.png
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["pair", "before-after"])
+    parser.add_argument("action", choices=["pair", "slides", "before-after"])
+    parser.add_argument("--out", default="_build", help="folder of the built book, for slides (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,6 +23,11 @@ def run(options: argparse.Namespace) -> int:
 
         for written in pair():
             print(f"wrote notebooks/{written.name}")
+    elif options.action == "slides":
+        from .slides import build_slides
+
+        for written in build_slides(Path(options.out)):
+            print(f"wrote {written}")
     else:
         from .before_after import draw_before_after
 
