@@ -1,7 +1,7 @@
 """Pair notebooks with their sources, make the slides, or draw the picture at the top of README.
 
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
-    python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run (--out: elsewhere)
+    python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run
     python -m ecodiff book before-after     draw book/_static/before-after.png
 """
 

@@ -1,7 +1,7 @@
 """Slides for lectures, made from the chapters: one HTML file for each session, which needs no network.
 
-``book/slides.yaml`` says what is shown. A slide names a chapter and what it takes from it: figures and tables of the page
-that the build has made, equations, pieces of code and exercises of its source. Nothing is computed here.
+``book/slides.yaml`` says what is shown. A slide names a chapter and what it takes from it: figures and tables of the
+page that the build has made, equations, pieces of code and exercises of its source. Nothing is computed here.
 """
 
 from __future__ import annotations
