@@ -56,7 +56,7 @@ def test_what_is_compared_is_not_nothing(names):
     """A gradient of zeros, a mask of ones or an empty cut would agree as well."""
     import torch
 
-    assert names["ours"].abs().min() > 0
+    assert (names["ours"] != 0).float().mean() > 0.5, "gates at 0 or 1 have no gradient, most have one"
     whole, small = names["parameters"]["whole"], names["parameters"]["small"]
     assert 0.4 < small / whole < 0.6
     removed = torch.cat([~keep for keep in names["mask"].values()])
