@@ -10,10 +10,11 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help book test measure lint pair ci clean distclean environment
+.PHONY: help book slides test measure lint pair ci clean distclean environment
 
 help:  ## show this list
 	@echo "make book [PROFILE=default|smoke] [OUT=folder]   run stale notebooks, build the HTML (warnings are errors)"
+	@echo "make slides [PROFILE=...] [OUT=folder]           the book, then slides of three sessions in OUT/slides"
 	@echo "make test [JOBS=2] [ARGS='-k gates']             run the tests"
 	@echo "make measure                                     measure what no recorded row has yet, all models; hours, resumable"
 	@echo "make lint                                        style, format, layers of the package, types"
@@ -25,6 +26,9 @@ help:  ## show this list
 book: $(STAMP)  ## run stale notebooks, build the HTML
 	@$(PY) -m doit profile=$(PROFILE) out="$(OUT)"
 	@echo "The book: $(OUT)/html/index.html"
+
+slides: book  ## slides of three sessions, from the pages of the book
+	@$(PY) -m ecodiff book slides --out "$(OUT)"
 
 test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)

@@ -31,6 +31,8 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.files import write_whole
 from ecodiff.storage.paths import data_dir, root
 
+from . import notation
+
 CODE = {".py", ".js", ".json", ".yaml", ".csv"}
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
 # What libraries say while they load is not part of a page: a page's stderr fails the build.
@@ -362,6 +364,9 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     for page in pages:
         shutil.copy(page, source / "notebooks")
     (source / "_status.md").write_text(status(pages))
+    symbols = source / "notation.yaml"
+    if symbols.exists():
+        (source / "_notation.md").write_text(notation.page(symbols, {page.stem[3:]: page.name for page in pages}))
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")  # it has no `python -m`
     command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]

@@ -1,7 +1,8 @@
-"""Pair notebooks with their sources, or draw what no chapter draws: the image at the top of README, and schematics.
+"""Pair notebooks with their sources, make the slides, or draw what no chapter draws.
 
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
-    python -m ecodiff book before-after     draw book/_static/before-after.png
+    python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run
+    python -m ecodiff book before-after     draw book/_static/before-after.png, the image at the top of README
     python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
 All of them write into the repository from which they run.
@@ -10,10 +11,12 @@ All of them write into the repository from which they run.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["pair", "before-after", "schematics"])
+    parser.add_argument("action", choices=["pair", "slides", "before-after", "schematics"])
+    parser.add_argument("--out", default="_build", help="folder of the built book, for slides (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -23,6 +26,11 @@ def run(options: argparse.Namespace) -> int:
 
         for written in pair():
             print(f"wrote notebooks/{written.name}")
+    elif options.action == "slides":
+        from .slides import build_slides
+
+        for written in build_slides(Path(options.out)):
+            print(f"wrote {written}")
     elif options.action == "schematics":
         from . import schematics
 
