@@ -62,7 +62,7 @@ def test_a_line_with_a_share_of_objects_says_of_which_set():
     readme = (root() / "README.md").read_text(encoding="utf-8")
     lines = [line for line in readme.splitlines() if "by the probe" in line]
     assert lines and all("card set" in line or "table set" in line for line in lines)
-    for chapter in ("a_smaller_model", "how_quality_is_measured", "the_embedded_family"):
+    for chapter in ("a_smaller_model", "how_quality_is_measured", "the_models"):
         assert "*table set*" in text(chapter) and "*card set*" in text(chapter), chapter
 
 
