@@ -362,6 +362,10 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     for page in pages:
         shutil.copy(page, source / "notebooks")
     (source / "_status.md").write_text(status(pages))
+    if "{include} _landing.md" in (source / "index.md").read_text():
+        from .landing import landing  # here, since a chapter is run without what the landing page reads
+
+        (source / "_landing.md").write_text(landing(out / "notebooks"))
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")  # it has no `python -m`
     command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]
