@@ -37,7 +37,7 @@ def before_and_after(
     captions: Sequence[str],
     config: LearnConfig,
     ratio: float = RATIO,
-    kept: Kept = Kept(),
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
     """Images uint8 [N, 3, H, W] of the prompts: "original", and one entry for each of ``METHODS``.
 
@@ -49,8 +49,9 @@ def before_and_after(
         sampling: further arguments of ``generate``.
         captions, config: what the mask is learned with.
         ratio: share of the units of each kind that goes.
-        kept: whether a recorded mask may be read.
+        recompute: learn the mask again, once per process, instead of reading the recorded one.
     """
+    kept = Kept(gates=not recompute)
     pipelines = {"original": pipe}
     for method in METHODS:
         scores = scores_of(pipe, method, captions, config, seed=0, kept=kept)

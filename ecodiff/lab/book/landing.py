@@ -25,7 +25,8 @@ def landing(pages: Path) -> str:
     Raises EcoDiffError where a row or the tally of claims is missing.
     """
     kept = shares()
-    return f"{result(kept)}\n\n::::{{grid}} 1 1 3 3\n:gutter: 3\n\n{_cards(kept, pages)}\n::::\n"
+    text = f"{result(kept)}\n\n::::{{grid}} 1 1 3 3\n:gutter: 3\n\n{_cards(kept, pages)}\n::::\n"
+    return text.replace(" %", "\u00a0%")  # no line breaks there
 
 
 def shares() -> dict[str, tuple[float, float]]:
@@ -52,12 +53,13 @@ def result(kept: dict[str, tuple[float, float]]) -> str:
     others = [method for method in UNADAPTED if method != "learned"]
     nearest = max(others, key=lambda method: kept[method][0])
     rightest = max(others, key=lambda method: kept[method][1])
+    first = "learned" if kept["learned"][0] > kept[nearest][0] else nearest
     return (
         f"Without {RATIO} % of its heads and neurons, and without retraining, the images of a small FLUX-class model "
-        f"stay nearest to its own with *{'learned' if kept['learned'][0] > kept[nearest][0] else nearest}* masks "
-        f"(SSIM {kept['learned'][0]:.3f} with learned masks, {kept[nearest][0]:.3f} with *{nearest}*, the best other "
-        f"score). Of right images, learned masks leave {kept['learned'][1]:.1f} %, and *{rightest}* leaves "
-        f"{kept[rightest][1]:.1f} %."
+        f"stay nearest to its own with *{first}* masks (SSIM {kept['learned'][0]:.3f} with learned masks, "
+        f"{kept[nearest][0]:.3f} with *{nearest}*, the best other score). With learned masks "
+        f"{kept['learned'][1]:.1f} % of the images are right, and with *{rightest}*, the best other score by this "
+        f"measure, {kept[rightest][1]:.1f} %."
     )
 
 
@@ -71,14 +73,14 @@ def _cards(kept: dict[str, tuple[float, float]], pages: Path) -> str:
     tally = tally_of_claims(pages)
     texts = {
         right["learned"]: (
-            f"of its images are right when a small FLUX-class model has lost {RATIO} % of its heads and neurons by a "
-            f"learned mask. Before: {right['original']}. By magnitude: {right['magnitude']}. At random: "
-            f"{right['random']}.",
+            f"of the images of a small FLUX-class model are right without the {RATIO} % of its heads and neurons that "
+            f"a learned mask removes. Before: {right['original']}. Removed by magnitude: {right['magnitude']}; at "
+            f"random: {right['random']}.",
             "*Measured* on `openmoji-flux-schnell`: [](notebooks/10_every_method.ipynb)",
         ),
         f"{left:.3f} B": (
-            f"of SDXL's {whole:.3f} B parameters are left without {RATIO} % of its units, by the masks that the authors "
-            f"published. The paper prints {printed} B.",
+            f"of SDXL's {whole:.3f} B parameters are left without {RATIO} % of its units, by the masks that the "
+            f"authors published. The paper prints {printed} B.",
             "*Counted*, without weights: [](notebooks/13_what_it_costs.ipynb)",
         ),
         f"{tally['all']} claims": (
@@ -89,7 +91,8 @@ def _cards(kept: dict[str, tuple[float, float]], pages: Path) -> str:
     }
     cards = []
     for number, (text, source) in texts.items():
-        cards.append(f":::{{grid-item-card}} {number}\n:class-title: landing-number\n\n{text}\n+++\n{source}\n:::")
+        head = f":::{{grid-item-card}} {number}\n:class-title: sd-fs-2 sd-text-primary"
+        cards.append(f"{head}\n\n{text}\n+++\n{source}\n:::")
     return "\n\n".join(cards)
 
 
