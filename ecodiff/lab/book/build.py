@@ -367,6 +367,10 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     symbols = source / "notation.yaml"
     if symbols.exists():
         (source / "_notation.md").write_text(notation.page(symbols, {page.stem[3:]: page.name for page in pages}))
+    if "{include} _landing.md" in (source / "index.md").read_text():
+        from .landing import landing  # here, since a chapter is run without what the landing page reads
+
+        (source / "_landing.md").write_text(landing(out / "notebooks"))
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")  # it has no `python -m`
     command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]
