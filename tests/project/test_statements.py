@@ -130,6 +130,30 @@ def test_openmoji_sd2_loses_heads_of_both_kinds_alike():
     assert middle == self_heads.sum() + cross_heads.sum() - 1, "nearly all of them in the middle block"
 
 
+def test_what_a_fifth_of_the_units_costs_is_what_the_rows_say():
+    """Means of seed 0 of both models in the chapter on the smaller model."""
+    from ecodiff.lab import studies
+
+    said = text("a_smaller_model")
+    sdxl, flux = (studies.recorded("main", f"openmoji-{name}", seeds=1) for name in ("sdxl", "flux-dev"))
+
+    def lost(rows):
+        (ssim,) = (cell["ssim"] for cell in rows["learned, 20%"])
+        return 1 - sum(ssim) / len(ssim)
+
+    assert f"costs a learned mask {lost(sdxl):.3f} of SSIM and no facts that could be told from zero" in said
+    facts = studies.paired(sdxl, "learned, 20%", "original", "facts")
+    assert facts.low <= 0 <= facts.high
+    assert f"it costs {lost(flux):.3f} of SSIM" in said
+    original, learned, random, magnitude = (
+        percent(flux[row], "facts") for row in ("original", "learned, 20%", "random, 20%", "magnitude, 20%")
+    )
+    assert f"fall from {original:.1f} to {learned:.1f} %" in said
+    assert f"random removal leaves {random:.1f} % of the images right, and magnitude {magnitude:.1f} %" in said
+    more = studies.paired(sdxl, "magnitude, 20%", "random, 20%").mean
+    assert f"magnitude keeps {more:.3f} more SSIM than random removal at 20 %" in said
+
+
 def test_published_says_whether_it_is_the_paper_or_the_code():
     """In prose, code is the authors' and not "published": what is published stands in the paper."""
     for chapter in CHAPTERS.keys() - {"learning_a_mask", *DECIDED_BY_CODE}:
