@@ -106,7 +106,7 @@ def test_the_nine_choices_are_those_that_the_configurations_have():
     for cells, config in ((ours, here), (papers, printed), (codes, code)):
         assert cells["δ"].startswith(f"{config.delta:g}")
         assert cells["start of λ"] == f"{config.log_alpha_start:g}"
-        assert cells["updates × captions"] == f"{config.updates} × {config.batch_size}"
+        assert cells["updates × prompts"] == f"{config.updates} × {config.batch_size}"
         assert cells["weight decay"] == (f"{config.weight_decay:g}" if config.weight_decay else "none")
         assert cells["noise $z_T$"].startswith("one for all") == config.fixed_noise
     assert (here.recompute, code.recompute) == ("restore", "redraw")
