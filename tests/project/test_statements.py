@@ -109,7 +109,7 @@ def test_the_nine_choices_are_those_that_the_configurations_have():
     for cells, config in ((ours, here), (papers, printed), (codes, code)):
         assert cells["δ"].startswith(f"{config.delta:g}")
         assert cells["start of λ"] == f"{config.log_alpha_start:g}"
-        assert cells["updates × captions"] == f"{config.updates} × {config.batch_size}"
+        assert cells["updates × prompts"] == f"{config.updates} × {config.batch_size}"
         assert cells["weight decay"] == (f"{config.weight_decay:g}" if config.weight_decay else "none")
         assert cells["noise $z_T$"].startswith("one for all") == config.fixed_noise
     assert (here.recompute, code.recompute) == ("restore", "redraw")
@@ -131,6 +131,30 @@ def test_openmoji_sd2_loses_heads_of_both_kinds_alike():
     assert said in text("learning_a_mask")
     middle = sum(int((~mask[name]).sum()) for name in mask if name.startswith("mid_block") and "attn" in name)
     assert middle == self_heads.sum() + cross_heads.sum() - 1, "nearly all of them in the middle block"
+
+
+def test_what_a_fifth_of_the_units_costs_is_what_the_rows_say():
+    """Means of seed 0 of both models in the chapter on the smaller model."""
+    from ecodiff.lab import studies
+
+    said = text("a_smaller_model")
+    sdxl, flux = (studies.recorded("main", f"openmoji-{name}", seeds=1) for name in ("sdxl", "flux-dev"))
+
+    def lost(rows):
+        (ssim,) = (cell["ssim"] for cell in rows["learned, 20%"])
+        return 1 - sum(ssim) / len(ssim)
+
+    assert f"costs a learned mask {lost(sdxl):.3f} of SSIM and no facts that could be told from zero" in said
+    facts = studies.paired(sdxl, "learned, 20%", "original", "facts")
+    assert facts.low <= 0 <= facts.high
+    assert f"it costs {lost(flux):.3f} of SSIM" in said
+    original, learned, random, magnitude = (
+        percent(flux[row], "facts") for row in ("original", "learned, 20%", "random, 20%", "magnitude, 20%")
+    )
+    assert f"fall from {original:.1f} to {learned:.1f} %" in said
+    assert f"random removal leaves {random:.1f} % of the images right, and magnitude {magnitude:.1f} %" in said
+    more = studies.paired(sdxl, "magnitude, 20%", "random, 20%").mean
+    assert f"magnitude keeps {more:.3f} more SSIM than random removal at 20 %" in said
 
 
 def test_published_says_whether_it_is_the_paper_or_the_code():
