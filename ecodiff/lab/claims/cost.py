@@ -197,7 +197,7 @@ def hours() -> Claim:
         "Learning a mask takes hours of one GPU: 0.16 for SD2, 1.24 for SDXL, 0.42 for FLUX.",
         "200 updates of four samples, from the time of one checkpointed update measured on a GPU at the paper's number "
         "of steps: within a factor of two of the printed hours; hours and GPU-hours of the one GPU agree.",
-        ("14_carbon", "13_what_it_costs"),
+        ("13_what_it_costs",),
         (
             *(_hours_measured(model) for model in UPDATE_OF),
             contradicted(arithmetic.hours()),
@@ -252,7 +252,7 @@ def carbon() -> Claim:
         "Learning a mask emits 12 g of CO2 for SD2, 93 g for SDXL and 31.5 g for FLUX.",
         "Nothing that is printed could contradict it: grams and GPU-hours are one column, times a constant. Whether "
         "the hours are right is the claim before.",
-        ("14_carbon",),
+        ("13_what_it_costs",),
         (Decision("Table 12", UNDECIDED, evidence),),
     )
 
@@ -265,7 +265,7 @@ def retraining_is_dear() -> Claim:
         "§1",
         "Retraining a pruned SD2 may take 40,000 GPU-hours; learning a mask is thousands of times cheaper.",
         "A tenth to a fifth of 200,000 hours ends at 40,000; divided by Table 12's hours for SD2 it is above 1,000.",
-        ("14_carbon",),
+        ("13_what_it_costs",),
         (
             printed("§1", high == given, f"{low:,.0f} to {high:,.0f} hours"),
             _times_cheaper(low),
