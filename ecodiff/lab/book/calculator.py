@@ -27,8 +27,7 @@ STYLE = """
 .cost-calculator th { text-align: left; font-weight: normal; }
 .cost-calculator thead th { font-weight: 600; }
 .cost-calculator td, .cost-calculator thead th + th { text-align: right; }
-.cost-calculator td, .cost-calculator th { padding: .25rem 0 .25rem 1.5rem; vertical-align: top; }
-.cost-calculator td { white-space: nowrap; }
+.cost-calculator td, .cost-calculator th { padding: .25rem 0 .25rem clamp(.75rem, 3vw, 1.5rem); vertical-align: top; }
 .cost-calculator th[scope=row], .cost-calculator thead th:first-child { padding-left: 0; }
 .cost-calculator tr { border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
 .cost-says { min-height: 4.5em; margin: 0 0 .8rem; font-weight: 600; }
