@@ -55,15 +55,13 @@ def _read(path: Path, name: str) -> Tensor:
     return result
 
 
-def cache_folder(name: str, anew: bool = False) -> Path | None:
-    """The folder where images and scores are kept outside git, so that cells share them; None with ECODIFF_RECORDS=off.
+def cache_folder(name: str, anew: bool = False) -> Path:
+    """The folder where images and scores are kept outside git, so that cells share them.
 
-    With ``anew``, or ECODIFF_RECOMPUTE=1, it is a folder of this process, which goes when the process ends. So what is
-    measured again is generated again, once.
+    With ``anew``, ECODIFF_RECOMPUTE=1 or ECODIFF_RECORDS=off, it is a folder of this process, which goes when the
+    process ends. So what is measured again is generated again, once.
     """
-    if not records.enabled():
-        return None
-    if anew or records.recompute_asked():
+    if anew or records.recompute_asked() or not records.enabled():
         return Path(_own_folder().name) / name
     return data_dir() / ".cache" / name
 
