@@ -121,7 +121,7 @@ EQUATIONS = (
     Item("Equation 4", "The expected number of open gates, and L1 in its place.", "04_l0_to_l1",
          ("eq-term", "eq-paper-4")),
     Item("Equation 5", "The training loss of a latent diffusion model. This book trains with it and does not check it.",
-         "01_the_embedded_family", word=EXPLAINED),
+         "01_the_models", word=EXPLAINED),
     Item("Equation 6", "One denoising step. Here the scheduler of each pipeline takes it.", "05_learning_a_mask",
          ("eq-trajectory",), word=EXPLAINED),
     Item("Equation 7", "Multi-head attention.", "02_where_masks_go"),
