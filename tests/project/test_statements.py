@@ -11,8 +11,8 @@ from ecodiff.storage import records
 from ecodiff.storage.paths import data_dir, root
 
 CHAPTERS = {source.stem[3:]: source for source in build.sources()}
-PROSE = ("introduction", "the_models", "hard_concrete", "l0_to_l1", "where_masks_go", "a_smaller_model", "what_it_costs",
-         "how_quality_is_measured", "model_cards")  # fmt: skip
+PROSE = ("introduction", "the_models", "hard_concrete", "l0_to_l1", "where_masks_go", "a_smaller_model",
+         "what_it_costs", "how_quality_is_measured", "model_cards")  # fmt: skip
 """Chapters whose prose says *the authors' code* where code is meant."""
 CARDS = ("openmoji-sdxl", "openmoji-sd2", "openmoji-flux-dev", "openmoji-flux-schnell")
 
@@ -95,7 +95,9 @@ def test_the_nine_choices_are_those_that_the_configurations_have():
     pytest.importorskip("torch")
     from ecodiff.method.learn import LearnConfig
 
-    table = re.search(r"^\| \| here \| paper \| authors' code \|\n\|[-|]+\n((?:\|.*\n)+)", text("learning_a_mask"), re.M)[1]
+    table = re.search(
+        r"^\| \| here \| paper \| authors' code \|\n\|[-|]+\n((?:\|.*\n)+)", text("learning_a_mask"), re.M
+    )[1]
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
     ours = {line[0]: line[1] for line in lines}
     papers = {line[0]: line[2] for line in lines}

@@ -163,16 +163,18 @@ def table(row: dict, steps: int, batch: int, ratio: float, guided: bool) -> list
     columns = []
     for share in (0.0, ratio):
         one = amounts(row, steps, batch, share, guided)
-        columns.append([
-            f"{one.parameters / 1e6:,.0f} M",
-            f"{one.paper / 1e9:,.0f} GFLOP",
-            f"{one.total / 1e9:,.0f} GFLOP",
-            _gb(one.plain),
-            _gb(one.checkpointed),
-            _gb(one.checkpointed_inner),
-            _gb(one.generating),
-            _gb(one.offloaded),
-        ])
+        columns.append(
+            [
+                f"{one.parameters / 1e6:,.0f} M",
+                f"{one.paper / 1e9:,.0f} GFLOP",
+                f"{one.total / 1e9:,.0f} GFLOP",
+                _gb(one.plain),
+                _gb(one.checkpointed),
+                _gb(one.checkpointed_inner),
+                _gb(one.generating),
+                _gb(one.offloaded),
+            ]
+        )
     names = (
         "Parameters of the denoiser", "Operations per image, linear and convolution",
         "Operations per image, attention too", "Mask update, plain", "Mask update, time-step checkpointed",
