@@ -7,8 +7,11 @@ A *site* is one module whose hidden units can go one by one without changing the
     feed_forward   one hidden neuron    net.0.proj (GEGLU: 2 rows)     net.2, or the block's proj_out
     modulation     one output channel   the adaLN linear               nothing: a missing channel is zero
 
+Further forms: projections that write queries, keys and values (FLUX.2: neurons, too) one after the other, output gates
+of heads, norms over all heads (Wan, LTX), and feed-forwards whose layers have other names (`ecodiff.method.roles`).
+
 Sites are recognised by the shapes of their layers, never by the name of a model. `skipped_modules` says what looked
-like a site and is not one, and why.
+like a site and is not one, and why. Whether units can really go is tried on a model's own calls (`ecodiff.method.trial`).
 """
 
 import math
