@@ -11,7 +11,8 @@ Further forms: projections that write queries, keys and values (FLUX.2: neurons,
 of heads, norms over all heads (Wan, LTX), and feed-forwards whose layers have other names (`ecodiff.method.roles`).
 
 Sites are recognised by the shapes of their layers, never by the name of a model. `skipped_modules` says what looked
-like a site and is not one, and why. Whether units can really go is tried on a model's own calls (`ecodiff.method.trial`).
+like a site and is not one, and why. Whether units can really go is tried on real
+calls (`ecodiff.method.trial`).
 """
 
 import math
