@@ -1,5 +1,6 @@
 """`ecodiff.check` says of a pipeline what can be pruned and whether learning is exact, and finds what is wrong."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -45,16 +46,15 @@ def restored_after_the_loop(pipe):
     pipe.unet.forward = scaled
     inner = type(pipe).__call__
 
-    class Restoring(type(pipe)):
-        @torch.no_grad()
-        def __call__(self, *args, **kwargs):
-            networks["scale"] = 0.5
-            try:
-                return inner.__wrapped__(self, *args, **kwargs)
-            finally:
-                networks["scale"] = 1.0
+    def restoring(self, *args, **kwargs):
+        networks["scale"] = 0.5
+        try:
+            return inner.__wrapped__(self, *args, **kwargs)
+        finally:
+            networks["scale"] = 1.0
 
-    pipe.__class__ = Restoring
+    vars(restoring)["__signature__"] = inspect.signature(inner)
+    pipe.__class__ = type("Restoring", (type(pipe),), {"__call__": torch.no_grad()(restoring)})
     return pipe
 
 
