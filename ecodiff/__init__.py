@@ -24,6 +24,7 @@ _HOMES = {
     "method.trajectory": ("final_latents",),
     "method.config": ("LearnConfig",),
     "method.learn": ("learn",),
+    "method.check": ("check",),
     "method.mask": ("make_mask",),
     "method.surgery": ("prune", "save"),
     "method.generate": ("generate",),

@@ -217,6 +217,15 @@ class Task:
             started = time.perf_counter()
             latents = self._teacher_latents(progress, sites)
             stored = latents, (time.perf_counter() - started) / len(self.samples)
+            if not self._comes_out_again(latents) and self.size > 1:
+                warnings.warn(
+                    f"learn: what {type(self.pipe).__name__} makes of a sample depends on its place in the batch, so "
+                    "samples run one by one.",
+                    stacklevel=3,
+                )
+                self.size = 1
+                latents = self._teacher_latents(progress, sites)
+                stored = latents, (time.perf_counter() - started) / len(self.samples)
             if folder is not None:
                 folder.save_teacher(*stored)
         self.teacher, self.seconds_a_sample = stored[0].to(self.device), stored[1]
@@ -225,6 +234,23 @@ class Task:
             raise EcoDiffError(
                 "The teacher's latents are constant or not finite: check the pipeline's weights, dtype and guidance."
             )
+        if not self._comes_out_again(self.teacher):
+            raise EcoDiffError(
+                f"learn: {type(self.pipe).__name__} makes something else of the same sample each time, or of a sample "
+                "in another place of a batch: pass what it draws by itself in `call`, or set micro_batch_size=1."
+            )
+
+    def _comes_out_again(self, teacher: Tensor) -> bool:
+        """Whether the first samples come out as before when they run together in another order.
+
+        With every gate open the loss has to be zero. A loop that draws noise for a batch as a whole, or encodes an
+        image for each generator, compares a student with the teacher of another noise. The difference is then of the
+        size of the latents themselves, and rounding is far below a tenth of that.
+        """
+        numbers = list(range(len(self.samples)))[: self.size][::-1]
+        again = self.latents(numbers, gradients=False).to(teacher.device)
+        difference = (again - teacher[numbers]).square().mean()
+        return bool(difference <= 0.1 * teacher.var())
 
     def _teacher_latents(self, progress: bool, sites: Mapping[str, Site]) -> Tensor:
         """z_0 of the unmasked model, one row a sample."""

@@ -1,0 +1,156 @@
+"""What of a pipeline can be pruned, and whether learning through its loop is exact: tried in seconds, on two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.parts import denoiser as find_denoiser
+from ecodiff.pipelines.prompts import checked_prompts, encoding_once
+from ecodiff.pipelines.running import on_device
+
+from .checkpointing import undisturbed
+from .config import LearnConfig
+from .hooks import apply_gates
+from .learn import Task
+from .sites import Site, find_sites, skipped_modules
+from .trial import failing_sites
+
+# How far gradients of the two ways may be apart, and a finite difference from the gradient: rounding in fp32.
+_SAME_GRADIENT, _SLOPE = 1e-3, 0.1
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found.
+
+    reached: share of the denoiser's parameters that goes with its units.  units: by kind.  failing: {site: why its
+    units cannot be removed}.  skipped: {module: why it has no units}.  open_loss: the loss with every gate open, over
+    the variance of the latents; 0 where a sample is the same each time.  gradient: relative difference between the
+    gradient with time-step checkpointing and without.  slope: relative difference between the gradient and a finite
+    difference.  problem: the sentence with which the loop refuses to be learned through, or None.
+    """
+
+    pipeline: str
+    reached: float
+    units: dict[str, int]
+    failing: dict[str, str]
+    skipped: dict[str, str]
+    open_loss: float | None = None
+    gradient: float | None = None
+    slope: float | None = None
+    problem: str | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether a mask can be learned through the pipeline's loop, with exact gradients."""
+        numbers = (self.open_loss, self.gradient, self.slope)
+        if self.problem is not None or any(number is None for number in numbers):
+            return False
+        limits = (0.1, _SAME_GRADIENT, _SLOPE)
+        return all(number <= limit for number, limit in zip(numbers, limits, strict=True) if number is not None)
+
+    def __str__(self) -> str:
+        units = ", ".join(f"{count:,} of kind {kind}" for kind, count in self.units.items() if count)
+        lines = [f"{self.pipeline}: units with {self.reached:.1%} of the denoiser's parameters ({units or 'none'})."]
+        for name, why in list(self.failing.items())[:3]:
+            lines.append(f"Cannot be pruned: {name}: {why}.")
+        for name, why in list(self.skipped.items())[:3]:
+            lines.append(f"Has no units: {name}: {why}.")
+        if self.problem is not None:
+            lines.append(f"Cannot be learned through: {self.problem}")
+        elif self.learns:
+            lines.append(
+                "Learning through its loop is exact: with checkpointing as without, and as finite differences."
+            )
+        else:
+            lines.append(
+                f"Learning is not exact: loss {self.open_loss:.3g} with open gates, gradient off by "
+                f"{self.gradient:.3g} with checkpointing, and by {self.slope:.3g} against a finite difference."
+            )
+        return "\n".join(lines)
+
+
+def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked:
+    """Try a pipeline before hours of work: which units can go, and whether gradients through its loop are exact.
+
+    Args:
+        pipe: a diffusers pipeline with weights.
+        prompts: as for `learn`; the first two are used.
+        config: guidance, size and the like as for `learn`. Two denoising steps are made in place of its own number.
+
+    Prints nothing; ``print`` the result for a summary. Raises EcoDiffError for prompts that are none.
+    """
+    prompts = list(checked_prompts(prompts, "check"))[:2]
+    config = replace(config or LearnConfig(), num_inference_steps=2, keep_last=0, batch_size=1)
+    network = find_denoiser(pipe)
+    sites = find_sites(network)
+    total = sum(parameter.numel() for parameter in network.parameters())
+    failing: dict[str, str] = {}
+    measured: dict = {}
+    with on_device(pipe, "check") as device, undisturbed(device):
+        try:
+            task = Task(encoding_once(pipe), prompts, config, device)
+            failing = failing_sites(network, sites, partial(task.latents, [0], gradients=False))
+            left = {name: site for name, site in sites.items() if name not in failing}
+            if not left:
+                raise EcoDiffError("no site of its denoiser can be pruned.")
+            measured = _measured(task, left)
+        except EcoDiffError as error:
+            measured = {"problem": str(error)}
+    units: dict[str, int] = {}
+    reached = 0
+    for name, site in sites.items():
+        if name not in failing:
+            units[site.kind] = units.get(site.kind, 0) + site.units
+            reached += site.units * site.params_per_unit
+    return Checked(type(pipe).__name__, reached / max(total, 1), units, failing, skipped_modules(network), **measured)
+
+
+def _measured(task: Task, sites: dict[str, Site]) -> dict[str, float]:
+    """The three numbers of `Checked`: the loss with open gates, and the two differences of gradients."""
+    whole = task.latents([0], gradients=False)
+    ones = {name: torch.ones(site.units, device=task.device) for name, site in sites.items()}
+    with apply_gates(task.denoiser, ones, sites):
+        opened = task.latents([0], gradients=False)
+    open_loss = ((opened - whole).square().mean() / whole.var()).item()
+
+    generator = torch.Generator().manual_seed(0)
+    point, direction = {}, {}
+    for name, site in sites.items():
+        point[name] = (0.5 + 0.5 * torch.rand(site.units, generator=generator)).to(task.device)
+        direction[name] = torch.randn(site.units, generator=generator).to(task.device)
+    checkpointed = _gradient(task, sites, point, whole)
+    plain_task = task.config
+    task.config = replace(plain_task, checkpoint=False)
+    plain = _gradient(task, sites, point, whole)
+    task.config = plain_task
+    size = _norm(plain)
+    difference = _norm({name: plain[name] - checkpointed[name] for name in plain}) / max(size, 1e-30)
+
+    along = sum((checkpointed[name] * direction[name]).sum().item() for name in sites)
+    step, slopes = 1e-2, []
+    for sign in (1, -1):
+        moved = {name: point[name] + sign * step * direction[name] for name in sites}
+        with apply_gates(task.denoiser, moved, sites):
+            slopes.append((task.latents([0], gradients=False) - whole).square().mean().item())
+    finite = (slopes[0] - slopes[1]) / (2 * step)
+    scale = max(abs(along), abs(finite), 1e-3 * size * _norm(direction), 1e-30)
+    return {"open_loss": open_loss, "gradient": difference, "slope": abs(along - finite) / scale}
+
+
+def _gradient(task: Task, sites: dict[str, Site], point: dict[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
+    """The gradient, in these gates, of the squared distance from the latents of the whole model."""
+    gates = {name: value.clone().requires_grad_() for name, value in point.items()}
+    with apply_gates(task.denoiser, gates, sites):
+        (task.latents([0], gradients=True) - whole).square().mean().backward()
+    return {name: value.grad if value.grad is not None else torch.zeros_like(value) for name, value in gates.items()}
+
+
+def _norm(tensors: dict[str, Tensor]) -> float:
+    return sum(value.square().sum().item() for value in tensors.values()) ** 0.5
