@@ -92,7 +92,7 @@ def _cards(kept: dict[str, tuple[float, float]], pages: Path) -> str:
     cards = []
     for number, (text, source) in texts.items():
         head = f":::{{grid-item-card}} {number}\n:class-title: sd-fs-2 sd-text-primary"
-        cards.append(f"{head}\n\n{text}\n+++\n{source}\n:::")
+        cards.append(f"{head}\n\n{text}\n\n{source}\n:::")
     return "\n\n".join(cards)
 
 
