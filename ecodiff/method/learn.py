@@ -54,6 +54,10 @@ def learn(
     ``config.seed`` and the number of the update, so an interrupted run continues from ``resume_dir`` to the same λ,
     bit for bit.
 
+    Before that, one call of the denoiser shows of each kind of site whether its units can be removed
+    (`ecodiff.method.trial`); sites that fail get no gates, and a warning names one. Samples whose result depends on
+    their place in a batch run one by one.
+
     Args:
         pipe: a diffusers pipeline; it runs on the device that accelerate chooses and moves back afterwards.
         prompts: prompts; or, for pipelines without a text encoder, mappings with the call's arguments for one sample
@@ -93,6 +97,10 @@ def learn(
     with on_device(pipe, "learn") as device, undisturbed(device):
         task = Task(encoding_once(pipe), prompts, config, device)
         sites = _removable(network, sites, partial(task.latents, [0], gradients=False))
+        if progress:
+            whole = sum(parameter.numel() for parameter in network.parameters())
+            share = sum(site.units * site.params_per_unit for site in sites.values()) / whole
+            tqdm.write(f"learn: gates on units with {share:.0%} of the denoiser's parameters")
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
         folder, done = None, 0

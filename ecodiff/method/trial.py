@@ -141,9 +141,11 @@ def _try(denoiser: nn.Module, site: Site, call: tuple) -> str | None:
     for keep in keeps:
         masked, removed = _Copy(owner), _Copy(owner)
         try:
-            with torch.no_grad(), apply_gates(masked, {local.name: keep}, {local.name: local}, must_run=False):
+            with torch.no_grad(), apply_gates(masked, {local.name: keep}, {local.name: local}):
                 wanted = masked.outputs(call)
-        except Exception:  # hooks of offloading and the like are not made for copies: nothing is known then
+        except Exception:
+            # Nothing is known where a copy does not run, such as one with hooks of offloading, or where a gate has no
+            # effect, which those who observe or gate the model itself say with its cause.
             return None
         left = f"with {int(keep.sum())} of its {site.units} units"
         try:
