@@ -28,7 +28,7 @@ book: $(STAMP)  ## run stale notebooks, build the HTML
 	@echo "The book: $(OUT)/html/index.html"
 
 slides: book  ## slides of three sessions, from the pages of the book
-	@$(PY) -m ecodiff book slides --out "$(OUT)"
+	@$(PY) -m ecodiff book slides --out="$(OUT)"
 
 test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)

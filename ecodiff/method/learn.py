@@ -221,31 +221,42 @@ class Task:
         Raises EcoDiffError where the first samples do not reach a site, whose λ could then not be learned.
         """
         stored = folder.load_teacher() if folder is not None else None
+        fresh = stored is None
         if stored is None:
-            started = time.perf_counter()
-            latents = self._teacher_latents(progress, sites)
-            stored = latents, (time.perf_counter() - started) / len(self.samples)
-            if not self._comes_out_again(latents) and self.size > 1:
-                warnings.warn(
-                    f"learn: what {type(self.pipe).__name__} makes of a sample depends on its place in the batch, so "
-                    "samples run one by one.",
-                    stacklevel=3,
-                )
-                self.size = 1
-                latents = self._teacher_latents(progress, sites)
-                stored = latents, (time.perf_counter() - started) / len(self.samples)
-            if folder is not None:
-                folder.save_teacher(*stored)
+            stored = self._timed_teacher(progress, sites)
+        self._check_finite(stored[0])
+        again = self._comes_out_again(stored[0])
+        if not again and self.size > 1:
+            warnings.warn(
+                f"learn: what {type(self.pipe).__name__} makes of a sample depends on its place in the batch, so "
+                "samples run one by one.",
+                stacklevel=3,
+            )
+            self.size = 1
+            if fresh:
+                stored = self._timed_teacher(progress, sites)
+            again = self._comes_out_again(stored[0])
+        if not again:
+            raise EcoDiffError(
+                f"learn: {type(self.pipe).__name__} makes something else of the same sample each time: pass what it "
+                "draws by itself in `call`."
+            )
+        if folder is not None and fresh:
+            folder.save_teacher(*stored)
         self.teacher, self.seconds_a_sample = stored[0].to(self.device), stored[1]
         self.scale = self.teacher.var().item() if self.config.normalize else 1.0
-        if not (math.isfinite(self.scale) and self.scale > 0):
+
+    def _timed_teacher(self, progress: bool, sites: Mapping[str, Site]) -> tuple[Tensor, float]:
+        """z_0 of the unmasked model for all samples, and the seconds that one took."""
+        started = time.perf_counter()
+        latents = self._teacher_latents(progress, sites)
+        return latents, (time.perf_counter() - started) / len(self.samples)
+
+    def _check_finite(self, teacher: Tensor) -> None:
+        scale = teacher.var().item() if self.config.normalize else 1.0
+        if not (math.isfinite(scale) and scale > 0):
             raise EcoDiffError(
                 "The teacher's latents are constant or not finite: check the pipeline's weights, dtype and guidance."
-            )
-        if not self._comes_out_again(self.teacher):
-            raise EcoDiffError(
-                f"learn: {type(self.pipe).__name__} makes something else of the same sample each time, or of a sample "
-                "in another place of a batch: pass what it draws by itself in `call`, or set micro_batch_size=1."
             )
 
     def _comes_out_again(self, teacher: Tensor) -> bool:

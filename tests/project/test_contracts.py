@@ -86,7 +86,7 @@ def planned():
 
 
 def keys_of_removed_units() -> dict[str, str]:
-    """Masks whose units chapter 11 counts by groups of sites."""
+    """Masks whose units the chapter on who keeps what counts by groups of sites."""
     found = {}
     for method in ("learned", "gauss-newton", "fisher", "diff-pruning", "taylor"):
         for study in ("main", "parameters"):
@@ -98,7 +98,7 @@ def keys_of_removed_units() -> dict[str, str]:
 
 
 def keys_of_spared() -> dict[str, str]:
-    """The mask of chapter 11 that spares the large heads."""
+    """The mask of that chapter that spares the large heads."""
     pipe, cell = load_once(DEV), studies.cells("parameters", DEV)["learned, 20%"]
     large = []
     with asked():
@@ -111,8 +111,8 @@ def keys_of_spared() -> dict[str, str]:
 
 
 def keys_of_quality() -> dict[str, str]:
-    """The rows of chapter 9, with its default parameters."""
-    asks = build.parameters(chapter(9))
+    """The rows of the chapter on quality, with its default parameters."""
+    asks = build.parameters(chapter("how_quality_is_measured"))
     pipe = load_once(asks["model"])
     protocol = Protocol.of(
         asks["model"], pictures=asks["set_size"], num_inference_steps=asks["draw_steps"], guidance_scale=2.0
@@ -126,8 +126,8 @@ def keys_of_quality() -> dict[str, str]:
 
 
 def keys_of_redundancy() -> dict[str, str]:
-    """Single removals of each embedded pipeline, as chapter 10 asks for them."""
-    asks = build.parameters(chapter(10))
+    """Single removals of each embedded pipeline, as the models in detail ask for them."""
+    asks = build.parameters(chapter("model_cards"))
     found = {}
     for model in embedded():
         with asked() as keys:
@@ -142,8 +142,8 @@ def keys_of_redundancy() -> dict[str, str]:
 
 
 def keys_of_redrawn() -> dict[str, str]:
-    """The gradients of chapter 4 whose gates are drawn anew in recomputation."""
-    asks = build.parameters(chapter(4))
+    """The gradients of the chapter on learning whose gates are drawn anew in recomputation."""
+    asks = build.parameters(chapter("learning_a_mask"))
     pipe, protocol = load_once(asks["model"]), Protocol.of(asks["model"])
     captions = openmoji.prompts("train", asks["prompts"])
     found = {}
@@ -165,18 +165,18 @@ def keys_of_redrawn() -> dict[str, str]:
 
 
 def keys_of_mask_step() -> dict[str, str]:
-    """Mask updates of chapter 6, whose own cell records them."""
-    asks = build.parameters(chapter(6))
+    """Mask updates of the chapter on memory, whose own cell records them."""
+    asks = build.parameters(chapter("memory_and_time"))
     names = {**asks, "pipe": load_once(asks["model"]), "torch": torch, "records": records}
     names |= {"weights_hash": weights_hash}
     with asked() as keys, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", threads(2))
-        exec(code_with(chapter(6), 'name="mask_step"'), names)
+        exec(code_with(chapter("memory_and_time"), 'name="mask_step"'), names)
     return {f"T = {steps}": found for steps, found in zip(asks["memory_steps"], keys, strict=True)}
 
 
 def keys_of_cost() -> dict[str, str]:
-    """What is counted of full-size models: by the claims, and by the calculator of chapter 7.
+    """What is counted of full-size models: by the claims, and by the calculator of the chapter on cost.
 
     A key names the versions of torch and diffusers that a row was counted with. They are set to those of the rows.
     """
@@ -195,9 +195,9 @@ def keys_of_cost() -> dict[str, str]:
             kept = sum(options.get("mask", {}).values())
             found[f"{preset}, {shown}, {kept} units"] = only(keys)
         patch.setattr("importlib.metadata.version", counted_with)
-        names = build.parameters(chapter(7))
+        names = build.parameters(chapter("what_it_costs"))
         with asked() as keys, matplotlib.rc_context():
-            exec(code_with(chapter(7), "def counted("), names)
+            exec(code_with(chapter("what_it_costs"), "def counted("), names)
     for preset, one in zip(names["cost_presets"], keys, strict=True):
         found[f"{preset}, calculator"] = one
     return found
@@ -323,9 +323,9 @@ def only(keys: list[str]) -> str:
     return found
 
 
-def chapter(number: int) -> Path:
-    """The source of a chapter of the book."""
-    (source,) = (root() / "notebooks").glob(f"{number:02d}_*.md")
+def chapter(name: str) -> Path:
+    """The source of the chapter whose file has this name after its number."""
+    (source,) = (root() / "notebooks").glob(f"[0-9][0-9]_{name}.md")
     return source
 
 
