@@ -31,7 +31,7 @@ def identity(model: str) -> Identity:
     folder = data_dir() / "models" / model
     if folder.parent == data_dir() / "models" and (folder / FILE).is_file():
         return Identity(**_stored(folder))
-    return _hashed(model, _files_of(model))
+    return hashed(model, _files_of(model))
 
 
 def judge_hash() -> str | None:
@@ -105,7 +105,7 @@ def _files_of(model: str) -> tuple | None:
 
 
 @lru_cache(maxsize=16)
-def _hashed(model: str, files: tuple | None) -> Identity:
+def hashed(model: str, files: tuple | None) -> Identity:
     """Hashed once, and remembered in ``data/.cache/identities`` by the paths, sizes and times of its files."""
     from ecodiff.pipelines.loading import load_once
 
@@ -114,8 +114,8 @@ def _hashed(model: str, files: tuple | None) -> Identity:
     path = data_dir() / ".cache" / "identities" / f"{key(files)[:16]}.json"
     if path.is_file():
         return Identity.read(path)
-    hashed = Identity.of(load_once(model))
+    made = Identity.of(load_once(model))
     if records.enabled():
         path.parent.mkdir(parents=True, exist_ok=True)
-        hashed.write(path)
-    return hashed
+        made.write(path)
+    return made

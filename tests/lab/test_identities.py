@@ -31,9 +31,9 @@ def elsewhere(tmp_path, monkeypatch):
     """A data folder without models."""
     monkeypatch.setenv("ECODIFF_DATA", str(tmp_path))
     monkeypatch.delenv("ECODIFF_RECORDS", raising=False)
-    identities._hashed.cache_clear()
+    identities.hashed.cache_clear()
     yield tmp_path
-    identities._hashed.cache_clear()
+    identities.hashed.cache_clear()
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_a_model_of_ones_own_is_hashed_once_until_a_file_changes(elsewhere, monk
     first = identities.identity(model)
     assert first == Identity.of(ecodiff.load(model)) and len(loads) == 1
     assert identities.identity(model) == first and len(loads) == 1
-    identities._hashed.cache_clear()  # another process
+    identities.hashed.cache_clear()  # another process
     assert identities.identity(model) == first and len(loads) == 1
     config = elsewhere / "own" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.5}))
