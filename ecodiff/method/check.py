@@ -18,7 +18,7 @@ from .checkpointing import undisturbed
 from .config import LearnConfig
 from .hooks import apply_gates
 from .learn import Task
-from .sites import Site, find_sites, skipped_modules
+from .sites import Site, find_sites, share_reached, skipped_modules
 from .trial import failing_sites
 
 # How far gradients of the two ways may be apart, and a finite difference from the gradient: rounding in fp32.
@@ -90,7 +90,7 @@ def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked
     config = replace(config or LearnConfig(), num_inference_steps=2, keep_last=0, batch_size=1)
     network = find_denoiser(pipe)
     sites = find_sites(network)
-    total = sum(parameter.numel() for parameter in network.parameters())
+    left = sites
     failing: dict[str, str] = {}
     measured: dict = {}
     with on_device(pipe, "check") as device, undisturbed(device):
@@ -104,12 +104,10 @@ def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked
         except EcoDiffError as error:
             measured = {"problem": str(error)}
     units: dict[str, int] = {}
-    reached = 0
-    for name, site in sites.items():
-        if name not in failing:
-            units[site.kind] = units.get(site.kind, 0) + site.units
-            reached += site.units * site.params_per_unit
-    return Checked(type(pipe).__name__, reached / max(total, 1), units, failing, skipped_modules(network), **measured)
+    for site in left.values():
+        units[site.kind] = units.get(site.kind, 0) + site.units
+    share = share_reached(network, left)
+    return Checked(type(pipe).__name__, share, units, failing, skipped_modules(network), **measured)
 
 
 def _measured(task: Task, sites: dict[str, Site]) -> dict[str, float]:
@@ -126,10 +124,10 @@ def _measured(task: Task, sites: dict[str, Site]) -> dict[str, float]:
         point[name] = (0.5 + 0.5 * torch.rand(site.units, generator=generator)).to(task.device)
         direction[name] = torch.randn(site.units, generator=generator).to(task.device)
     checkpointed = _gradient(task, sites, point, whole)
-    plain_task = task.config
-    task.config = replace(plain_task, checkpoint=False)
+    config = task.config
+    task.config = replace(config, checkpoint=False)
     plain = _gradient(task, sites, point, whole)
-    task.config = plain_task
+    task.config = config
     size = _norm(plain)
     difference = _norm({name: plain[name] - checkpointed[name] for name in plain}) / max(size, 1e-30)
 

@@ -33,7 +33,7 @@ from .checkpointing import undisturbed
 from .config import RAMP, LearnConfig
 from .gates import Gates, fresh_gates
 from .hooks import apply_gates
-from .sites import Site, sites_but, skipped_modules
+from .sites import Site, share_reached, sites_but, skipped_modules
 from .surgery import check_prunable
 from .trajectory import final_latents, prediction
 from .trial import failing_sites
@@ -98,8 +98,7 @@ def learn(
         task = Task(encoding_once(pipe), prompts, config, device)
         sites = _removable(network, sites, partial(task.latents, [0], gradients=False))
         if progress:
-            whole = sum(parameter.numel() for parameter in network.parameters())
-            share = sum(site.units * site.params_per_unit for site in sites.values()) / whole
+            share = share_reached(network, sites)
             tqdm.write(f"learn: gates on units with {share:.0%} of the denoiser's parameters")
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
@@ -254,7 +253,7 @@ class Task:
 
     def _check_finite(self, teacher: Tensor) -> None:
         scale = teacher.var().item() if self.config.normalize else 1.0
-        if not (math.isfinite(scale) and scale > 0):
+        if not (math.isfinite(scale) and scale > 0 and teacher.isfinite().all()):
             raise EcoDiffError(
                 "The teacher's latents are constant or not finite: check the pipeline's weights, dtype and guidance."
             )

@@ -9,9 +9,8 @@ without this neuron gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 import torch
@@ -56,35 +55,19 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
         others -= sum(parameter.numel() for parameter in layer.parameters(recurse=False))
     if not 2 <= len(layers) <= 3 or others or any(True for _ in module.buffers()):
         return None
-    sizes = tuple((name, layer.in_features, layer.out_features) for name, layer in layers.items())
-    return _tried(_Key(module), sizes)
+    known = type(module), repr(module)
+    if known not in _TRIED:
+        sizes = [(name, layer.in_features, layer.out_features) for name, layer in layers.items()]
+        fitting = (roles for roles in _candidates(sizes) if _one_by_one(module, roles))
+        _TRIED[known] = next(fitting, None)
+    return _TRIED[known]
 
 
-class _Key:
-    """A module as a key of the memory: two of the same class that print alike have the same roles."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.text = (type(module), repr(module))
-
-    def __eq__(self, other) -> bool:
-        return self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
+# What was tried, by class and print: the blocks of a network have feed-forwards that are alike.
+_TRIED: dict[tuple[type, str], Roles | None] = {}
 
 
-@lru_cache(maxsize=256)
-def _tried(key: _Key, sizes: tuple[tuple[str, int, int], ...]) -> Roles | None:
-    for roles in _candidates(sizes):
-        if _one_by_one(key.module, roles):
-            key.module = nn.Identity()  # the memory needs no weights
-            return roles
-    key.module = nn.Identity()
-    return None
-
-
-def _candidates(sizes: tuple[tuple[str, int, int], ...]) -> Iterator[Roles]:
+def _candidates(sizes: Sequence[tuple[str, int, int]]) -> Iterator[Roles]:
     """Every assignment of roles that the sizes of the layers allow."""
     for reader, units, _ in sizes:
         writers = [(name, rows) for name, _, rows in sizes if name != reader]
@@ -155,9 +138,8 @@ def _random_layer(columns: int, rows: int, bias: bool, generator: torch.Generato
 
 
 def _rows(layout: str, keep: Tensor) -> Tensor:
-    if layout == "halves":
-        return torch.cat([keep, keep])
-    return keep.repeat_interleave(LAYOUTS[layout])
+    """Which rows of a writer with this layout stay."""
+    return torch.cat([keep.repeat_interleave(size) for _, size in rows_of_unit(layout, len(keep))])
 
 
 def _gated(layer: nn.Linear, keep: Tensor) -> nn.Linear:

@@ -27,7 +27,7 @@ from ecodiff.pipelines.forward_hooks import hooked
 from ecodiff.pipelines.parts import plain_name
 
 from .config import KINDS
-from .roles import feed_forward_roles, rows_of_unit
+from .roles import Roles, feed_forward_roles, rows_of_unit
 
 # Layers that write the queries, keys and values of heads, by the names that attentions of diffusers give them. A fused
 # one writes several of them, one after the other.
@@ -152,6 +152,12 @@ def skipped_modules(denoiser: nn.Module) -> dict[str, str]:
     return dict(entry for entry in _walk(denoiser) if not isinstance(entry, Site))
 
 
+def share_reached(denoiser: nn.Module, sites: Mapping[str, Site]) -> float:
+    """The share of the denoiser's parameters that goes with the units of these sites."""
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    return sum(site.units * site.params_per_unit for site in sites.values()) / max(total, 1)
+
+
 def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[], Any]) -> dict[str, Site]:
     """Return the sites with `flops_per_unit` measured while `run()` calls the denoiser once (on any device).
 
@@ -230,11 +236,13 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
                 # A shift, a scale and a gate at least. Norms with two of them (AdaLayerNormContinuous) are no sites.
                 if module.linear.out_features >= 3 * module.linear.in_features:
                     yield _modulation(name, module)
-            elif _may_be_feed_forward(name, module) and feed_forward_roles(module):
-                inside = f"{name}."
-                yield _feed_forward_by_role(name, module)
-            elif type(module).__name__.endswith(("FeedForward", "GLUMBConv")):
-                raise _NotASite("no layer of it writes units that another one reads one by one")
+            else:
+                roles = feed_forward_roles(module) if _may_be_feed_forward(name, module) else None
+                if roles is not None:
+                    inside = f"{name}."
+                    yield _feed_forward_by_role(name, module, roles)
+                elif type(module).__name__.endswith(("FeedForward", "GLUMBConv")):
+                    raise _NotASite("no layer of it writes units that another one reads one by one")
         except _NotASite as reason:
             yield name, str(reason)
 
@@ -251,7 +259,7 @@ def _may_be_feed_forward(name: str, module: nn.Module) -> bool:
     Embedders have linear layers in pairs, too. They are small, and what they write steers the whole network.
     """
     in_a_block = any(part.isdigit() for part in name.split("."))
-    return in_a_block and not any(word in type(module).__name__ for word in ("Embed", "TextProjection", "Pool"))
+    return in_a_block and not any(word in type(module).__name__ for word in ("Embed", "TextProjection"))
 
 
 def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:
@@ -270,8 +278,10 @@ def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:
     if fused:
         return _fused_attention(name, module, heads, inputs | fused, gates)
 
-    query = next(inputs[layer] for layer in _QUERY_LAYERS if layer in inputs)
-    outputs = _attention_outputs(name, module, parent, inputs)
+    query = next((inputs[layer] for layer in _QUERY_LAYERS if layer in inputs), None)
+    if query is None:
+        raise _NotASite("no layer of it writes queries")
+    outputs = _attention_outputs(name, module, parent, query)
     norms = _norms_over_heads(module, query)
     width = query.out_features  # channels of all heads
     if norms:  # queries keep all rows: how many heads are left stands in what the output layers read
@@ -284,10 +294,7 @@ def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:
     units, rest = divmod(min(part.out_features for part in inputs.values()), head_dim)
     if rest or not units or heads % units:
         raise _NotASite("its key heads do not divide its query heads")
-    for norm in _HEAD_NORMS:
-        size = _norm_size(getattr(module, norm, None))
-        if size not in (None, head_dim) and norm not in norms:
-            raise _NotASite(f"{norm} normalises {size} channels across heads of {head_dim}")
+    _check_norms(module, head_dim, norms)
 
     sizes = {layer: part.out_features // units for layer, part in inputs.items()}
     if any(sizes[layer] != width // units for layer in inputs if layer in _QUERY_LAYERS):
@@ -360,11 +367,9 @@ def _heads_that_stay(module: nn.Module) -> int:
 
 def _fused_attention(name: str, module: nn.Module, heads: int, inputs: Mapping[str, nn.Linear], gates) -> Site:
     """An attention with projections that write queries, keys and values one after the other."""
-    outputs = {}
-    for layer, part in _children(module, _OUTPUT_LAYERS).items():
-        listed = isinstance(part, (nn.ModuleList, nn.Sequential))
-        outputs[f"{name}.{layer}.0" if listed else f"{name}.{layer}"] = part[0] if listed else part
-    _check_linear(*outputs.values())
+    outputs = _own_outputs(name, module)
+    if not outputs:
+        raise _NotASite("it has no output layer")
     width = next(iter(outputs.values())).in_features
     if _FUSED_WITH_NEURONS in inputs:
         width = module.inner_dim  # the output layer reads neurons, too
@@ -380,10 +385,7 @@ def _fused_attention(name: str, module: nn.Module, heads: int, inputs: Mapping[s
             raise _NotASite(f"{layer!r} does not write whole queries, keys or values")
         writers += [Span(f"{name}.{layer}", block * width, head_dim) for block in range(blocks)]
     writers += [Span(f"{name}.{layer}", 0, size) for layer, size in _gate_sizes(gates, heads).items()]
-    for norm in _HEAD_NORMS:
-        size = _norm_size(getattr(module, norm, None))
-        if size not in (None, head_dim):
-            raise _NotASite(f"{norm} normalises {size} channels across heads of {head_dim}")
+    _check_norms(module, head_dim)
     readers = tuple(Span(layer, 0, head_dim) for layer in outputs)
     layers = {f"{name}.{layer}": part for layer, part in {**inputs, **gates}.items()} | outputs
     site = _site(name, "attention", heads, tuple(writers), readers, layers)
@@ -406,22 +408,34 @@ def _fused_mlp(name: str, module: nn.Module) -> Site:
     return _site(written, "feed_forward", neurons, writers, readers, {written: layer, read: output})
 
 
-def _attention_outputs(name: str, module: nn.Module, parent: nn.Module, inputs) -> dict[str, nn.Linear]:
-    """{layer name: layer} of the layers that read the heads."""
-    parts = _children(module, _OUTPUT_LAYERS)
-    if "to_out" not in parts and "out_layer" not in parts:
-        if isinstance(getattr(parent, "proj_out", None), nn.Module):
-            return {_beside(name, "proj_out"): _parallel_reader(parent, module)}
-        raise _NotASite("its output layer is not to_out[0]")
+def _check_norms(module: nn.Module, head_dim: int, over_heads: Collection[str] = ()) -> None:
+    """Raise _NotASite for a norm of queries or keys that sees neither one head at a time nor is known to see all."""
+    for norm in _HEAD_NORMS:
+        size = _norm_size(getattr(module, norm, None))
+        if size not in (None, head_dim) and norm not in over_heads:
+            raise _NotASite(f"{norm} normalises {size} channels across heads of {head_dim}")
+
+
+def _own_outputs(name: str, module: nn.Module) -> dict[str, nn.Linear]:
+    """{layer name: layer} of the attention's own output layers; in joint attention the text stream has one, too."""
     outputs = {}
-    for layer, part in parts.items():  # in joint attention the text stream has a layer of its own
-        if isinstance(part, (nn.ModuleList, nn.Sequential)):
+    for layer, part in _children(module, _OUTPUT_LAYERS).items():
+        if isinstance(part, (nn.ModuleList, nn.Sequential)):  # a linear layer and a dropout
             outputs[f"{name}.{layer}.0"] = part[0]
         else:
             outputs[f"{name}.{layer}"] = part
     _check_linear(*outputs.values())
+    return outputs
+
+
+def _attention_outputs(name: str, module: nn.Module, parent: nn.Module, query: nn.Linear) -> dict[str, nn.Linear]:
+    """{layer name: layer} of the layers that read the heads."""
+    if not _children(module, ("to_out", "out_layer")):
+        if isinstance(getattr(parent, "proj_out", None), nn.Module):
+            return {_beside(name, "proj_out"): _parallel_reader(parent, module)}
+        raise _NotASite("its output layer is not to_out[0]")
+    outputs = _own_outputs(name, module)
     widths = {layer.in_features for layer in outputs.values()}
-    query = next(inputs[layer] for layer in _QUERY_LAYERS if layer in inputs)
     pruned = any(getattr(norm, "index", None) is not None for norm in module.children())
     if len(widths) > 1 or (widths != {query.out_features} and not pruned):
         raise _NotASite("its output layer does not read the heads one by one")
@@ -445,10 +459,8 @@ def _feed_forward(name: str, module: nn.Module) -> Site:
     return _site(name, "feed_forward", units, writers, readers, {writers[0].layer: proj, readers[0].layer: net[2]})
 
 
-def _feed_forward_by_role(name: str, module: nn.Module) -> Site:
+def _feed_forward_by_role(name: str, module: nn.Module, roles: Roles) -> Site:
     """A feed-forward whose layers were found by trying (`ecodiff.method.roles`)."""
-    roles = feed_forward_roles(module)
-    assert roles is not None
     reader = module.get_submodule(roles.reader)
     writers, layers = [], {f"{name}.{roles.reader}": reader}
     for layer, layout in roles.writers:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ecodiff.pipelines.forward_hooks import eagerly
 from ecodiff.pipelines.parts import experts
@@ -26,8 +26,7 @@ from .sites import Site, Span
 
 # Largest difference between masked and removed, as a share of the largest output: rounding in the dtype, and not more.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-
-
+# Modules that hold others and are never called themselves.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -46,35 +45,32 @@ def failing_sites(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[
     One site of each class of module and shape is tried: its first unit removed, all but its last unit removed, and, if
     no unit has to stay, all. Sites that the first call does not reach are not tried.
     """
-    chosen: dict[tuple, str] = {}
-    for name, site in sites.items():
-        chosen.setdefault(_kind(denoiser, site), name)
-    owners = {_owner(denoiser, sites[name]) for name in chosen.values()}
-    calls = _first_calls(denoiser, owners, run)
+    owners = {name: _owner(denoiser, site) for name, site in sites.items()}
+    kinds = {name: _kind(denoiser, site, owners[name]) for name, site in sites.items()}
+    first_of_kind: dict[tuple, str] = {}
+    for name, kind in kinds.items():
+        first_of_kind.setdefault(kind, name)
+    calls = _first_calls(denoiser, {owners[name] for name in first_of_kind.values()}, run)
 
     reasons = {}
-    for kind, name in chosen.items():
-        if _owner(denoiser, sites[name]) in calls:
-            reason = _try(denoiser, sites[name], calls[_owner(denoiser, sites[name])])
-            if reason:
-                reasons[kind] = reason
+    for kind, name in first_of_kind.items():
+        owner = owners[name]
+        reasons[kind] = _try(denoiser, sites[name], owner, calls[owner]) if owner in calls else None
     failing = {}
-    for name, site in sites.items():
-        reason = reasons.get(_kind(denoiser, site))
+    for name, kind in kinds.items():
+        reason = reasons[kind]
         if reason is not None:
             failing[name] = reason
     return failing
 
 
-def _kind(denoiser: nn.Module, site: Site) -> tuple:
+def _kind(denoiser: nn.Module, site: Site, owner: str) -> tuple:
     """What sites that are tried together have in common."""
     module = denoiser.get_submodule(site.name)
     processor = type(getattr(module, "processor", None)).__name__
-    parts = tuple(
-        (span.layer[len(_owner(denoiser, site)) :], span.size) for span in site.writers + site.readers + site.selects
-    )
-    owner = type(denoiser.get_submodule(_owner(denoiser, site))).__name__
-    return owner, type(module).__name__, processor, site.kind, site.units, parts
+    parts = tuple((span.layer[len(owner) :], span.size) for span in site.writers + site.readers + site.selects)
+    around = type(denoiser.get_submodule(owner)).__name__
+    return around, type(module).__name__, processor, site.kind, site.units, parts
 
 
 def _owner(denoiser: nn.Module, site: Site) -> str:
@@ -99,12 +95,13 @@ def _owner(denoiser: nn.Module, site: Site) -> str:
 
 
 def _first_calls(denoiser: nn.Module, owners: Iterable[str], run: Callable[[], Any]) -> dict[str, tuple]:
-    """{module name: (args, kwargs)} of the first call of each of these modules that the first denoiser call reaches."""
+    """{module name: (args, kwargs)} of these modules, as the first call of the denoiser calls them first."""
     calls: dict[str, tuple] = {}
 
     def noting(name):
         def note(module, args, kwargs):
-            calls.setdefault(name, (_detached(args), _detached(kwargs)))
+            # Later steps may write into what this one was given.
+            calls.setdefault(name, tree_map_only(Tensor, _own_copy, (args, kwargs)))
 
         return note
 
@@ -128,10 +125,9 @@ def _first_calls(denoiser: nn.Module, owners: Iterable[str], run: Callable[[], A
     return calls
 
 
-def _try(denoiser: nn.Module, site: Site, call: tuple) -> str | None:
+def _try(denoiser: nn.Module, site: Site, owner: str, call: tuple) -> str | None:
     """Why the units of this site cannot be removed; None if they can, or if no copy of the module runs at all."""
-    owner = denoiser.get_submodule(_owner(denoiser, site))
-    local = _relative(site, _owner(denoiser, site))
+    module, local = denoiser.get_submodule(owner), _relative(site, owner)
     units = torch.arange(site.units)
     keeps = []
     if site.units > 1:
@@ -139,13 +135,13 @@ def _try(denoiser: nn.Module, site: Site, call: tuple) -> str | None:
     if not site.min_units:
         keeps.append(units < 0)
     for keep in keeps:
-        masked, removed = _Copy(owner), _Copy(owner)
         try:
+            masked, removed = _Copy(module), _Copy(module)
             with torch.no_grad(), apply_gates(masked, {local.name: keep}, {local.name: local}):
                 wanted = masked.outputs(call)
         except Exception:
-            # Nothing is known where a copy does not run, such as one with hooks of offloading, or where a gate has no
-            # effect, which those who observe or gate the model itself say with its cause.
+            # Nothing is known of what cannot be copied or run as a copy, such as modules with hooks of offloading, or
+            # where a gate has no effect, which those who observe or gate the model itself say with its cause.
             return None
         left = f"with {int(keep.sum())} of its {site.units} units"
         try:
@@ -208,14 +204,5 @@ def _agree(wanted: list[Tensor], given: list[Tensor]) -> bool:
     return True
 
 
-def _detached(value):
-    """The value with tensors that nothing changes afterwards."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, tuple):
-        return tuple(_detached(part) for part in value)
-    if isinstance(value, list):
-        return [_detached(part) for part in value]
-    if isinstance(value, dict):
-        return {key: _detached(part) for key, part in value.items()}
-    return value
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

@@ -8,7 +8,7 @@ from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowFeedFo
 from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5FeedForward
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2SwiGLU
-from tiny import trained
+from tiny import random_mask, trained
 from torch import nn
 
 from ecodiff import EcoDiffError, find_sites, make_mask
@@ -175,19 +175,13 @@ def called(request):
     return trained(model), run
 
 
-def random_mask(sites, ratio=0.4):
-    generator = torch.Generator().manual_seed(2)
-    scores = {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}
-    return make_mask(scores, sites, ratio)
-
-
 def test_removed_is_masked_also_saved_and_pruned_again(called, tmp_path):
     model, run = called
     sites = find_sites(model)
     reached = sum(site.units * site.params_per_unit for site in sites.values())
     assert reached > 0.2 * sum(parameter.numel() for parameter in model.parameters())
     assert failing_sites(model, sites, lambda: run(model)) == {}
-    mask = random_mask(sites)
+    mask = random_mask(model, seed=2)
     with apply_gates(model, mask):
         masked = run(model)
     pruned = prune_denoiser(model, mask)
@@ -235,7 +229,7 @@ def test_a_site_that_must_keep_a_unit_keeps_its_best(called):
 def test_the_channels_that_a_saved_norm_returns_are_checked(tmp_path):
     torch.manual_seed(0)
     model, _ = wan()
-    pruned = prune_denoiser(model, random_mask(find_sites(model)))
+    pruned = prune_denoiser(model, random_mask(model, seed=2))
     norm = next(module for module in pruned.modules() if isinstance(module, SelectedNorm))
     norm.index[0] = norm.index[1]
     pruned.save_pretrained(tmp_path)

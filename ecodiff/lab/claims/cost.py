@@ -201,9 +201,25 @@ def hours() -> Claim:
         (
             *(_hours_measured(model) for model in UPDATE_OF),
             contradicted(arithmetic.hours()),
-            Decision("SDXL", CHECKPOINT, command=_learn_sdxl()),
+            Decision("SDXL", CHECKPOINT, command=learn_sdxl(round(claim("carbon_training_steps")))),
         ),
     )
+
+
+def update_on_gpu(model: str) -> tuple[float, str] | None:
+    """Seconds of the last recorded checkpointed update of a model of ``UPDATE_OF`` on a GPU, and which GPU."""
+    preset, samples, steps = UPDATE_OF[model]
+    newest = None
+    for record in on_full_size.measured("update", model=preset, samples=samples, T=steps, on_gpu=True):
+        seconds = record["values"]["variants"].get("checkpointed", {}).get("seconds")
+        if seconds is not None:
+            newest = seconds, record["config"]["device"]
+    return newest
+
+
+def command_of_update(preset: str, samples: int) -> str:
+    """The command that measures mask updates of a full-size model."""
+    return f"python -m ecodiff benchmark full-size {preset} --samples {samples} --parts update"
 
 
 def _hours_measured(model: str) -> Decision:
@@ -213,30 +229,26 @@ def _hours_measured(model: str) -> Decision:
     """
     preset, samples, steps = UPDATE_OF[model]
     title = f"{model}, random weights, measured on a GPU"
-    rows = []
-    for record in on_full_size.measured("update", model=preset, samples=samples, T=steps, on_gpu=True):
-        if "seconds" in record["values"]["variants"].get("checkpointed", {}):
-            rows.append(record)
-    if not rows:
-        command = f"python -m ecodiff benchmark full-size {preset} --samples {samples} --parts update"
-        return Decision(title, MISSING, command=command)
+    measured = update_on_gpu(model)
+    if measured is None:
+        return Decision(title, MISSING, command=command_of_update(preset, samples))
+    seconds, device = measured
     settings = "table2" if model == "FLUX" else "table3"
     trajectories = claim("carbon_training_steps") * setting(settings, "batch_size")
-    least = trajectories * rows[-1]["values"]["variants"]["checkpointed"]["seconds"] / 3600
+    least = trajectories * seconds / 3600
     most, evidence = least, f"{least:.2f} hours"
     if model in GUIDED and samples == 1:
         most = 2 * least
         evidence = f"{least:.2f} to {most:.2f} hours"
     table12 = row("table12", model=model)
     given = table12["gpu_hours"]
-    evidence += f" ({rows[-1]['config']['device']}, T = {steps}, random weights); printed: {given:g} GPU-hours, "
+    evidence += f" ({device}, T = {steps}, random weights); printed: {given:g} GPU-hours, "
     evidence += f"{table12['training_hours']:g} training hours"
     return decided(title, least <= 2 * given and most >= given / 2, evidence)
 
 
-def _learn_sdxl() -> str:
+def learn_sdxl(updates: int) -> str:
     """The command that learns a mask of the real SDXL as the paper does: 50 steps, guidance 5."""
-    updates = round(claim("carbon_training_steps"))
     arguments = f"num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates {updates} -p batch_size 4"
     return f"papermill notebooks/05_learning_a_mask.ipynb out.ipynb -p model {on_embedded.HUB[SDXL]} -p {arguments}"
 

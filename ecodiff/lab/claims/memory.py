@@ -10,7 +10,7 @@ from ecodiff.lab.errata import arithmetic
 from ecodiff.lab.paper import claim, row
 
 from . import on_embedded, on_full_size
-from .cost import FLUX, drawing
+from .cost import FLUX, command_of_update, drawing
 from .on_embedded import SDXL
 from .on_full_size import SD2_UPDATE, by_count, decided
 from .rules import MISSING, NOT_REPRODUCED, REPRODUCED, Claim, Decision, contradicted
@@ -77,7 +77,7 @@ def _below_the_limit_on_gpu() -> Decision:
         if has_peak and (last is None or record["config"]["T"] > last["config"]["T"]):
             last = record
     if last is None:
-        return Decision(title, MISSING, command=_command("sdxl", 2))
+        return Decision(title, MISSING, command=command_of_update("sdxl", 2))
     config, values = last["config"], last["values"]
     peak = (values["variants"]["checkpointed"]["peak_bytes"] + values["weight_bytes"]) / 1e9
     evidence = f"{peak:.1f} GB with the denoiser's weights, T = {config['T']}, {config['samples']} samples a call"
@@ -117,13 +117,9 @@ def _on_full(test: Test, title: str, config: dict) -> Decision:
     rows = on_full_size.measured("update", **config)
     result = test({row["config"]["T"]: row["values"]["variants"] for row in rows})
     if result is None:
-        return Decision(title, MISSING, command=_command(config["model"], config["samples"]))
+        return Decision(title, MISSING, command=command_of_update(config["model"], config["samples"]))
     holds, evidence = result
     return decided(title, holds, f"{evidence} ({rows[0]['config']['device']})")
-
-
-def _command(model: str, samples: int) -> str:
-    return f"python -m ecodiff benchmark full-size {model} --samples {samples} --parts update"
 
 
 def _flat(updates: dict) -> tuple[bool, str] | None:

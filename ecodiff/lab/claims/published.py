@@ -12,10 +12,10 @@ from ecodiff.lab.errata import versions
 from ecodiff.lab.paper import claim, row, setting, table
 
 from . import on_full_size
-from .cost import UPDATE_OF
-from .on_embedded import BOTH, DEV, HUB, LEARNED, ORIGINAL, SCHNELL, SDXL, better, kept, real
+from .cost import UPDATE_OF, command_of_update, learn_sdxl, update_on_gpu
+from .on_embedded import BOTH, DEV, LEARNED, ORIGINAL, SCHNELL, SDXL, better, kept, real
 from .page import anchor
-from .results import PAIRS, PAIRS_ORIGINAL, SETS, SMALL
+from .results import PAIRS, PAIRS_ORIGINAL, SETS, SMALL, fifth_kept, rises_of_fid
 from .rules import CHECKPOINT, MISSING, UNDECIDED, Claim, Decision, contradicted, printed
 
 MAIN = "published version, main table (second-hand)"
@@ -26,13 +26,8 @@ def rise_of_fid(model: str, limit: float = SMALL) -> Decision:
     """The decision by the published main table on "FID rises by less than ``limit`` of the original's"."""
     original = row("published/main", model=model, method="Original")
     pruned = row("published/main", model=model, method="EcoDiff")
-    rises = {name: pruned[column] / original[column] - 1 for column, name in SETS.items()}
-    evidence = "FID " + ", ".join(f"{rise:+.1%} on {name}" for name, rise in rises.items())
-    return printed(f"{MAIN}: {model} at {pruned['ratio']:.0%}", max(rises.values()) < limit, evidence)
-
-
-def _fifth_kept(model: str) -> Decision:
-    return kept(model, LEARNED, ORIGINAL)
+    rises, evidence = rises_of_fid(original, pruned)
+    return printed(f"{MAIN}: {model} at {pruned['ratio']:.0%}", max(rises) < limit, evidence)
 
 
 def minimal_loss_of_sdxl() -> Claim:
@@ -47,7 +42,7 @@ def minimal_loss_of_sdxl() -> Claim:
             rise_of_fid("SDXL"),
             kept(SDXL, LEARNED, ORIGINAL, label="one object"),
             kept(SDXL, PAIRS, PAIRS_ORIGINAL, label="two objects"),
-            real(SDXL, "main", _fifth_kept),
+            real(SDXL, "main", fifth_kept),
         ),
     )
 
@@ -68,8 +63,8 @@ def a_fifth_of_both_flux() -> Claim:
             kept(SCHNELL, LEARNED, ORIGINAL, label="one object"),
             kept(DEV, PAIRS, PAIRS_ORIGINAL, label="two objects"),
             kept(SCHNELL, PAIRS, PAIRS_ORIGINAL, label="two objects"),
-            real(DEV, "main", _fifth_kept),
-            real(SCHNELL, "main", _fifth_kept),
+            real(DEV, "main", fifth_kept),
+            real(SCHNELL, "main", fifth_kept),
         ),
     )
 
@@ -84,7 +79,7 @@ def ten_hours() -> Claim:
         (
             _hours("SDXL"),
             _hours("FLUX"),
-            Decision("SDXL on an A100", CHECKPOINT, command=_learn()),
+            Decision("SDXL on an A100", CHECKPOINT, command=learn_sdxl(400)),
         ),
     )
 
@@ -93,30 +88,22 @@ def _hours(model: str) -> Decision:
     """Hours of learning a mask by the longest recorded update of this model on a GPU, against the printed budget."""
     preset, samples, steps = UPDATE_OF[model]
     title = f"{model}, random weights, measured on a GPU"
-    rows = []
-    for record in on_full_size.measured("update", model=preset, samples=samples, T=steps, on_gpu=True):
-        if "seconds" in record["values"]["variants"].get("checkpointed", {}):
-            rows.append(record)
-    if not rows:
-        command = f"python -m ecodiff benchmark full-size {preset} --samples {samples} --parts update"
-        return Decision(title, MISSING, command=command)
+    measured = update_on_gpu(model)
+    if measured is None:
+        return Decision(title, MISSING, command=command_of_update(preset, samples))
+    seconds, device = measured
     settings = "table2" if model == "FLUX" else "table3"
     updates, batch = setting(settings, "training_steps"), setting(settings, "batch_size")
-    hours = updates * batch * rows[-1]["values"]["variants"]["checkpointed"]["seconds"] / 3600
+    hours = updates * batch * seconds / 3600
     fewer = claim("mask_steps", "published/claims")
     budget = claim("budget", "published/claims")
     evidence = f"{hours:.2f} hours for {updates} updates, {hours * fewer / updates:.2f} for {fewer:g} "
-    evidence += f"({rows[-1]['config']['device']}, T = {steps}, random weights)"
+    evidence += f"({device}, T = {steps}, random weights)"
     if hours > budget:
         return on_full_size.decided(title, False, f"{evidence}; {budget:g} printed (second-hand)")
     evidence += f"; {updates} updates are within {budget:g} hours (second-hand) if an A100 takes at most "
     evidence += f"{budget / hours:.1f} times as long"
     return Decision(title, UNDECIDED, evidence)
-
-
-def _learn() -> str:
-    arguments = "num_inference_steps 50 -p guidance_scale 5.0 -p mask_updates 400 -p batch_size 4"
-    return f"papermill notebooks/05_learning_a_mask.ipynb out.ipynb -p model {HUB[SDXL]} -p {arguments}"
 
 
 def half_with_recovery() -> Claim:

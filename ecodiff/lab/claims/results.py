@@ -21,18 +21,18 @@ def fid_rises(name: str, model: str, ratio: float, limit: float, **more) -> Deci
     """The decision by a table of the paper on "FID rises by less than ``limit`` of the original's, on both sets"."""
     original = row(name, model=model, method="Original")
     pruned = row(name, model=model, method="EcoDiff", ratio=ratio, **more)
-    rises, evidence = _rises(original, pruned)
+    rises, evidence = rises_of_fid(original, pruned)
     return printed(f"Table {name.removeprefix('table')}: {model} at {ratio:.0%}", max(rises) < limit, evidence)
 
 
-def _rises(original: dict, pruned: dict) -> tuple[list[float], str]:
+def rises_of_fid(original: dict, pruned: dict) -> tuple[list[float], str]:
     """By which shares of the original's the FID of each set rises, and the same as a text."""
     rises = [pruned[column] / original[column] - 1 for column in SETS]
     parts = [f"{rise:+.1%} on {name}" for rise, name in zip(rises, SETS.values(), strict=True)]
     return rises, f"FID {', '.join(parts)}"
 
 
-def _fifth_kept(model: str) -> Decision:
+def fifth_kept(model: str) -> Decision:
     """The decision on "a fifth of this model's units goes without loss"."""
     return kept(model, LEARNED, ORIGINAL)
 
@@ -48,7 +48,7 @@ def a_fifth_of_sdxl() -> Claim:
             fid_rises("table1", "SDXL", 0.2, 0.0),
             kept(SDXL, LEARNED, ORIGINAL, label="one object"),
             kept(SDXL, PAIRS, PAIRS_ORIGINAL, label="two objects"),
-            real(SDXL, "main", _fifth_kept),
+            real(SDXL, "main", fifth_kept),
         ),
     )
 
@@ -66,7 +66,7 @@ def a_fifth_of_flux() -> Claim:
             fid_rises("table1", "FLUX", 0.15, SMALL),
             *(kept(model, LEARNED, ORIGINAL, label="one object") for model in FLUX),
             *(kept(model, PAIRS, PAIRS_ORIGINAL, label="two objects") for model in FLUX),
-            real(SCHNELL, "main", _fifth_kept),
+            real(SCHNELL, "main", fifth_kept),
         ),
     )
 
@@ -120,7 +120,7 @@ def drops_beyond_a_fifth() -> Claim:
     original = row("table8", ratio=0, method="Original")
     decisions = []
     for ratio in (0.25, 0.3):
-        rises, evidence = _rises(original, row("table8", ratio=ratio, retrained="no"))
+        rises, evidence = rises_of_fid(original, row("table8", ratio=ratio, retrained="no"))
         decisions.append(printed(f"Table 8: SDXL at {ratio:.0%}", min(rises) > SMALL, evidence))
     return Claim(
         "App. J, Table 8",
@@ -142,7 +142,7 @@ def distilled() -> Claim:
             *(fid_rises("table7", "FLUX Schnell", ratio, SMALL) for ratio in (0.1, 0.15)),
             kept(SCHNELL, TENTH, ORIGINAL, label="10 %"),
             kept(SCHNELL, LEARNED, ORIGINAL, label="20 %"),
-            real(SCHNELL, "main", _fifth_kept),
+            real(SCHNELL, "main", fifth_kept),
         ),
     )
 
@@ -158,7 +158,7 @@ def stable_diffusion_2() -> Claim:
             *(fid_rises("table6", "SD2", ratio, SMALL) for ratio in (0.1, 0.2)),
             kept(SD2, TENTH, ORIGINAL, label="10 %"),
             kept(SD2, LEARNED, ORIGINAL, label="20 %"),
-            real(SD2, "main", _fifth_kept),
+            real(SD2, "main", fifth_kept),
         ),
     )
 
