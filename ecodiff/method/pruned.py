@@ -49,7 +49,8 @@ class PrunedMixin(_Model):
         sites = find_sites(model, KINDS)
         mask = {}
         for name, units in pruned_units.items():
-            if name not in sites or not isinstance(units, int) or not 0 <= units <= sites[name].units:
+            whole = isinstance(units, int) and name in sites
+            if not (whole and sites[name].min_units <= units <= sites[name].units):
                 raise EcoDiffError(
                     f"config.json: pruned_units: {name!r} cannot keep {units!r} units; was the file changed?"
                 )

@@ -1,5 +1,7 @@
 """Sites by role: feed-forwards and attentions that no older family has are found, and removed equals masked in each."""
 
+import threading
+
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
@@ -11,7 +13,7 @@ from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea
 from tiny import random_mask, trained
 from torch import nn
 
-from ecodiff import EcoDiffError, find_sites, make_mask
+from ecodiff import EcoDiffError, find_sites, make_mask, skipped_modules
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.pruned import SelectedNorm, cut_units
 from ecodiff.method.roles import feed_forward_roles
@@ -272,3 +274,35 @@ def test_a_module_that_cannot_lose_a_unit_is_found_before_anything_is_learned():
     sites = find_sites(model)
     failing = failing_sites(model, sites, lambda: model(torch.randn(1, 4, 48)))
     assert list(failing) == ["blocks.0.part"] and "with 5 of its 6 units it does not run" in failing["blocks.0.part"]
+
+
+class Like(nn.Module):
+    """Something like an attention, with some of its parts."""
+
+    def __init__(self, heads=2, **parts):
+        super().__init__()
+        if heads is not None:
+            self.heads = heads
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_what_looks_like_an_attention_and_is_none_is_named():
+    reads = nn.ModuleList([nn.Linear(8, 8), nn.Dropout()])
+    odd = {
+        "queries": Like(to_q=None, to_k=nn.Linear(8, 8), to_v=nn.Linear(8, 8), to_out=reads),
+        "output layer": Like(pre_only=True, qkv=nn.Linear(8, 24)),
+        "how many heads": Like(heads=None, qkv=nn.Linear(8, 24), to_out=nn.Linear(8, 8)),
+    }
+    assert not find_sites(nn.ModuleDict(odd))
+    for word, reason in skipped_modules(nn.ModuleDict(odd)).items():
+        assert word in reason
+
+
+@pytest.mark.parametrize("held", [threading.Lock(), torch.ones(2, requires_grad=True) * 2], ids=["lock", "no leaf"])
+def test_a_module_that_cannot_be_copied_is_not_judged(held):
+    feed_forward = Krea2SwiGLU(8, 12)
+    feed_forward.held = held
+    model = Blocks(feed_forward)
+    sites = find_sites(model)
+    assert sites and failing_sites(model, sites, lambda: model(torch.randn(1, 3, 8))) == {}
