@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
 
+from .emptied import EmptiedAttention, is_emptied
+
 _UNTIL = "It was made for the original model: load it there, or train one for the pruned model, which does fit."
 _FACTORS = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B)(\.\w+)?\.weight$")
 _KRONECKER = re.compile(r"(?P<layer>.+)\.lokr_(?P<part>w[12](_[ab])?)(\.\w+)?$")
@@ -83,7 +85,7 @@ def check_lora(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         gone = _emptied(layer, modules)
         if gone is not None:
             raise EcoDiffError(
-                f"This LoRA has weights for {layer!r}, but {gone!r} has no heads left in this {type(model).__name__}. "
+                f"This LoRA has weights for {layer!r}, but {gone!r} has no units left in this {type(model).__name__}. "
                 f"{_UNTIL}"
             )
         module = modules.get(layer)
@@ -178,19 +180,19 @@ def _pruned_attention(model) -> str | None:
     """The name of an attention that has lost heads; None where all have all."""
     for name in model.config.get("pruned_units", {}):
         module = _submodule(model, name)
-        if hasattr(module, "to_q") or type(module).__name__ == "NoHeads":
+        if hasattr(module, "to_q") or isinstance(module, EmptiedAttention):
             return name
     return None
 
 
 def _emptied(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The attention without heads whose layer this was, if it was and is no more."""
-    if layer in modules:
+    """The part without units whose layer this was, if it was and is no more."""
+    if layer in modules and not is_emptied(modules[layer]):
         return None
     name = layer
     while "." in name and name not in modules:  # up to the nearest module that is there
         name = name.rpartition(".")[0]
-    if name in modules and type(modules[name]).__name__ == "NoHeads":
+    if name in modules and is_emptied(modules[name]):
         return name
     return None
 

@@ -13,6 +13,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.forward_hooks import hooked, never_ran
 from ecodiff.pipelines.parts import Experts, experts
 
+from .roles import channel_axis
 from .sites import KINDS, Site, check_units, find_sites
 
 
@@ -65,8 +66,9 @@ def apply_gates(
                 if callable(values):
                     hooks.before(name, _draw_hook(values, name, current), site=name)
                 for span in site.gated:
+                    axis = channel_axis(denoiser.get_submodule(span.layer))
                     if site.readers:
-                        hooks.before(span.layer, _input_hook(current, name, span), site=name)
+                        hooks.before(span.layer, _input_hook(current, name, span, axis), site=name)
                     else:
                         hooks.after(span.layer, _output_hook(current, name, span), site=name)
             yield
@@ -130,11 +132,11 @@ def _draw_hook(draw, name, current):
     return hook
 
 
-def _input_hook(current, name, span):
+def _input_hook(current, name, span, axis):
     def hook(x):
         if name not in current:  # gates are drawn as the site's module is called
             raise never_ran("apply_gates", [name], 1, name)
-        return _multiply(x, current[name], span)
+        return _multiply(x.movedim(axis, -1), current[name], span).movedim(-1, axis)
 
     return hook
 

@@ -17,11 +17,12 @@ from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
 from .adapters import guard_flux_loader, guarded_methods
+from .emptied import EmptiedLayer, emptied, form_of
+from .roles import cut_layer
 from .sites import (
     HEADS,
     KEY_HEADS,
     KINDS,
-    RETURNS_OF_PROCESSORS,
     Site,
     find_sites,
     returned_channels,
@@ -89,6 +90,16 @@ class PrunedMixin(_Model):
             return model, info
         return model
 
+    def _fix_state_dict_keys_on_load(self, state_dict) -> None:
+        """Also leave out the empty weights that earlier folders have for layers without units."""
+        super()._fix_state_dict_keys_on_load(state_dict)
+        for name, module in self.named_modules():
+            if isinstance(module, EmptiedLayer):
+                for part in ("weight", "bias"):
+                    tensor = state_dict.get(f"{name}.{part}")
+                    if tensor is not None and not tensor.numel():
+                        del state_dict[f"{name}.{part}"]
+
 
 @cache
 def pruned_class(name: str) -> type:
@@ -119,6 +130,12 @@ def pruned_class(name: str) -> type:
 
 def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
     """Remove the units whose mask is False from the model, in place; works on real and on meta tensors."""
+    forms = {}
+    for name, keep in mask.items():
+        if sites[name].kind == "attention" and not keep.any():
+            forms[name] = form_of(model.get_submodule(name))
+            if not forms[name]:
+                raise EcoDiffError(f"{name}: keep at least one head; what its processor returns without is not known.")
     kept: dict[tuple[str, int], Tensor] = {}  # (layer, dimension of its weight) -> which entries stay
     # First over all sites, then cut once a layer: heads and neurons of FLUX's single blocks share their proj_out.
     for name, keep in mask.items():
@@ -128,7 +145,7 @@ def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Te
                 entries = kept.setdefault((span.layer, dimension), torch.ones(width, dtype=torch.bool, device="cpu"))
                 entries[span.offset : span.offset + keep.numel() * span.size] = keep.repeat_interleave(span.size)
     for (layer, dimension), entries in kept.items():
-        _cut_linear(model.get_submodule(layer), dimension, entries)
+        _cut(model, layer, dimension, entries)
 
     for name, keep in mask.items():
         site, module = sites[name], model.get_submodule(name)
@@ -138,7 +155,7 @@ def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Te
                 _replace(model, span.layer, SelectedNorm.of(norm, keep.repeat_interleave(span.size)))
             _set_heads(module, int(keep.sum()), site)
             if not keep.any():
-                _replace(model, name, NoHeads(name, module))
+                _replace(model, name, emptied(module, forms[name]))
         elif site.kind == "modulation":
             _replace(model, f"{name}.linear", ScatteredLinear(module.linear, keep))
         else:
@@ -147,20 +164,15 @@ def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Te
                 owner.mlp_hidden_dim = int(keep.sum())
 
 
-def _cut_linear(linear: nn.Linear, dimension: int, entries: Tensor) -> None:
-    """Keep some rows (dimension 0) or columns (1). Left with no column a layer is its bias, with no row nothing."""
-
-    def cut(parameter, dimension):
-        index = entries.nonzero().flatten().to(parameter.device)
-        return nn.Parameter(parameter.detach().index_select(dimension, index), parameter.requires_grad)
-
-    blocks = getattr(linear, "_tp_packed_row_blocks", None)  # FLUX: how tensor parallelism splits proj_out
+def _cut(model: nn.Module, name: str, dimension: int, entries: Tensor) -> None:
+    """Keep some rows (dimension 0) or columns (1) of a layer. Left with no column it is its bias, with no row nothing."""
+    layer = model.get_submodule(name)
+    blocks = getattr(layer, "_tp_packed_row_blocks", None)  # FLUX: how tensor parallelism splits proj_out
     if blocks:
-        linear._tp_packed_row_blocks = [int(block.sum()) for block in entries.split(blocks)]
-    linear.weight = cut(linear.weight, dimension)
-    if dimension == 0 and linear.bias is not None:
-        linear.bias = cut(linear.bias, 0)
-    linear.out_features, linear.in_features = linear.weight.shape
+        layer._tp_packed_row_blocks = [int(block.sum()) for block in entries.split(blocks)]
+    cut_layer(layer, dimension, entries)
+    if not entries.any():
+        _replace(model, name, EmptiedLayer(layer))
 
 
 # What attentions keep that follows from their heads: the number of heads, or of channels of all heads.
@@ -186,43 +198,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
         if "_hooks" in key or key == "training":
             module.__dict__[key] = value
     setattr(model.get_submodule(owner), leaf, module)
-
-
-class NoHeads(nn.Module):
-    """An attention without heads: nothing is attended to, the output layers add their bias.
-
-    Returns what the attention's own processor would: one output, or two (image, text) in joint attention.
-    """
-
-    def __init__(self, name: str, attention: nn.Module):
-        super().__init__()
-        processor = type(attention.processor).__name__
-        if processor not in RETURNS_OF_PROCESSORS:
-            raise EcoDiffError(
-                f"{name}: keep at least one head; what {processor} returns without heads is not known here."
-            )
-        self.joint = RETURNS_OF_PROCESSORS[processor] == 2
-        self.to_out = getattr(attention, "to_out", None)  # None in a parallel block, whose proj_out reads what is left
-        self.to_add_out = getattr(attention, "to_add_out", None)
-        self.residual_connection = getattr(attention, "residual_connection", False)
-        self.rescale_output_factor = getattr(attention, "rescale_output_factor", 1.0)
-
-    def forward(self, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        no_channels = hidden_states[..., :0]
-        if self.to_out is None:
-            return no_channels
-        if hidden_states.ndim == 4:  # images, channels first
-            no_channels = hidden_states.movedim(1, -1)[..., :0]
-        output = self.to_out[1](self.to_out[0](no_channels))
-        if hidden_states.ndim == 4:
-            output = output.movedim(-1, 1)
-        if self.residual_connection:
-            output = output + hidden_states
-        output = output / self.rescale_output_factor
-        if not self.joint or encoder_hidden_states is None:
-            return output
-        context = encoder_hidden_states[..., :0]
-        return output, context if self.to_add_out is None else self.to_add_out(context)
 
 
 class ScatteredLinear(nn.Module):

@@ -9,22 +9,29 @@ without this neuron gives.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Sizes of the small copy. They differ, so that a layer cannot be taken for another by its width.
-_WIDTH, _UNITS = 6, 4
+# Units of the small copy. What surrounds them has its own width.
+_UNITS = 4
+# A model may be loaded in another dtype and on another device while its layers are tried.
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+# Layers that mix channels of one place, and hence may write and read units.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class Roles:
     """Which layers of a feed-forward write its units, and which one reads them; names relative to the module.
 
-    writers: (layer name, how its rows belong to units).  reader: name of the layer whose column j reads unit j.
+    writers: (layer name, how its rows belong to units); a depthwise convolution, which passes units on, is one of them.
+    reader: name of the layer whose column j reads unit j.
     """
 
     writers: tuple[tuple[str, str], ...]
@@ -43,22 +50,50 @@ def rows_of_unit(layout: str, units: int) -> list[tuple[int, int]]:
     return [(0, LAYOUTS[layout])]
 
 
+def channel_axis(layer: nn.Module) -> int:
+    """The dimension of a layer's input and output that holds channels."""
+    return 1 if isinstance(layer, _CONVOLUTIONS) else -1
+
+
+def columns_of(layer: nn.Module) -> int:
+    """How many channels a linear layer or convolution reads."""
+    return layer.in_channels if isinstance(layer, _CONVOLUTIONS) else layer.in_features
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether this is a convolution that mixes places and no channels."""
+    return isinstance(layer, _CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether this is a linear layer, or a convolution that is one."""
+    if isinstance(layer, nn.Linear):
+        return True
+    if not isinstance(layer, _CONVOLUTIONS) or layer.groups != 1 or layer.padding_mode != "zeros":
+        return False
+    return set(layer.kernel_size) == {1} and set(layer.stride) == {1} and layer.padding in ((0,) * len(layer.stride), 0)
+
+
 def feed_forward_roles(module: nn.Module) -> Roles | None:
     """The roles of the layers of a module if it is a feed-forward whose neurons can go one by one, else None.
 
-    A candidate has two or three linear layers in all and no other parameters. It must give a tensor for a tensor
-    [batch, tokens, channels].
+    A candidate has two or three linear layers (or convolutions of one place), perhaps depthwise convolutions between
+    them, and little else. It must give a tensor for a tensor of tokens or of pictures.
     """
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    others = sum(parameter.numel() for parameter in module.parameters())
+    layers = {}
+    for name, child in module.named_modules():
+        if _is_pointwise(child) or is_depthwise(child):
+            layers[name] = child
+    linear = [layer for layer in layers.values() if not is_depthwise(layer)]
+    own = 0
     for layer in layers.values():
-        others -= sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-    if not 2 <= len(layers) <= 3 or others or any(True for _ in module.buffers()):
+        own += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    others = sum(parameter.numel() for parameter in module.parameters()) - own
+    if not 2 <= len(linear) <= 3 or len(layers) > 4 or 2 * others > own or any(True for _ in module.buffers()):
         return None
     known = type(module), repr(module)
     if known not in _TRIED:
-        sizes = [(name, layer.in_features, layer.out_features) for name, layer in layers.items()]
-        fitting = (roles for roles in _candidates(sizes) if _one_by_one(module, roles))
+        fitting = (roles for roles in _candidates(layers) if _one_by_one(module, roles))
         _TRIED[known] = next(fitting, None)
     return _TRIED[known]
 
@@ -67,15 +102,17 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
 _TRIED: dict[tuple[type, str], Roles | None] = {}
 
 
-def _candidates(sizes: Sequence[tuple[str, int, int]]) -> Iterator[Roles]:
+def _candidates(layers: Mapping[str, nn.Module]) -> Iterator[Roles]:
     """Every assignment of roles that the sizes of the layers allow."""
-    for reader, units, _ in sizes:
-        writers = [(name, rows) for name, _, rows in sizes if name != reader]
-        widths = {columns for name, columns, _ in sizes if name != reader}
-        if len(widths) != 1 or units == 0:
+    for reader, reading in layers.items():
+        units = columns_of(reading)
+        writers = {name: layer for name, layer in layers.items() if name != reader}
+        widths = {columns_of(layer) for layer in writers.values() if not is_depthwise(layer)}
+        if is_depthwise(reading) or len(widths) != 1 or units == 0:
             continue
         choices = []
-        for name, rows in writers:
+        for name, layer in writers.items():
+            rows = len(layer.weight)
             choices.append([(name, layout) for layout, count in LAYOUTS.items() if rows == count * units])
         for chosen in product(*choices):
             yield Roles(tuple(chosen), reader)
@@ -84,56 +121,105 @@ def _candidates(sizes: Sequence[tuple[str, int, int]]) -> Iterator[Roles]:
 def _one_by_one(module: nn.Module, roles: Roles) -> bool:
     """Whether each unit, and all but one, can be removed from a small copy: gated to zero equals cut."""
     generator = torch.Generator().manual_seed(0)
-    weights = {}
+    weights: dict[str, nn.Module] = {}
+    width = 0
     for name, layout in roles.writers:
         layer = module.get_submodule(name)
-        weights[name] = _random_layer(_WIDTH, LAYOUTS[layout] * _UNITS, layer.bias is not None, generator)
+        if not is_depthwise(layer):
+            width = columns_of(layer)
+        weights[name] = random_layer(layer, columns_of(layer), LAYOUTS[layout] * _UNITS, generator)
     reader = module.get_submodule(roles.reader)
-    weights[roles.reader] = _random_layer(_UNITS, _WIDTH + 1, reader.bias is not None, generator)
-    x = torch.randn(2, 3, _WIDTH, generator=generator)
-    keeps = [torch.arange(_UNITS) != unit for unit in range(_UNITS)]
-    keeps.append(torch.arange(_UNITS) == 1)
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            whole = _shell(module, weights)(x)
-            for keep in keeps:
-                gated = dict(weights)
-                gated[roles.reader] = _gated(weights[roles.reader], keep)
-                cut = {}
-                for name, layout in roles.writers:
-                    cut[name] = _cut(weights[name], 0, _rows(layout, keep))
-                cut[roles.reader] = _cut(weights[roles.reader], 1, keep)
-                masked, removed = _shell(module, gated)(x), _shell(module, cut)(x)
-                if masked.shape != removed.shape or not torch.allclose(masked, removed, atol=1e-5):
-                    return False
-                if torch.allclose(masked, whole, atol=1e-5):  # a unit that does nothing shows nothing
-                    return False
-    except Exception:  # whatever a module's own code may raise for inputs that are not made for it
+    weights[roles.reader] = random_layer(reader, _UNITS, len(reader.weight), generator)
+    keeps = [torch.arange(_UNITS, device="cpu") != unit for unit in range(_UNITS)]
+    keeps.append(torch.arange(_UNITS, device="cpu") == 1)
+    for x in _inputs(width, reader, generator):
+        try:
+            if all(_gated_is_cut(module, roles, weights, keep, x) for keep in keeps):
+                return True
+        except Exception:  # whatever a module's own code may raise for inputs that are not made for it
+            continue
+    return False
+
+
+def _inputs(width: int, reader: nn.Module, generator: torch.Generator) -> list[Tensor]:
+    """What a feed-forward of this width may be called with: tokens, or pictures and films of any order of channels."""
+    if isinstance(reader, nn.Linear):
+        shapes = [(2, 3, width)]
+    else:
+        places = (3,) * len(reader.kernel_size)
+        shapes = [(2, width, *places), (2, *places, width), (2, 2, *places, width)]
+    return [random_tensor(shape, generator) for shape in shapes]
+
+
+def _gated_is_cut(module: nn.Module, roles: Roles, weights: Mapping[str, nn.Module], keep: Tensor, x: Tensor) -> bool:
+    """Whether a copy in which units are gated gives what a copy without them gives, and not what the whole one does."""
+    gated, cut = dict(weights), dict(weights)
+    gated[roles.reader] = _gated(weights[roles.reader], keep)
+    for name, layout in roles.writers:
+        cut[name] = copy.deepcopy(weights[name])
+        cut_layer(cut[name], 0, _rows(layout, keep))
+    cut[roles.reader] = copy.deepcopy(weights[roles.reader])
+    cut_layer(cut[roles.reader], 1, keep)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        whole, masked, removed = (shell(module, layers)(x.clone()) for layers in (weights, gated, cut))
+    if masked.shape != removed.shape or not torch.allclose(masked, removed, rtol=1e-4, atol=1e-4):
         return False
-    return True
+    return not torch.allclose(masked, whole, rtol=1e-4, atol=1e-4)  # a unit that does nothing shows nothing
 
 
-def _shell(module: nn.Module, layers: Mapping[str, nn.Linear], name: str = "") -> nn.Module:
-    """A copy of the module with these layers; hooks, patched methods and weights stay behind."""
+def shell(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") -> nn.Module:
+    """A copy of the module on the CPU with these layers; hooks, patched methods and weights stay behind.
+
+    Parameters of other parts, such as norms, are ones.
+    """
     if name in layers:
         return layers[name]
-    copy = object.__new__(type(module))
-    nn.Module.__init__(copy)
-    own = set(vars(copy))
+    small = object.__new__(type(module))
+    nn.Module.__init__(small)
+    own = set(vars(small))
     for key, value in vars(module).items():
         if key not in own and key not in ("forward", "_hf_hook", "_old_forward"):
-            copy.__dict__[key] = value
-    for child_name, child in module.named_children():
+            small.__dict__[key] = value
+    for key, parameter in module._parameters.items():
+        small._parameters[key] = None if parameter is None else nn.Parameter(torch.ones(parameter.shape, **_PLAIN))
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            buffer = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach().cpu()
+        small._buffers[key] = buffer
+    for child_name, child in module._modules.items():
         full = f"{name}.{child_name}" if name else child_name
-        copy._modules[child_name] = _shell(child, layers, full)
-    return copy.eval()
+        small._modules[child_name] = None if child is None else shell(child, layers, full)
+    return small.eval()
 
 
-def _random_layer(columns: int, rows: int, bias: bool, generator: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(columns, rows, bias=bias, device="meta")  # so that the global random state stays as it is
-    layer.weight = nn.Parameter(torch.randn(rows, columns, generator=generator))
-    if bias:
-        layer.bias = nn.Parameter(torch.randn(rows, generator=generator))
+def random_tensor(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random numbers on the CPU, whatever dtype and device a model is being loaded to."""
+    return torch.randn(shape, generator=generator, **_PLAIN)
+
+
+def random_layer(like: nn.Module, columns: int, rows: int, generator: torch.Generator) -> nn.Module:
+    """A layer of the same kind with so many columns and rows; the global random state stays as it is."""
+    if isinstance(like, nn.Linear):
+        layer: nn.Module = nn.Linear(columns, rows, bias=like.bias is not None, device="meta")
+    else:
+        depthwise = is_depthwise(like)
+        layer = type(like)(
+            rows if depthwise else columns,
+            rows,
+            like.kernel_size,
+            like.stride,
+            like.padding,
+            like.dilation,
+            groups=rows if depthwise else 1,
+            bias=like.bias is not None,
+            device="meta",
+        )
+    size = layer.weight.shape[1:].numel() ** 0.5  # so that what units add is of the size of one
+    # Not by assignment, which makes meta tensors of all parameters while a model is being loaded.
+    weight = random_tensor(layer.weight.shape, generator) / max(size, 1)
+    layer._parameters["weight"] = nn.Parameter(weight)
+    if layer.bias is not None:
+        layer._parameters["bias"] = nn.Parameter(random_tensor((rows,), generator))
     return layer
 
 
@@ -142,19 +228,29 @@ def _rows(layout: str, keep: Tensor) -> Tensor:
     return torch.cat([keep.repeat_interleave(size) for _, size in rows_of_unit(layout, len(keep))])
 
 
-def _gated(layer: nn.Linear, keep: Tensor) -> nn.Linear:
+def _gated(layer: nn.Module, keep: Tensor) -> nn.Module:
     """The layer that reads units with gates: columns of closed ones are zero."""
-    gated = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    gated.weight, gated.bias = nn.Parameter(layer.weight * keep), layer.bias
+    gated = copy.deepcopy(layer)
+    with torch.no_grad():
+        gated.weight[:, ~keep] = 0
     return gated
 
 
-def _cut(layer: nn.Linear, dimension: int, keep: Tensor) -> nn.Linear:
-    """The layer with some of its rows (dimension 0) or columns (1)."""
-    weight = layer.weight[keep] if dimension == 0 else layer.weight[:, keep]
-    bias = layer.bias
-    if bias is not None and dimension == 0:
-        bias = nn.Parameter(bias[keep])
-    cut = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    cut.weight, cut.bias = nn.Parameter(weight), bias
-    return cut
+def cut_layer(layer: nn.Module, dimension: int, entries: Tensor) -> None:
+    """Keep some rows (dimension 0) or columns (1) of a linear layer or convolution, in place."""
+
+    def cut(parameter, dimension):
+        index = entries.nonzero().flatten().to(parameter.device)
+        return nn.Parameter(parameter.detach().index_select(dimension, index), parameter.requires_grad)
+
+    depthwise = is_depthwise(layer)
+    layer._parameters["weight"] = cut(layer.weight, dimension)
+    if dimension == 0 and layer.bias is not None:
+        layer._parameters["bias"] = cut(layer.bias, 0)
+    rows, columns = layer.weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = rows, columns
+    elif depthwise:
+        layer.out_channels = layer.in_channels = layer.groups = rows
+    else:
+        layer.out_channels, layer.in_channels = rows, columns

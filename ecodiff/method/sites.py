@@ -27,7 +27,8 @@ from ecodiff.pipelines.forward_hooks import hooked
 from ecodiff.pipelines.parts import plain_name
 
 from .config import KINDS
-from .roles import Roles, feed_forward_roles, rows_of_unit
+from .emptied import OUTPUT_LAYERS, form_of, is_emptied
+from .roles import Roles, channel_axis, columns_of, feed_forward_roles, rows_of_unit
 
 # Layers that write the queries, keys and values of heads, by the names that attentions of diffusers give them. A fused
 # one writes several of them, one after the other.
@@ -38,7 +39,6 @@ _INPUT_LAYERS = (*_QUERY_LAYERS, *_KEY_LAYERS, *_VALUE_LAYERS)
 _FUSED_LAYERS = ("to_qkv", "to_kv", "qkv", "img_qkv_proj", "txt_kv_proj", "img_attn_qkv", "txt_attn_qkv")
 _FUSED_WITH_NEURONS = "to_qkv_mlp_proj"
 _QUERIES_OF_FUSED = ("to_qkv", "qkv", "img_qkv_proj", "img_attn_qkv", "txt_attn_qkv", _FUSED_WITH_NEURONS)
-_OUTPUT_LAYERS = ("to_out", "to_add_out", "out_layer", "img_attn_proj", "txt_attn_proj")
 _QUERY_NORMS = ("norm_q", "norm_added_q", "query_norm", "q_norm", "img_attn_q_norm", "txt_attn_q_norm")
 _KEY_NORMS = ("norm_k", "norm_added_k", "key_norm", "k_norm", "img_attn_k_norm", "txt_attn_k_norm")
 _HEAD_NORMS = (*_QUERY_NORMS, *_KEY_NORMS)
@@ -49,25 +49,12 @@ _ATTENTION_PARTS = {
     *_INPUT_LAYERS,
     *_FUSED_LAYERS,
     _FUSED_WITH_NEURONS,
-    *_OUTPUT_LAYERS,
+    *OUTPUT_LAYERS,
     *_HEAD_NORMS,
     *_OUTPUT_GATES,
     "group_norm",
     "spatial_norm",
     "norm_cross",
-}
-# What attention processors call and return decides what may stand in for an attention without heads: one output, or
-# two (image, text) of joint attention.
-RETURNS_OF_PROCESSORS = {
-    "AttnProcessor": 1,
-    "AttnProcessor2_0": 1,
-    "SlicedAttnProcessor": 1,
-    "XFormersAttnProcessor": 1,
-    "SanaLinearAttnProcessor2_0": 1,
-    "JointAttnProcessor2_0": 2,
-    "XFormersJointAttnProcessor": 2,
-    "FluxAttnProcessor": 2,
-    "FluxAttnProcessor2_0": 2,
 }
 # By which names an attention says how many heads it has; processors reshape by these numbers.
 HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads")
@@ -189,14 +176,14 @@ def with_flops(denoiser: nn.Module, sites: Mapping[str, Site], run: Callable[[],
 def _flops(denoiser: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Operations of one unit; ``shapes``: {layer name: shape of its input}."""
 
-    def rows(span: Span) -> int:
-        return math.prod(shapes[span.layer][:-1])
-
     total = 0
-    for span in site.writers:
-        total += 2 * rows(span) * span.size * denoiser.get_submodule(span.layer).in_features
-    for span in site.readers:
-        total += 2 * rows(span) * span.size * denoiser.get_submodule(span.layer).out_features
+    for dimension, spans in enumerate((site.writers, site.readers)):
+        for span in spans:
+            layer = denoiser.get_submodule(span.layer)
+            shape = shapes[span.layer]
+            places = math.prod(shape) // shape[channel_axis(layer)]
+            weights = layer.weight.select(dimension, 0).numel()
+            total += 2 * places * span.size * weights
     if site.kind == "attention":
         # Two products, of queries with keys and of their weights with values, over the tokens of all streams together.
         batch = shapes[site.writers[0].layer][0]
@@ -250,7 +237,7 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
 def _is_attention(module: nn.Module) -> bool:
     """Whether a module is built like an attention; the attention of a parallel block (FLUX) has no output layer."""
     writes = any(hasattr(module, name) for name in ("to_q", "to_query", _FUSED_WITH_NEURONS, *_FUSED_LAYERS))
-    return writes and any(hasattr(module, name) for name in (*_OUTPUT_LAYERS, "pre_only"))
+    return writes and any(hasattr(module, name) for name in (*OUTPUT_LAYERS, "pre_only"))
 
 
 def _may_be_feed_forward(name: str, module: nn.Module) -> bool:
@@ -362,7 +349,7 @@ def _gate_sizes(gates: Mapping[str, nn.Linear], units: int) -> dict[str, int]:
 
 def _heads_that_stay(module: nn.Module) -> int:
     """0 where it is known what the attention returns without heads, else 1."""
-    return 0 if type(getattr(module, "processor", None)).__name__ in RETURNS_OF_PROCESSORS else 1
+    return 0 if form_of(module) else 1
 
 
 def _fused_attention(name: str, module: nn.Module, heads: int, inputs: Mapping[str, nn.Linear], gates) -> Site:
@@ -389,7 +376,8 @@ def _fused_attention(name: str, module: nn.Module, heads: int, inputs: Mapping[s
     readers = tuple(Span(layer, 0, head_dim) for layer in outputs)
     layers = {f"{name}.{layer}": part for layer, part in {**inputs, **gates}.items()} | outputs
     site = _site(name, "attention", heads, tuple(writers), readers, layers)
-    return replace(site, min_units=1)
+    # Where the output layer reads neurons, too, it is not without heads that it returns its bias.
+    return replace(site, min_units=1 if _FUSED_WITH_NEURONS in inputs else _heads_that_stay(module))
 
 
 def _fused_mlp(name: str, module: nn.Module) -> Site:
@@ -419,7 +407,7 @@ def _check_norms(module: nn.Module, head_dim: int, over_heads: Collection[str] =
 def _own_outputs(name: str, module: nn.Module) -> dict[str, nn.Linear]:
     """{layer name: layer} of the attention's own output layers; in joint attention the text stream has one, too."""
     outputs = {}
-    for layer, part in _children(module, _OUTPUT_LAYERS).items():
+    for layer, part in _children(module, OUTPUT_LAYERS).items():
         if isinstance(part, (nn.ModuleList, nn.Sequential)):  # a linear layer and a dropout
             outputs[f"{name}.{layer}.0"] = part[0]
         else:
@@ -465,11 +453,11 @@ def _feed_forward_by_role(name: str, module: nn.Module, roles: Roles) -> Site:
     writers, layers = [], {f"{name}.{roles.reader}": reader}
     for layer, layout in roles.writers:
         layers[f"{name}.{layer}"] = module.get_submodule(layer)
-        for offset, size in rows_of_unit(layout, reader.in_features):
+        for offset, size in rows_of_unit(layout, columns_of(reader)):
             writers.append(Span(f"{name}.{layer}", offset, size))
-    _check_linear(*layers.values())
+    _check_linear(*[layer for layer in layers.values() if channel_axis(layer) == -1])
     readers = (Span(f"{name}.{roles.reader}", 0, 1),)
-    return _site(name, "feed_forward", reader.in_features, tuple(writers), readers, layers)
+    return _site(name, "feed_forward", columns_of(reader), tuple(writers), readers, layers)
 
 
 def _parallel_mlp(name: str, module: nn.Module, parent: nn.Module) -> Site:
@@ -520,9 +508,9 @@ def _site(name, kind, units, writers, readers, layers: Mapping[str, nn.Linear]) 
     params = 0
     for span in writers:
         layer = layers[span.layer]
-        params += span.size * (layer.in_features + (layer.bias is not None))
+        params += span.size * (layer.weight.shape[1:].numel() + (layer.bias is not None))
     for span in readers:
-        params += span.size * layers[span.layer].out_features
+        params += span.size * len(layers[span.layer].weight)
     unit_size = (readers or writers)[0].size
     return Site(name, kind, units, unit_size, writers, readers, params)
 
@@ -535,6 +523,8 @@ def _beside(name: str, sibling: str) -> str:
 def _check_linear(*layers: nn.Module) -> None:
     """Raise _NotASite for layers whose rows and columns cannot be cut out of their weights."""
     for layer in layers:
+        if is_emptied(layer):
+            raise _NotASite("no unit is left")
         if not isinstance(layer, nn.Linear):
             raise _NotASite(f"{type(layer).__name__} instead of Linear (fuse and unload adapters before pruning)")
         if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):

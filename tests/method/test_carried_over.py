@@ -399,7 +399,7 @@ def test_a_lora_for_heads_or_channels_that_are_gone_is_refused(tmp_path):
     empty = silently(pipe, {site: torch.zeros(4, dtype=torch.bool)})
     scattered = silently(pipe, mask_of(pipe.transformer, ("modulation",)))
     lora_of(pipe.transformer, ["to_q", "norm1.linear"], tmp_path)
-    with pytest.raises(EcoDiffError, match=f"{site!r} has no heads left"):
+    with pytest.raises(EcoDiffError, match=f"{site!r} has no units left"):
         empty.transformer.load_lora_adapter(tmp_path, prefix=None, weight_name=LORA)
     with pytest.raises(EcoDiffError, match="some of whose channels were removed"):
         scattered.transformer.load_lora_adapter(tmp_path, prefix=None, weight_name=LORA)

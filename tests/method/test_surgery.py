@@ -1,5 +1,6 @@
 """Masked and removed models agree; pruned pipelines are saved, loaded, compiled, adapted and pruned again."""
 
+import copy
 import json
 import resource
 import subprocess
@@ -27,7 +28,8 @@ from tiny import (
 
 import ecodiff
 from ecodiff import EcoDiffError, Gates, apply_gates, denoiser, find_sites, prune
-from ecodiff.method.pruned import NoHeads, pruned_class
+from ecodiff.method.emptied import EmptiedAttention, form_of
+from ecodiff.method.pruned import cut_units, pruned_class
 from ecodiff.method.sites import KINDS
 from ecodiff.method.surgery import fold_gates, prune_denoiser
 
@@ -94,7 +96,7 @@ def test_everything_at_once_and_nothing_at_all(kind):
 def test_an_attention_without_heads_costs_nothing(kind):
     model = denoiser(TINY[kind]())
     pruned = prune_denoiser(model, keep_first(model, 0, ("attention",)))
-    empty = [module for module in pruned.modules() if isinstance(module, NoHeads)]
+    empty = [module for module in pruned.modules() if isinstance(module, EmptiedAttention)]
     assert len(empty) == len(find_sites(model, ("attention",)))
     assert sum(parameter.numel() for module in empty for parameter in module.parameters()) == sum(
         module.get_parameter(name).numel()
@@ -292,16 +294,40 @@ def test_bad_masks(mask, message):
         prune(tiny_sdxl(), mask)
 
 
-def test_an_unknown_processor_keeps_a_head():
-    pipe = tiny_sd()
+def test_what_a_processor_returns_without_heads_is_found_by_running_it():
+    attention = tiny_sd().unet.mid_block.attentions[0].transformer_blocks[0].attn1
 
-    class MyProcessor(type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor)):
+    class Same(type(attention.processor)):
         pass
 
-    block = torch.nn.ModuleDict({"attn": pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1})
-    block.attn.set_processor(MyProcessor())
+    class Scaled(type(attention.processor)):
+        def __call__(self, *args, **kwargs):
+            return 2 * super().__call__(*args, **kwargs)
+
+    attention.set_processor(Same())
+    assert form_of(attention) == 1
+    attention.set_processor(Scaled())
+    assert form_of(attention) == 0
+    block = torch.nn.ModuleDict({"attn": attention})
+    (site,) = find_sites(block).values()
+    assert site.min_units == 1
     with pytest.raises(EcoDiffError, match="keep at least one head"):
-        NoHeads("attn", block.attn)
+        cut_units(block, {"attn": site}, {"attn": torch.zeros(site.units, dtype=torch.bool)})
+
+
+def test_no_empty_weight_stays_in_a_model_without_units():
+    """What quantises, slices or fuses finds nothing to stumble over, and copies and processors are as before."""
+    pipe = tiny_sd()
+    before = len(pipe.unet.attn_processors)
+    pruned = prune(pipe, keep_first(pipe.unet, 0, ("attention", "feed_forward")))
+    assert all(parameter.numel() for parameter in pruned.unet.parameters())
+    expected = latents(pruned)
+    assert len(pruned.unet.attn_processors) == before
+    pruned.unet.set_attn_processor(pruned.unet.attn_processors)
+    pruned.unet.fuse_qkv_projections()
+    pruned.enable_attention_slicing()
+    pruned.unet = copy.deepcopy(pruned.unet)
+    assert torch.equal(latents(pruned), expected)
 
 
 def test_not_a_diffusers_model():
