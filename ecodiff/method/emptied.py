@@ -26,6 +26,10 @@ class EmptiedLayer(nn.Module):
         super().__init__()
         self.axis = channel_axis(layer)
         self.in_features, self.out_features = columns_of(layer), len(layer.weight)
+        # What the layer had before, without entries: recorded hashes of weights count these tensors.
+        self.empty_tensors = {"weight": tuple(layer.weight.shape)}
+        if layer.bias is not None and not self.out_features:
+            self.empty_tensors["bias"] = (0,)
         self.register_parameter("bias", None)
         self._parameters["bias"] = layer.bias if self.out_features else None
 
@@ -150,6 +154,8 @@ class _Zeros(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{x.shape[-1]} channels for a layer of {self.in_features}")
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 

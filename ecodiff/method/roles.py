@@ -60,6 +60,11 @@ def columns_of(layer: nn.Module) -> int:
     return layer.in_channels if isinstance(layer, _CONVOLUTIONS) else layer.in_features
 
 
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer or convolution as [rows, columns]; a view."""
+    return layer.weight.flatten(1)
+
+
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether this is a convolution that mixes places and no channels."""
     return isinstance(layer, _CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
@@ -80,10 +85,7 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
     A candidate has two or three linear layers (or convolutions of one place), perhaps depthwise convolutions between
     them, and little else. It must give a tensor for a tensor of tokens or of pictures.
     """
-    layers = {}
-    for name, child in module.named_modules():
-        if _is_pointwise(child) or is_depthwise(child):
-            layers[name] = child
+    layers = _layers(module)
     linear = [layer for layer in layers.values() if not is_depthwise(layer)]
     own = 0
     for layer in layers.values():
@@ -96,6 +98,21 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
         fitting = (roles for roles in _candidates(layers) if _one_by_one(module, roles))
         _TRIED[known] = next(fitting, None)
     return _TRIED[known]
+
+
+def has_sizes_of_feed_forward(module: nn.Module) -> bool:
+    """Whether a module holds few layers, of which one could read what the others write."""
+    layers = _layers(module)
+    return 2 <= len(layers) <= 4 and any(True for _ in _candidates(layers))
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Module]:
+    """{name: layer} of the layers of a module that may write units, pass them on or read them."""
+    layers = {}
+    for name, child in module.named_modules():
+        if _is_pointwise(child) or is_depthwise(child):
+            layers[name] = child
+    return layers
 
 
 # What was tried, by class and print: the blocks of a network have feed-forwards that are alike.

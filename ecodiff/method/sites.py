@@ -16,6 +16,7 @@ calls (`ecodiff.method.trial`).
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ from ecodiff.pipelines.parts import plain_name
 
 from .config import KINDS
 from .emptied import OUTPUT_LAYERS, form_of, is_emptied
-from .roles import Roles, channel_axis, columns_of, feed_forward_roles, rows_of_unit
+from .roles import Roles, channel_axis, columns_of, feed_forward_roles, has_sizes_of_feed_forward, rows_of_unit
 
 # Layers that write the queries, keys and values of heads, by the names that attentions of diffusers give them. A fused
 # one writes several of them, one after the other.
@@ -135,8 +136,50 @@ def network_order(name: str) -> tuple:
 
 
 def skipped_modules(denoiser: nn.Module) -> dict[str, str]:
-    """Return `{module name: reason}` for attentions and feed-forwards in which no unit can be removed exactly."""
-    return dict(entry for entry in _walk(denoiser) if not isinstance(entry, Site))
+    """Return `{module name: reason}` for what is like an attention or a feed-forward and has no units that can go.
+
+    Queries and keys that stay whole beside values that do not are named, too. Those with most parameters come first.
+    """
+    entries = list(_walk(denoiser))
+    sites = [entry.name for entry in entries if isinstance(entry, Site)]
+    reasons = dict(entry for entry in entries if not isinstance(entry, Site))
+    known = (*sites, *reasons)
+    for name, module in denoiser.named_modules():
+        name = plain_name(name)
+        # Neither a part of what is known, nor what holds it.
+        if any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in known):
+            continue
+        reason = _why_like_a_site(name, module)
+        if reason is not None:
+            reasons[name] = reason
+            known = (*known, name)
+
+    def parameters(name: str) -> int:
+        return sum(parameter.numel() for parameter in denoiser.get_submodule(name).parameters())
+
+    return dict(sorted(reasons.items(), key=lambda entry: -parameters(entry[0])))
+
+
+# What modules are called that attend, or that write hidden units and read them.
+_LIKE_AN_ATTENTION = re.compile("Attention|Attn")
+_LIKE_A_FEED_FORWARD = re.compile("FeedForward|MLP|Mlp|FFN|GLU|MoE|Expert")
+
+
+def _why_like_a_site(name: str, module: nn.Module) -> str | None:
+    """Why a module that is like an attention or a feed-forward has no units; None for one that is like neither."""
+    if name == "" or next(module.parameters(), None) is None or "Embed" in type(module).__name__:
+        return None
+    if any(isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in module.children()):
+        return None  # a block of others, which are looked at one by one
+    kind = type(module).__name__
+    if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+        if _LIKE_A_FEED_FORWARD.search(kind):
+            return "the weights of its experts are packed in one tensor"
+    if _LIKE_AN_ATTENTION.search(kind):
+        return "its layers have other names or forms than those of attentions that are known here"
+    if _LIKE_A_FEED_FORWARD.search(kind) or (_may_be_feed_forward(name, module) and has_sizes_of_feed_forward(module)):
+        return "no layer of it writes units that another one reads one by one"
+    return None
 
 
 def share_reached(denoiser: nn.Module, sites: Mapping[str, Site]) -> float:
@@ -212,7 +255,9 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
         parent = modules.get(name.rpartition(".")[0], denoiser)
         try:
             if _is_attention(module):
-                yield _attention(name, module, parent)
+                site = _attention(name, module, parent)
+                yield site
+                yield from _whole_layers(name, module, site)
                 if hasattr(module, _FUSED_WITH_NEURONS):
                     yield _fused_mlp(name, module)
             elif isinstance(getattr(module, "net", None), nn.ModuleList):
@@ -228,10 +273,16 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
                 if roles is not None:
                     inside = f"{name}."
                     yield _feed_forward_by_role(name, module, roles)
-                elif type(module).__name__.endswith(("FeedForward", "GLUMBConv")):
-                    raise _NotASite("no layer of it writes units that another one reads one by one")
         except _NotASite as reason:
             yield name, str(reason)
+
+
+def _whole_layers(name: str, module: nn.Module, site: Site) -> Iterator[tuple[str, str]]:
+    """(name, reason) of layers of an attention that stay whole when heads go."""
+    if not site.selects:
+        return
+    for layer in _children(module, (*_QUERY_LAYERS, *_KEY_LAYERS)):
+        yield f"{name}.{layer}", "a norm sees the channels of all heads together, so it stays whole"
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -44,6 +44,7 @@ from .carried import (
     refuse_elsewhere,
 )
 from .pruned import PrunedMixin, cut_units, pruned_class
+from .roles import weight_matrix
 from .sites import KINDS, Site, check_units, find_sites, skipped_modules
 
 
@@ -199,7 +200,7 @@ def fold_gates(pipe, gates: Mapping[str, Tensor]):
         if not sites[name].readers:
             raise EcoDiffError(f"fold_gates: {name!r} has units that no layer reads: leave this site out.")
         for span in sites[name].readers:
-            weight = folded.get_submodule(span.layer).weight
+            weight = weight_matrix(folded.get_submodule(span.layer))
             channels = gate.to(weight.device, weight.dtype).repeat_interleave(span.size)
             with torch.no_grad():
                 weight[:, span.offset : span.offset + len(channels)] *= channels

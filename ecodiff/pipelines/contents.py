@@ -363,6 +363,11 @@ def weights_hash(module: nn.Module) -> str:
     """
     total = hashlib.sha256()
     state = {plain_name(name): value for name, value in module.state_dict().items()}  # torch.compile's prefix
+    dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), None)
+    for name, part in module.named_modules():
+        # Layers without units had tensors without entries when the first hashes were recorded.
+        for leaf, shape in getattr(part, "empty_tensors", {}).items():
+            state[plain_name(f"{name}.{leaf}")] = torch.empty(shape, dtype=dtype)
     for name, value in sorted(state.items()):
         if not isinstance(value, Tensor):  # a module's extra state may be anything
             continue

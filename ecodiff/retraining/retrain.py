@@ -27,6 +27,8 @@ from tqdm import tqdm
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
 from ecodiff.method.checkpointing import undisturbed
+from ecodiff.method.emptied import is_emptied
+from ecodiff.method.roles import is_depthwise
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
 from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining
@@ -190,8 +192,9 @@ def add_adapters(network: nn.Module, config: RetrainConfig) -> None:
     layers: list[str] = []
     for site in find_sites(network, config.kinds).values():
         for span in (*site.writers, *site.readers):
-            # One layer may hold several spans, and a fully pruned one has no weights to adapt.
-            if span.layer not in layers and network.get_submodule(span.layer).weight.numel():
+            # One layer may hold several spans, a fully pruned one has no weights to adapt, and a depthwise one few.
+            layer = network.get_submodule(span.layer)
+            if span.layer not in layers and not is_emptied(layer) and not is_depthwise(layer):
                 layers.append(span.layer)
     if not layers:
         raise EcoDiffError(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
+from ecodiff.method.roles import channel_axis
 from ecodiff.method.sites import Site, Span, sites_but
 from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
@@ -174,12 +175,13 @@ def reading(model: nn.Module, sites: Mapping[str, Site], see: Callable[[str, Ten
         for span in site.readers:
             layers[span.layer] = name
 
-    def watch(x: Tensor, layer: str) -> None:
-        see(layer, x.detach().flatten(0, -2))
+    def watch(x: Tensor, layer: str, axis: int) -> None:
+        see(layer, x.detach().movedim(axis, -1).flatten(0, -2))
 
     with hooked(model, "scores") as hooks:
         for layer, name in layers.items():
-            hooks.before(layer, partial(watch, layer=layer), name)
+            axis = channel_axis(model.get_submodule(layer))
+            hooks.before(layer, partial(watch, layer=layer, axis=axis), name)
         yield
 
 

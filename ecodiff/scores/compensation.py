@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.method.roles import columns_of, weight_matrix
 from ecodiff.method.sites import Site, find_sites
 from ecodiff.method.surgery import prune
 from ecodiff.pipelines.parts import denoiser
@@ -92,12 +93,12 @@ def prune_compensated(pipe, mask: Mapping[str, Tensor], moments: Mapping[str, Te
     for layer, keep in _kept_columns(model, mask).items():
         if keep.all() or not keep.any():  # nothing has gone, or nothing is left to make up for it
             continue
-        weight = model.get_submodule(layer).weight
+        weight = weight_matrix(model.get_submodule(layer))
         if layer not in moments or len(moments[layer]) != weight.shape[1]:
             raise EcoDiffError(f"prune_compensated: no second moments of {layer!r}; compute them for this pipeline.")
         target = denoiser(small).get_submodule(layer).weight
         with torch.no_grad():
-            target.copy_(compensated(weight, moments[layer], keep, damping))
+            target.copy_(compensated(weight, moments[layer], keep, damping).view_as(target))
     return small
 
 
@@ -139,7 +140,7 @@ def _kept_columns(model: nn.Module, mask: Mapping[str, Tensor]) -> dict[str, Ten
             continue
         for span in sites[name].readers:
             if span.layer not in kept:
-                kept[span.layer] = torch.ones(model.get_submodule(span.layer).in_features, dtype=torch.bool)
+                kept[span.layer] = torch.ones(columns_of(model.get_submodule(span.layer)), dtype=torch.bool)
             kept[span.layer][columns(span, len(keep))] = keep.cpu().repeat_interleave(span.size)
     return kept
 
@@ -156,7 +157,7 @@ def _packages(model: nn.Module, sites: dict[str, Site], limit: float) -> list[di
     packages: list[dict[str, Site]] = [{}]
     used = 0
     for layers, members in by_layers.items():
-        size = sum(4 * model.get_submodule(layer).in_features ** 2 for layer in layers)  # fp32
+        size = sum(4 * columns_of(model.get_submodule(layer)) ** 2 for layer in layers)  # fp32
         if packages[-1] and used + size > limit:
             packages.append({})
             used = 0

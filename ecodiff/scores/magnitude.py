@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ecodiff.method.roles import weight_matrix
 from ecodiff.pipelines.parts import denoiser
 
 from .calibration import sites_of
@@ -24,7 +25,7 @@ def scores(pipe, prompts=(), *, kinds=("attention", "feed_forward"), **sampling)
         # A unit's weights are rows of the layers that write it, columns of those that read it.
         for dimension, spans in enumerate((site.writers, site.readers)):
             for span in spans:
-                weight = model.get_submodule(span.layer).weight.float().abs()
+                weight = weight_matrix(model.get_submodule(span.layer)).float().abs()
                 per_channel = weight.sum(1 - dimension)[span.offset : span.offset + site.units * span.size]
                 total += per_channel.view(site.units, span.size).sum(1).cpu()
                 entries += span.size * weight.shape[1 - dimension]

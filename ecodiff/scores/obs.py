@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.method.roles import weight_matrix
 from ecodiff.pipelines.parts import denoiser
 
 from .calibration import KINDS, columns, sites_of
@@ -65,7 +66,7 @@ def from_moments(
     for layer, spans in readers.items():
         if layer not in moments:
             raise EcoDiffError(f"obs: no second moments of {layer!r}; compute them for this pipeline and these kinds.")
-        weight = model.get_submodule(layer).weight.double().cpu()
+        weight = weight_matrix(model.get_submodule(layer)).double().cpu()
         inverse = torch.linalg.inv(damped(moments[layer], damping))
         for name, span in spans:
             units = sites[name].units

@@ -233,7 +233,7 @@ def _sum_over_weights(model: nn.Module, sites: dict[str, Site], gradients: dict[
                 if span.layer not in gradients:
                     continue
                 products = (model.get_submodule(span.layer).weight.float() * gradients[span.layer]).abs()
-                each = products.sum(1 - dimension)[columns(span, site.units)]
+                each = products.flatten(1).sum(1 - dimension)[columns(span, site.units)]
                 total += each.view(site.units, span.size).sum(1).cpu()
         result[name] = total
     return result

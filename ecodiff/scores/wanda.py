@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.method.roles import weight_matrix
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import placed
 
@@ -56,7 +57,7 @@ def from_norms(
         for span in site.readers:
             if span.layer not in norms:
                 raise EcoDiffError(f"wanda: no norms of {span.layer!r}; compute them for this pipeline and kinds.")
-            weight, own = model.get_submodule(span.layer).weight, columns(span, site.units)
+            weight, own = weight_matrix(model.get_submodule(span.layer)), columns(span, site.units)
             # Inputs differ by column only, so a column's weights can be summed before they are multiplied.
             each = weight[:, own].float().abs().sum(0).cpu() * norms[span.layer][own]
             total += each.view(site.units, span.size).sum(1)
