@@ -7,43 +7,18 @@ with a residual or without. This is found by running it (`form_of`), never by th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from .roles import channel_axis, columns_of, random_layer, random_tensor, shell
+from .layers import EmptiedLayer
+from .roles import random_layer, random_tensor, shell
 
 # Layers that read the heads of an attention, in the order in which attentions return what these layers write.
 OUTPUT_LAYERS = ("to_out", "to_add_out", "out_layer", "img_attn_proj", "txt_attn_proj")
-
-
-class EmptiedLayer(nn.Module):
-    """A linear layer or convolution without columns or rows: it returns its bias (else zeros), or no channels."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.axis = channel_axis(layer)
-        self.in_features, self.out_features = columns_of(layer), len(layer.weight)
-        # What the layer had before, without entries: recorded hashes of weights count these tensors.
-        self.empty_tensors = {"weight": tuple(layer.weight.shape)}
-        if layer.bias is not None and not self.out_features:
-            self.empty_tensors["bias"] = (0,)
-        self.register_parameter("bias", None)
-        self._parameters["bias"] = layer.bias if self.out_features else None
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        shape = list(x.shape)
-        shape[self.axis] = self.out_features
-        output = x.new_zeros(shape)
-        if self.bias is None:
-            return output
-        # Layerwise casting stores weights in another dtype than it computes in.
-        bias = self.bias.to(x.dtype)
-        if self.axis == 1:
-            bias = bias.view(-1, *[1] * (x.ndim - 2))
-        return output + bias
 
 
 class EmptiedAttention(nn.Module):
@@ -182,19 +157,21 @@ def _stands_in(attention: nn.Module, outputs: int) -> bool:
     pictures = x.movedim(1, -1).unflatten(-1, (2, 2))
 
     compared = set()
-    for inputs in ((x,), (x, text), (pictures,)):
+    for inputs in ((x,), (x, text), (pictures,), (pictures, text)):
         same = _same_for(attention, layers, outputs, inputs)
         if same is False:
             return False
         if same:
             compared.add(len(inputs) + inputs[0].ndim)
     # With layers for a text of its own it must have been seen with a text.
-    return 5 in compared if joint else bool(compared & {4, 5})
+    return bool(compared & {5, 6}) if joint else bool(compared)
 
 
 def _same_for(attention: nn.Module, layers: Mapping[str, nn.Module], outputs: int, inputs: tuple) -> bool | None:
     """Whether both return the same for these inputs; None where the attention itself does not run."""
     names = ("hidden_states", "encoder_hidden_states")
+    if len(inputs) == 2 and not _takes_text(attention):
+        return None
     call = {name: value.clone() for name, value in zip(names, inputs, strict=False)}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -212,6 +189,12 @@ def _same_for(attention: nn.Module, layers: Mapping[str, nn.Module], outputs: in
     if len(wanted) != len(given):
         return False
     return all(_agree(one, other) for one, other in zip(wanted, given, strict=True))
+
+
+def _takes_text(attention: nn.Module) -> bool:
+    """Whether the attention's processor has an argument for a text; diffusers warns of those that it has not."""
+    call = getattr(getattr(attention, "processor", None), "__call__", attention.forward)
+    return "encoder_hidden_states" in inspect.signature(call).parameters
 
 
 def _agree(wanted, given) -> bool:

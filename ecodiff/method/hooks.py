@@ -13,7 +13,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.forward_hooks import hooked, never_ran
 from ecodiff.pipelines.parts import Experts, experts
 
-from .roles import channel_axis
+from .layers import channel_axis
 from .sites import KINDS, Site, check_units, find_sites
 
 

@@ -17,8 +17,8 @@ from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
 from .adapters import guard_flux_loader, guarded_methods
-from .emptied import EmptiedLayer, emptied, form_of
-from .roles import cut_layer
+from .emptied import emptied, form_of
+from .layers import EmptiedLayer, cut_layer
 from .sites import (
     HEADS,
     KEY_HEADS,
@@ -177,15 +177,21 @@ def _cut(model: nn.Module, name: str, dimension: int, entries: Tensor) -> None:
 
 # What attentions keep that follows from their heads: the number of heads, or of channels of all heads.
 _NUMBERS_OF_HEADS = (*HEADS, *KEY_HEADS, "sliceable_head_dim")
-_NUMBERS_OF_CHANNELS = ("inner_dim", "inner_kv_dim", "kv_inner_dim")
+_NUMBERS_OF_CHANNELS = ("inner_dim", "inner_kv_dim", "kv_inner_dim", "out_dim")
 
 
 def _set_heads(attention: nn.Module, units: int, site: Site) -> None:
     """Tell the attention module how many heads are left; its processors reshape by these numbers."""
     for name in (*_NUMBERS_OF_HEADS, *_NUMBERS_OF_CHANNELS):
         number = getattr(attention, name, None)
+        # OmniGen reshapes what its heads return by `out_dim`; with all heads this is their width as well.
         if isinstance(number, int) and number % site.units == 0:
             setattr(attention, name, number // site.units * units)
+    if type(getattr(attention, "processor", None)).__name__ == "AttnAddedKVProcessor2_0":
+        # It reshapes by the width of its input. The older one does the same by what its heads return.
+        from diffusers.models.attention_processor import AttnAddedKVProcessor
+
+        attention.processor = AttnAddedKVProcessor()
     if site.selects and not any(hook is _select_positions for hook in attention._forward_pre_hooks.values()):
         attention.register_forward_pre_hook(_select_positions, with_kwargs=True)
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .layers import columns_of, cut_layer, is_depthwise, is_pointwise
+
 # Units of the small copy. What surrounds them has its own width.
 _UNITS = 4
 # A model may be loaded in another dtype and on another device while its layers are tried.
 _PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-# Layers that mix channels of one place, and hence may write and read units.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class Roles:
     """Which layers of a feed-forward write its units, and which one reads them; names relative to the module.
 
     writers: (layer name, how its rows belong to units); a depthwise convolution, which passes units on, is one of them.
-    reader: name of the layer whose column j reads unit j.
+    reader: name of the layer whose column j reads unit j.  without: whether the module runs without any unit.
     """
 
     writers: tuple[tuple[str, str], ...]
     reader: str
+    without: bool = True
 
 
 # How the rows of a writer belong to units: row j; rows j and j + units (a gated activation whose layer is split in two
@@ -50,35 +51,6 @@ def rows_of_unit(layout: str, units: int) -> list[tuple[int, int]]:
     return [(0, LAYOUTS[layout])]
 
 
-def channel_axis(layer: nn.Module) -> int:
-    """The dimension of a layer's input and output that holds channels."""
-    return 1 if isinstance(layer, _CONVOLUTIONS) else -1
-
-
-def columns_of(layer: nn.Module) -> int:
-    """How many channels a linear layer or convolution reads."""
-    return layer.in_channels if isinstance(layer, _CONVOLUTIONS) else layer.in_features
-
-
-def weight_matrix(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer or convolution as [rows, columns]; a view."""
-    return layer.weight.flatten(1)
-
-
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether this is a convolution that mixes places and no channels."""
-    return isinstance(layer, _CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
-
-
-def _is_pointwise(layer: nn.Module) -> bool:
-    """Whether this is a linear layer, or a convolution that is one."""
-    if isinstance(layer, nn.Linear):
-        return True
-    if not isinstance(layer, _CONVOLUTIONS) or layer.groups != 1 or layer.padding_mode != "zeros":
-        return False
-    return set(layer.kernel_size) == {1} and set(layer.stride) == {1} and layer.padding in ((0,) * len(layer.stride), 0)
-
-
 def feed_forward_roles(module: nn.Module) -> Roles | None:
     """The roles of the layers of a module if it is a feed-forward whose neurons can go one by one, else None.
 
@@ -87,30 +59,35 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
     """
     layers = _layers(module)
     linear = [layer for layer in layers.values() if not is_depthwise(layer)]
-    own = 0
-    for layer in layers.values():
-        own += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-    others = sum(parameter.numel() for parameter in module.parameters()) - own
-    if not 2 <= len(linear) <= 3 or len(layers) > 4 or 2 * others > own or any(True for _ in module.buffers()):
+    if not 2 <= len(linear) <= 3 or not _little_else(module, layers) or any(True for _ in module.buffers()):
         return None
     known = type(module), repr(module)
     if known not in _TRIED:
-        fitting = (roles for roles in _candidates(layers) if _one_by_one(module, roles))
-        _TRIED[known] = next(fitting, None)
+        fitting = (_proved(module, roles) for roles in _candidates(layers))
+        _TRIED[known] = next((roles for roles in fitting if roles is not None), None)
     return _TRIED[known]
 
 
 def has_sizes_of_feed_forward(module: nn.Module) -> bool:
     """Whether a module holds few layers, of which one could read what the others write."""
     layers = _layers(module)
-    return 2 <= len(layers) <= 4 and any(True for _ in _candidates(layers))
+    return len(layers) >= 2 and _little_else(module, layers) and any(True for _ in _candidates(layers))
+
+
+def _little_else(module: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether these few layers have most of the parameters of a module."""
+    own = 0
+    for layer in layers.values():
+        own += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    others = sum(parameter.numel() for parameter in module.parameters()) - own
+    return len(layers) <= 4 and 2 * others <= own
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
     """{name: layer} of the layers of a module that may write units, pass them on or read them."""
     layers = {}
     for name, child in module.named_modules():
-        if _is_pointwise(child) or is_depthwise(child):
+        if is_pointwise(child) or is_depthwise(child):
             layers[name] = child
     return layers
 
@@ -135,8 +112,8 @@ def _candidates(layers: Mapping[str, nn.Module]) -> Iterator[Roles]:
             yield Roles(tuple(chosen), reader)
 
 
-def _one_by_one(module: nn.Module, roles: Roles) -> bool:
-    """Whether each unit, and all but one, can be removed from a small copy: gated to zero equals cut."""
+def _proved(module: nn.Module, roles: Roles) -> Roles | None:
+    """The roles if each unit, and all but one, can be removed from a small copy: gated to zero equals cut."""
     generator = torch.Generator().manual_seed(0)
     weights: dict[str, nn.Module] = {}
     width = 0
@@ -147,41 +124,45 @@ def _one_by_one(module: nn.Module, roles: Roles) -> bool:
         weights[name] = random_layer(layer, columns_of(layer), LAYOUTS[layout] * _UNITS, generator)
     reader = module.get_submodule(roles.reader)
     weights[roles.reader] = random_layer(reader, _UNITS, len(reader.weight), generator)
-    keeps = [torch.arange(_UNITS, device="cpu") != unit for unit in range(_UNITS)]
-    keeps.append(torch.arange(_UNITS, device="cpu") == 1)
-    for x in _inputs(width, reader, generator):
-        try:
-            if all(_gated_is_cut(module, roles, weights, keep, x) for keep in keeps):
-                return True
-        except Exception:  # whatever a module's own code may raise for inputs that are not made for it
-            continue
-    return False
+    units = torch.arange(_UNITS, device="cpu")
+    for call in _calls(width, reader, generator):
+        if all(_gated_is_cut(module, roles, weights, units != unit, call) for unit in range(_UNITS)):
+            if _gated_is_cut(module, roles, weights, units == 1, call):
+                return replace(roles, without=_gated_is_cut(module, roles, weights, units < 0, call))
+    return None
 
 
-def _inputs(width: int, reader: nn.Module, generator: torch.Generator) -> list[Tensor]:
-    """What a feed-forward of this width may be called with: tokens, or pictures and films of any order of channels."""
+def _calls(width: int, reader: nn.Module, generator: torch.Generator) -> list[tuple]:
+    """Arguments that a feed-forward of this width may be called with: tokens; pictures and films in any order."""
     if isinstance(reader, nn.Linear):
-        shapes = [(2, 3, width)]
-    else:
-        places = (3,) * len(reader.kernel_size)
-        shapes = [(2, width, *places), (2, *places, width), (2, 2, *places, width)]
-    return [random_tensor(shape, generator) for shape in shapes]
+        return [(random_tensor((2, 3, width), generator),)]
+    places = (3,) * len(reader.kernel_size)
+    shapes = [(2, width, *places), (2, *places, width), (2, 2, *places, width)]
+    calls: list[tuple] = [(random_tensor(shape, generator),) for shape in shapes]
+    # Tokens of a film, and its frames, height and width.
+    calls.append((random_tensor((2, 18, width), generator), (2, 3, 3)))
+    return calls
 
 
-def _gated_is_cut(module: nn.Module, roles: Roles, weights: Mapping[str, nn.Module], keep: Tensor, x: Tensor) -> bool:
+def _gated_is_cut(module: nn.Module, roles: Roles, weights: Mapping[str, nn.Module], keep: Tensor, call: tuple) -> bool:
     """Whether a copy in which units are gated gives what a copy without them gives, and not what the whole one does."""
     gated, cut = dict(weights), dict(weights)
     gated[roles.reader] = _gated(weights[roles.reader], keep)
-    for name, layout in roles.writers:
+    entries = {name: (0, _rows(layout, keep)) for name, layout in roles.writers}
+    entries[roles.reader] = 1, keep
+    for name, (dimension, left) in entries.items():
         cut[name] = copy.deepcopy(weights[name])
-        cut_layer(cut[name], 0, _rows(layout, keep))
-    cut[roles.reader] = copy.deepcopy(weights[roles.reader])
-    cut_layer(cut[roles.reader], 1, keep)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        whole, masked, removed = (shell(module, layers)(x.clone()) for layers in (weights, gated, cut))
-    if masked.shape != removed.shape or not torch.allclose(masked, removed, rtol=1e-4, atol=1e-4):
+        cut_layer(cut[name], dimension, left)
+        if not left.any():
+            cut[name] = EmptiedLayer(cut[name])
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            whole, masked, removed = (shell(module, layers)(*copy.deepcopy(call)) for layers in (weights, gated, cut))
+        if masked.shape != removed.shape or not torch.allclose(masked, removed, rtol=1e-4, atol=1e-4):
+            return False
+        return not torch.allclose(masked, whole, rtol=1e-4, atol=1e-4)  # a unit that does nothing shows nothing
+    except Exception:  # whatever a module's own code may raise for inputs that are not made for it
         return False
-    return not torch.allclose(masked, whole, rtol=1e-4, atol=1e-4)  # a unit that does nothing shows nothing
 
 
 def shell(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") -> nn.Module:
@@ -201,7 +182,9 @@ def shell(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") ->
         small._parameters[key] = None if parameter is None else nn.Parameter(torch.ones(parameter.shape, **_PLAIN))
     for key, buffer in module._buffers.items():
         if buffer is not None:
-            buffer = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach().cpu()
+            buffer = (
+                torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach().cpu()
+            )
         small._buffers[key] = buffer
     for child_name, child in module._modules.items():
         full = f"{name}.{child_name}" if name else child_name
@@ -251,23 +234,3 @@ def _gated(layer: nn.Module, keep: Tensor) -> nn.Module:
     with torch.no_grad():
         gated.weight[:, ~keep] = 0
     return gated
-
-
-def cut_layer(layer: nn.Module, dimension: int, entries: Tensor) -> None:
-    """Keep some rows (dimension 0) or columns (1) of a linear layer or convolution, in place."""
-
-    def cut(parameter, dimension):
-        index = entries.nonzero().flatten().to(parameter.device)
-        return nn.Parameter(parameter.detach().index_select(dimension, index), parameter.requires_grad)
-
-    depthwise = is_depthwise(layer)
-    layer._parameters["weight"] = cut(layer.weight, dimension)
-    if dimension == 0 and layer.bias is not None:
-        layer._parameters["bias"] = cut(layer.bias, 0)
-    rows, columns = layer.weight.shape[:2]
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = rows, columns
-    elif depthwise:
-        layer.out_channels = layer.in_channels = layer.groups = rows
-    else:
-        layer.out_channels, layer.in_channels = rows, columns

@@ -29,7 +29,8 @@ from ecodiff.pipelines.parts import plain_name
 
 from .config import KINDS
 from .emptied import OUTPUT_LAYERS, form_of, is_emptied
-from .roles import Roles, channel_axis, columns_of, feed_forward_roles, has_sizes_of_feed_forward, rows_of_unit
+from .layers import channel_axis, columns_of
+from .roles import Roles, feed_forward_roles, has_sizes_of_feed_forward, rows_of_unit
 
 # Layers that write the queries, keys and values of heads, by the names that attentions of diffusers give them. A fused
 # one writes several of them, one after the other.
@@ -167,11 +168,14 @@ _LIKE_A_FEED_FORWARD = re.compile("FeedForward|MLP|Mlp|FFN|GLU|MoE|Expert")
 
 def _why_like_a_site(name: str, module: nn.Module) -> str | None:
     """Why a module that is like an attention or a feed-forward has no units; None for one that is like neither."""
-    if name == "" or next(module.parameters(), None) is None or "Embed" in type(module).__name__:
-        return None
-    if any(isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in module.children()):
-        return None  # a block of others, which are looked at one by one
     kind = type(module).__name__
+    # Embedders and norms have pairs of layers, too; what these write steers the whole network.
+    if name == "" or next(module.parameters(), None) is None or "Embed" in kind or "Norm" in kind:
+        return None
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or any(
+        isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in module.children()
+    ):
+        return None  # a block of others, which are looked at one by one
     if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
         if _LIKE_A_FEED_FORWARD.search(kind):
             return "the weights of its experts are packed in one tensor"
@@ -248,6 +252,7 @@ def _tokens(site: Site, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]
 def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
     """Yield every site, and (name, reason) for every look-alike."""
     modules = {plain_name(name): module for name, module in denoiser.named_modules()}
+    blocks: set[str] = set()  # those whose own layers were looked at
     inside = ""  # the feed-forward whose own parts come next
     for name, module in modules.items():
         if inside and name.startswith(inside):
@@ -256,6 +261,9 @@ def _walk(denoiser: nn.Module) -> Iterator[Site | tuple[str, str]]:
         try:
             if _is_attention(module):
                 site = _attention(name, module, parent)
+                if name.rpartition(".")[0] not in blocks:
+                    blocks.add(name.rpartition(".")[0])
+                    yield from _feed_forward_of_block(name.rpartition(".")[0], parent)
                 yield site
                 yield from _whole_layers(name, module, site)
                 if hasattr(module, _FUSED_WITH_NEURONS):
@@ -508,7 +516,31 @@ def _feed_forward_by_role(name: str, module: nn.Module, roles: Roles) -> Site:
             writers.append(Span(f"{name}.{layer}", offset, size))
     _check_linear(*[layer for layer in layers.values() if channel_axis(layer) == -1])
     readers = (Span(f"{name}.{roles.reader}", 0, 1),)
-    return _site(name, "feed_forward", columns_of(reader), tuple(writers), readers, layers)
+    site = _site(name, "feed_forward", columns_of(reader), tuple(writers), readers, layers)
+    return replace(site, min_units=0 if roles.without else 1)
+
+
+def _feed_forward_of_block(name: str, block: nn.Module) -> Iterator[Site]:
+    """A feed-forward whose layers stand in the block beside its attention, without a module of their own.
+
+    The layer that reads the units gives the site its name. Only calls of the whole block can show that units are
+    removable one by one (`ecodiff.method.trial`).
+    """
+    layers = {child: layer for child, layer in block.named_children() if isinstance(layer, nn.Linear)}
+    for child, reader in layers.items():
+        units, width = columns_of(reader), len(reader.weight)
+        if units <= width or child in (*OUTPUT_LAYERS, "proj_out"):
+            continue
+        spans, parts = [], {f"{name}.{child}": reader}
+        for other, writer in layers.items():
+            if columns_of(writer) == width and len(writer.weight) in (units, 2 * units) and other != "proj_mlp":
+                # What is twice as wide holds values and gates of all units, one after the other.
+                spans += [Span(f"{name}.{other}", offset, 1) for offset in range(0, len(writer.weight), units)]
+                parts[f"{name}.{other}"] = writer
+        if spans:
+            _check_linear(*parts.values())
+            readers = (Span(f"{name}.{child}", 0, 1),)
+            yield _site(f"{name}.{child}", "feed_forward", units, tuple(spans), readers, parts)
 
 
 def _parallel_mlp(name: str, module: nn.Module, parent: nn.Module) -> Site:

@@ -43,8 +43,8 @@ from .carried import (
     kept_elsewhere,
     refuse_elsewhere,
 )
+from .layers import weight_matrix
 from .pruned import PrunedMixin, cut_units, pruned_class
-from .roles import weight_matrix
 from .sites import KINDS, Site, check_units, find_sites, skipped_modules
 
 

@@ -28,7 +28,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
 from ecodiff.method.checkpointing import undisturbed
 from ecodiff.method.emptied import is_emptied
-from ecodiff.method.roles import is_depthwise
+from ecodiff.method.layers import is_depthwise
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
 from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
-from ecodiff.method.roles import channel_axis
+from ecodiff.method.layers import channel_axis
 from ecodiff.method.sites import Site, Span, sites_but
 from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.roles import columns_of, weight_matrix
+from ecodiff.method.layers import columns_of, weight_matrix
 from ecodiff.method.sites import Site, find_sites
 from ecodiff.method.surgery import prune
 from ecodiff.pipelines.parts import denoiser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecodiff.method.roles import weight_matrix
+from ecodiff.method.layers import weight_matrix
 from ecodiff.pipelines.parts import denoiser
 
 from .calibration import sites_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.roles import weight_matrix
+from ecodiff.method.layers import weight_matrix
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import placed
 
