@@ -193,8 +193,8 @@ def _same_for(attention: nn.Module, layers: Mapping[str, nn.Module], outputs: in
 
 def _takes_text(attention: nn.Module) -> bool:
     """Whether the attention's processor has an argument for a text; diffusers warns of those that it has not."""
-    call = getattr(getattr(attention, "processor", None), "__call__", attention.forward)
-    return "encoder_hidden_states" in inspect.signature(call).parameters
+    processor = getattr(attention, "processor", None) or attention.forward
+    return "encoder_hidden_states" in inspect.signature(processor).parameters
 
 
 def _agree(wanted, given) -> bool:

@@ -165,7 +165,7 @@ def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Te
 
 
 def _cut(model: nn.Module, name: str, dimension: int, entries: Tensor) -> None:
-    """Keep some rows (dimension 0) or columns (1) of a layer. Left with no column it is its bias, with no row nothing."""
+    """Keep some rows (dimension 0) or columns (1) of a layer. Without columns it is its bias, without rows nothing."""
     layer = model.get_submodule(name)
     blocks = getattr(layer, "_tp_packed_row_blocks", None)  # FLUX: how tensor parallelism splits proj_out
     if blocks:

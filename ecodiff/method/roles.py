@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import columns_of, cut_layer, is_depthwise, is_pointwise
+from .layers import EmptiedLayer, channel_axis, columns_of, cut_layer, is_depthwise, is_pointwise
 
 # Units of the small copy. What surrounds them has its own width.
 _UNITS = 4
@@ -181,11 +181,9 @@ def shell(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") ->
     for key, parameter in module._parameters.items():
         small._parameters[key] = None if parameter is None else nn.Parameter(torch.ones(parameter.shape, **_PLAIN))
     for key, buffer in module._buffers.items():
-        if buffer is not None:
-            buffer = (
-                torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach().cpu()
-            )
-        small._buffers[key] = buffer
+        if buffer is not None and buffer.is_meta:
+            buffer = torch.zeros_like(buffer, device="cpu")
+        small._buffers[key] = None if buffer is None else buffer.detach().cpu()
     for child_name, child in module._modules.items():
         full = f"{name}.{child_name}" if name else child_name
         small._modules[child_name] = None if child is None else shell(child, layers, full)

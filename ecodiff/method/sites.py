@@ -172,9 +172,8 @@ def _why_like_a_site(name: str, module: nn.Module) -> str | None:
     # Embedders and norms have pairs of layers, too; what these write steers the whole network.
     if name == "" or next(module.parameters(), None) is None or "Embed" in kind or "Norm" in kind:
         return None
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or any(
-        isinstance(part, (nn.ModuleList, nn.ModuleDict)) for part in module.children()
-    ):
+    lists = (nn.ModuleList, nn.ModuleDict)
+    if isinstance(module, lists) or any(isinstance(part, lists) for part in module.children()):
         return None  # a block of others, which are looked at one by one
     if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
         if _LIKE_A_FEED_FORWARD.search(kind):
