@@ -213,8 +213,10 @@ def _as_arguments(content: Mapping[str, Any]) -> list[str]:
             continue
         if value is True or value is False:
             arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif name == "call" and isinstance(value, Mapping):
+            arguments += ["--call", *(f"{key}={json.dumps(entry)}" for key, entry in value.items())]
         elif isinstance(value, Mapping):
-            arguments += [f"--{name}", *(f"{key}={json.dumps(entry)}" for key, entry in value.items())]
+            arguments.append(f"--{name}={json.dumps(value)}")
         elif isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)]
         else:
