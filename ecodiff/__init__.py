@@ -29,6 +29,7 @@ _HOMES = {
     "method.surgery": ("prune", "save"),
     "method.generate": ("generate",),
     "scores.compensation": ("prune_adapted",),
+    "comparison.compare": ("compare",),
     "retraining.config": ("RetrainConfig",),
     "retraining.retrain": ("retrain",),
 }

@@ -29,6 +29,7 @@ LIBRARY = {
     "retrain": "ecodiff.commands.retrain",
     "generate": "ecodiff.commands.generate",
     "evaluate": "ecodiff.commands.evaluate",
+    "compare": "ecodiff.commands.compare",
     "cost": "ecodiff.cost.command",
 }
 LAB = "ecodiff.lab.commands"

@@ -1,6 +1,6 @@
 """Prune a pipeline and adapt the weights that stay to the units that went, without gradients.
 
-example: python -m ecodiff compensate openmoji-sdxl --scores gates.safetensors --ratio 0.2 --prompts prompts.txt --out small
+example: python -m ecodiff compensate openmoji-sdxl --scores gates.safetensors --ratio 0.2 --prompts list.txt --out s20
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ example: python -m ecodiff evaluate openmoji-sdxl-20 openmoji-sdxl --prompts pro
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ecodiff.errors import EcoDiffError
 
@@ -17,44 +19,56 @@ from .generate import add_sampling, images_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    shared.add_model(parser, "first")
-    parser.add_argument("second", help="the original: a pipeline or a folder of images")
-    shared.add_prompts(parser, required=False)
-    add_sampling(parser)
+    add_both(parser)
     parser.add_argument("--fid", action="store_true", help="also FID and KID between both sets of images")
     parser.add_argument("--clip", metavar="MODEL", help="also the CLIP score of both, by this CLIP model")
     parser.add_argument("--each", action="store_true", help="also the values of each image (with --json)")
 
 
+def add_both(parser: argparse.ArgumentParser) -> None:
+    """Two pipelines or folders of images, and how images are generated."""
+    shared.add_model(parser, "first")
+    parser.add_argument("second", help="the original: a pipeline or a folder of images")
+    shared.add_prompts(parser, required=False)
+    add_sampling(parser)
+
+
 def run(options: argparse.Namespace) -> dict:
     from ecodiff import metrics
+    from ecodiff.comparison.compare import of_images
 
-    (first, prompts), (second, _) = both(options)
-    found: dict = {"images": len(first)}
-    for name, measure in (("ssim", metrics.ssim), ("psnr", metrics.psnr)):
-        values = measure(first, second)
-        finite = values.clamp(max=100)  # the PSNR of equal images is infinite; 100 dB stand for that
-        interval = metrics.mean_interval(finite)
+    sets = both(options)
+    comparison = of_images((sets.first, sets.second), sets.prompts, sets.seeds, judge=options.clip)
+    found: dict = {"images": len(sets.prompts)}
+    for name, interval in comparison.intervals().items():
         found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-        if options.each:
-            found[name]["each"] = finite.tolist()
-    found["equal images"] = int((first == second).flatten(1).all(1).sum())
+    found["equal images"] = int((sets.first == sets.second).flatten(1).all(1).sum())
     if options.fid:
-        features = [metrics.inception_features(images) for images in (second, first)]
-        found["fid"] = metrics.fid(*features)
-        found["kid"], found["kid standard deviation"] = metrics.kid(*features)
-    if options.clip:
-        judge = _judge(options.clip)
-        found["clip score of the first"] = metrics.clip_score(first, prompts, judge)
-        found["clip score of the second"] = metrics.clip_score(second, prompts, judge)
+        features = [metrics.inception_features(images) for images in (sets.second, sets.first)]
+        found["FID"] = metrics.fid(*features)
+        found["KID"], found["KID, standard deviation"] = metrics.kid(*features)
+    if options.each:
+        found["each"] = {"SSIM": comparison.ssim, "PSNR in dB": comparison.psnr}
     return found
 
 
-def both(options: argparse.Namespace) -> list[tuple]:
-    """Images [N, 3, height, width] and prompts of the first and of the second.
+@dataclass(frozen=True)
+class Sets:
+    """Images of the first and of the second, uint8 [N, 3, height, width], with what they show."""
 
-    Raises EcoDiffError where they are not of the same prompts and seeds, or not of one size.
+    first: Any
+    second: Any
+    prompts: list[str]
+    seeds: list[int]
+    costs: tuple[dict, dict]
+
+
+def both(options: argparse.Namespace) -> Sets:
+    """The images of both; they are generated where a pipeline is given.
+
+    Raises EcoDiffError where they are not of the same prompts and seeds.
     """
+    from ecodiff.comparison.compare import cost_of
     from ecodiff.storage.images import ABOUT, read_about, read_images
 
     names = [options.first, options.second]
@@ -63,27 +77,20 @@ def both(options: argparse.Namespace) -> list[tuple]:
     if abouts:
         prompts, seeds = abouts[0].prompts, abouts[0].seeds
     elif options.prompts is None:
-        raise EcoDiffError("evaluate generates images: give --prompts FILE, or two folders of images.")
+        raise EcoDiffError("Images are generated from prompts: give --prompts FILE, or two folders of images.")
     else:
         prompts = shared.read(options)
         seeds = list(range(options.seed, options.seed + len(prompts)))
     for folder, about in zip(folders, abouts, strict=True):
         if (about.prompts, about.seeds) != (prompts, seeds):
             raise EcoDiffError(f"{folder}: its images are of other prompts or seeds than those of {folders[0]}.")
-    sets = []
+    sets, costs = [], []
     for name in names:
         if name in folders:
-            images = read_images(name)[0]
+            sets.append(read_images(name)[0])
         else:
-            images = images_of(shared.load_model(options, name), prompts, seeds, options)
-        sets.append((images, prompts))
-    if sets[0][0].shape != sets[1][0].shape:
-        sizes = [tuple(images.shape[-2:]) for images, _ in sets]
-        raise EcoDiffError(f"{names[0]} has images of {sizes[0]} pixels, {names[1]} of {sizes[1]}: give one size.")
-    return sets
-
-
-def _judge(name: str):
-    from ecodiff.metrics.clip import Judge
-
-    return Judge.load(name)
+            pipe = shared.load_model(options, name)
+            sets.append(images_of(pipe, prompts, seeds, options))
+            costs.append(cost_of(pipe))
+    both_costs = (costs[0], costs[1]) if len(costs) == 2 else ({}, {})
+    return Sets(sets[0], sets[1], prompts, seeds, both_costs)
