@@ -30,7 +30,7 @@ LIBRARY = {
     "generate": "ecodiff.commands.generate",
     "evaluate": "ecodiff.commands.evaluate",
     "compare": "ecodiff.commands.compare",
-    "cost": "ecodiff.cost.command",
+    "cost": "ecodiff.commands.cost",
 }
 LAB = "ecodiff.lab.commands"
 
