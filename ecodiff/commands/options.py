@@ -54,18 +54,25 @@ def load_model(options: argparse.Namespace, name: str | None = None):
 
 def add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The file of prompts, and how many of them."""
-    parser.add_argument("--prompts", required=required, metavar="FILE", help="text file with one prompt a line")
-    parser.add_argument("--count", type=whole_number, metavar="N", help="only the first N prompts (default: all)")
+    parser.add_argument(
+        "--prompts",
+        required=required,
+        metavar="FILE",
+        help="text with one prompt a line, TSV, CSV, JSON (MS COCO, GCC3M, Flickr30k, PartiPrompts), or "
+        "datasets:ID:SPLIT:COLUMN",
+    )
+    parser.add_argument("--column", help="the column with the prompts, where it has no usual name")
+    parser.add_argument("--count", type=whole_number, metavar="N", help="so many prompts (default: all)")
+    parser.add_argument(
+        "--choose", type=int, metavar="SEED", help="a random choice of --count prompts (default: the first)"
+    )
 
 
 def read(options: argparse.Namespace) -> list[str]:
     """The prompts that the options name. Raises EcoDiffError where there are none, or fewer than asked for."""
-    from ecodiff.pipelines.prompts import read_prompts
+    from ecodiff.pipelines.prompt_files import read_prompts
 
-    prompts = read_prompts(options.prompts)
-    if options.count is not None and options.count > len(prompts):
-        raise EcoDiffError(f"{options.prompts}: --count {options.count}, but there are {len(prompts)} prompts.")
-    return prompts[: options.count]
+    return read_prompts(options.prompts, column=options.column, count=options.count, seed=options.choose)
 
 
 def add_mask(parser: argparse.ArgumentParser) -> None:

@@ -154,7 +154,7 @@ WRONG_CALLS = {
     "prune dense --scores gates.safetensors --ratio 0.2 --out prompts.txt": "this is a file",
     "learn dense --prompts prompts.txt --updates 0 --out a": "updates=0 must be at least 1",
     "learn dense --prompts none.txt --out a": "prompts cannot be read",
-    "learn dense --prompts prompts.txt --count 9 --out a": "there are 3 prompts",
+    "learn dense --prompts prompts.txt --count 9 --out a": "9 prompts were asked for, and there are 3",
     "score wanda dense --out a": "give --prompts",
     "evaluate dense dense": "give --prompts FILE, or two folders",
     "retrain dense --images dense --out a": "no folder of images",
