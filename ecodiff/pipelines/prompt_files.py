@@ -55,6 +55,7 @@ def read_prompts(
     file that cannot be read, is in another encoding or form, or has too few prompts.
     """
     name = os.fspath(source)
+    entries: Iterable[Any]
     if name.startswith(HUB):
         entries = _of_data_set(name, column)
     else:
@@ -125,8 +126,11 @@ def _of_table(text: str, column: str | None, name: str) -> Iterator[Any]:
         return iter(())
     delimiter = next((mark for mark in ("\t", "|", ",") if mark in lines[0]), "\t")
     # In TSV a quote is a quote, as GCC3M has them; in CSV it may hold a comma.
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, quoting=quoting)]
+    if delimiter == ",":
+        table = csv.reader(lines)
+    else:
+        table = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    rows = [[cell.strip() for cell in row] for row in table]
     place = _place(rows[0], column)
     if place is not None:
         rows = rows[1:]
