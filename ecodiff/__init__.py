@@ -17,6 +17,7 @@ _HOMES = {
     "errors": ("EcoDiffError",),
     "pipelines.loading": ("load",),
     "pipelines.parts": ("denoiser",),
+    "pipelines.prompt_files": ("read_prompts",),
     "method.sites": ("Site", "find_sites", "skipped_modules", "with_flops"),
     "method.hard_concrete": ("HardConcrete",),
     "method.gates": ("Gates",),
@@ -29,6 +30,7 @@ _HOMES = {
     "method.surgery": ("prune", "save"),
     "method.generate": ("generate",),
     "scores.compensation": ("prune_adapted",),
+    "comparison.compare": ("compare",),
     "retraining.config": ("RetrainConfig",),
     "retraining.retrain": ("retrain",),
 }

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.cost.trace import Given, trace
 from ecodiff.errors import EcoDiffError
@@ -34,6 +33,7 @@ from ecodiff.pipelines.forward_hooks import replaced_forward
 from ecodiff.pipelines.parts import denoiser, one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import encoding_once, mix
 from ecodiff.pipelines.running import placed
+from ecodiff.progress import progress_bar, say
 from ecodiff.scores.calibration import Call, Sampling, draw
 
 _HIDDEN = ("hidden_states", "input_tensor")
@@ -85,7 +85,7 @@ def errors(pipe, prompts: Sequence, sets: Sequence[Collection[str]], **sampling)
         _check(model, names)
     totals, predictions = torch.zeros(len(sets), dtype=torch.float64), 0
     if settings.progress:
-        tqdm.write(f"blocks: {len(prompts)} prompts, {1 + len(sets)} times the work of drawing them")
+        say(f"blocks: {len(prompts)} prompts, {1 + len(sets)} times the work of drawing them")
 
     def see(call: Call) -> None:
         nonlocal predictions
@@ -142,7 +142,7 @@ def clip_scores(pipe, prompts: Sequence[str], judge: Judge, **sampling) -> dict[
 
     whole_score, whole_flops = clip_score(), flops(model)
     result = {}
-    for name in tqdm(names, desc="blocks without", disable=not settings.progress):
+    for name in progress_bar(names, desc="blocks without", progress=settings.progress):
         with left_out(model, [name]):
             lost = whole_score - clip_score()
         saved = whole_flops - flops(denoiser(remove(pipe, [name])))

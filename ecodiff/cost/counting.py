@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.config import LearnConfig
 from ecodiff.method.mask import make_mask
-from ecodiff.method.sites import KINDS, find_sites
+from ecodiff.method.sites import KINDS, Site, find_sites
 from ecodiff.method.surgery import prune_denoiser
 from ecodiff.pipelines.parts import Experts, experts
 from ecodiff.pipelines.prompts import collate
@@ -36,6 +36,8 @@ from .setting import Loop, Subject, geometry, loop_of, overridden, subject_of
 from .trace import Backward, Trace, parameters, trace
 from .units import gb, usable
 from .watch import Flops
+
+DEFAULT_KINDS = ("attention", "feed_forward")
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def cost(
     ratio: float | None = None,
     mask: Mapping[str, Tensor | int] | None = None,
     round_to: int | Mapping[str, int] = 1,
-    kinds: tuple[str, ...] = ("attention", "feed_forward"),
+    kinds: tuple[str, ...] = DEFAULT_KINDS,
     autocast: torch.dtype | None = None,
     inner: bool = True,
 ) -> Cost:
@@ -180,40 +182,71 @@ def cost(
 
     Raises EcoDiffError, in one sentence, for anything that does not fit.
     """
-    subject = subject_of(model)
-    subject = overridden(
-        subject, size=size, frames=frames, steps=steps, guidance=guidance, dtype=dtype, text_tokens=text_tokens
+    counter = Counter(
+        model,
+        batch,
+        size=size,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        dtype=dtype,
+        text_tokens=text_tokens,
+        call=call,
+        kinds=kinds,
+        autocast=autocast,
+        inner=inner,
     )
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise EcoDiffError(f"cost: batch is the number of pictures drawn together, at least 1, not {batch!r}.")
     if ratio is not None and mask is not None:
         raise EcoDiffError("cost: give a ratio or a mask, not both.")
-    network = subject.network
-    how = "the given mask"
     if ratio is not None:
-        mask = _random_mask(subject, kinds, ratio, round_to)
         how = f"{ratio:.0%} of the units of each kind, chosen at random"
-    explicit = {"size": size, "frames": frames, "text_tokens": text_tokens}
-    loop = loop_of(subject, batch, call_arguments(call), explicit)
-    if loop.size is not None:
-        subject = replace(subject, size=loop.size)
-    original = _count(subject, network, loop, batch, kinds, autocast, inner)
-    if mask is None:
-        return original
-    pruned = prune_denoiser(_skeleton(network), _as_bool(mask, network))
-    # Pruning leaves the VAE as it is, so that it is not traced again.
-    smaller = _count(subject, pruned, loop, batch, kinds, autocast, inner, (original.vae, original.decode))
-    return replace(original, pruned=replace(smaller, pruning=how))
+        return counter.with_pruned(counter.random_mask(ratio, round_to), how)
+    if mask is not None:
+        return counter.with_pruned(mask, "the given mask")
+    return counter.original
 
 
-def _random_mask(subject: Subject, kinds, ratio: float, round_to) -> Mapping[str, Tensor]:
-    """A mask that removes this share of the units of each kind. Which ones does not matter: all cost the same."""
-    sites = find_sites(subject.network, kinds)
-    if not sites:
-        raise EcoDiffError(f"cost: {subject.title} has no sites of the kinds {', '.join(kinds)} to prune.")
-    generator = torch.Generator().manual_seed(0)
-    scores = {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}
-    return make_mask(scores, sites, ratio, round_to=round_to)
+class Counter:
+    """A model in one setting: what it costs as it is, counted once, and what it costs with any mask."""
+
+    def __init__(self, model, batch: int = 1, *, call=None, kinds=DEFAULT_KINDS, autocast=None, inner=True, **setting):
+        setting = dict.fromkeys(("size", "frames", "steps", "guidance", "dtype", "text_tokens")) | setting
+        self.subject = overridden(subject_of(model), **setting)
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise EcoDiffError(f"cost: batch is the number of images generated together, at least 1, not {batch!r}.")
+        explicit = {name: setting[name] for name in ("size", "frames", "text_tokens")}
+        self.loop = loop_of(self.subject, batch, call_arguments(call), explicit)
+        if self.loop.size is not None:
+            self.subject = replace(self.subject, size=self.loop.size)
+        self.batch, self.kinds, self.autocast, self.inner = batch, kinds, autocast, inner
+        self.original = self._count(self.subject.network)
+
+    def sites(self) -> dict[str, Site]:
+        """The sites that a mask can name; raises EcoDiffError where there is none."""
+        sites = find_sites(self.subject.network, self.kinds)
+        if not sites:
+            raise EcoDiffError(
+                f"cost: {self.subject.title} has no sites of the kinds {', '.join(self.kinds)} to prune."
+            )
+        return sites
+
+    def random_mask(self, ratio: float, round_to=1) -> dict[str, Tensor]:
+        """A mask that removes this share of the units of each kind. Which ones does not matter: all cost the same."""
+        sites = self.sites()
+        generator = torch.Generator().manual_seed(0)
+        scores = {name: torch.rand(site.units, generator=generator) for name, site in sites.items()}
+        return make_mask(scores, sites, ratio, round_to=round_to)
+
+    def with_pruned(self, mask: Mapping[str, Tensor | int], how: str) -> Cost:
+        """The cost with, as ``pruned``, that of the model after pruning by the mask."""
+        network = self.subject.network
+        pruned = prune_denoiser(_skeleton(network), _as_bool(mask, network))
+        # Pruning leaves the VAE as it is, so that it is not traced again.
+        smaller = self._count(pruned, (self.original.vae, self.original.decode))
+        return replace(self.original, pruned=replace(smaller, pruning=how))
+
+    def _count(self, network: nn.Module, decoding: tuple | None = None) -> Cost:
+        return _count(self.subject, network, self.loop, self.batch, self.kinds, self.autocast, self.inner, decoding)
 
 
 def fit(pipe, config: LearnConfig, prompt: str | Mapping, budget: int | str) -> LearnConfig:

@@ -4,21 +4,21 @@ A gate z in [0, 1] multiplies one unit. Its distribution is a stretched and clip
 2018), so that z is exactly 0 and exactly 1 with positive probability and still has a gradient in between.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.files import write_whole
+from ecodiff.storage.tensors import read_tensors, write_tensors
 
 from .hard_concrete import HardConcrete
 from .sites import KINDS, Site, check_units, find_sites
+
+FORMAT = "ecodiff.gates.1"
 
 
 @dataclass(eq=False)
@@ -90,21 +90,13 @@ class Gates:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with the distribution, the sites and a checksum in its metadata; all or nothing."""
-        from safetensors.torch import save
-
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.log_alpha.items()}
         metadata = {
-            "format": "ecodiff.gates.1",
+            "format": FORMAT,
             "distribution": json.dumps(asdict(self.distribution)),
             "sites": json.dumps({name: [site.kind, site.units] for name, site in self.sites.items()}),
             "history": json.dumps(self.history),
         }
-        metadata["sha256"] = _digest(tensors, metadata)
-        path = Path(path)
-        try:
-            write_whole(path, save(tensors, metadata))
-        except OSError as error:
-            raise EcoDiffError(f"{path}: the gates could not be saved ({error}); nothing was written.") from error
+        write_tensors(path, self.log_alpha, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, denoiser: nn.Module) -> "Gates":
@@ -112,18 +104,9 @@ class Gates:
 
         Raises EcoDiffError for a missing, truncated or changed file and for λ of another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise EcoDiffError(f"{path}: not a readable safetensors file ({error}); save the gates again.") from error
-        if metadata.get("format") != "ecodiff.gates.1":
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
             raise EcoDiffError(f"{path}: not written by Gates.save; for λ of another origin use Gates.from_tensors.")
-        if metadata.pop("sha256", None) != _digest(tensors, metadata):
-            raise EcoDiffError(f"{path}: the contents do not fit their checksum; the file was changed or damaged.")
         for name, (kind, units) in json.loads(metadata["sites"]).items():
             if tuple(tensors[name].shape) != (units,):
                 raise EcoDiffError(f"{path}: {name}: {list(tensors[name].shape)} λ for {units} units ({kind}).")
@@ -147,12 +130,3 @@ def fresh_gates(gates: Gates, samples: int) -> Callable[[str], Tensor]:
         return gates.distribution.sample(value, torch.rand(samples, *value.shape).to(value.device))
 
     return draw
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over metadata and tensors, each in the order of their names."""
-    digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

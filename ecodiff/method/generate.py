@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.batches import in_batches, size_together
@@ -22,6 +21,7 @@ from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_see
 from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once
 from ecodiff.pipelines.running import frozen, private_copy
+from ecodiff.progress import progress_bar
 from ecodiff.storage.cache import cached
 from ecodiff.storage.fingerprint import canonical
 
@@ -127,7 +127,7 @@ def _images(pipe, pairs: list, batch_size: int, settings: dict, progress: bool) 
         parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
         bar.update(len(batch))
 
-    with frozen(*modules), tqdm(total=len(pairs), desc="pictures", disable=not progress) as bar:
+    with frozen(*modules), progress_bar(total=len(pairs), desc="pictures", progress=progress) as bar:
         size = size_together(batch_size, runner, [prompt for prompt, _ in pairs], output_type="pt", **settings)
         in_batches(range(len(pairs)), size, run)
     return torch.cat(parts)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.batches import in_batches, size_together
@@ -26,6 +25,7 @@ from ecodiff.pipelines.identity import Identity, describe_run
 from ecodiff.pipelines.parts import denoiser as find_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, epoch_batch, mix
 from ecodiff.pipelines.running import in_words, not_half, on_device
+from ecodiff.progress import progress_bar, say
 
 from . import resume
 from .carried import refuse_elsewhere
@@ -88,7 +88,7 @@ def learn(
     skipped = skipped_modules(network)
     if progress and skipped:
         name, why = next(iter(skipped.items()))
-        tqdm.write(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
+        say(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:
         raise EcoDiffError(f"{type(pipe).__name__}: its denoiser has no sites of the kinds {', '.join(config.kinds)}.")
     for sentence in config.zero_at_start():
@@ -99,7 +99,7 @@ def learn(
         sites = _removable(network, sites, partial(task.latents, [0], gradients=False))
         if progress:
             share = share_reached(network, sites)
-            tqdm.write(f"learn: gates on units with {share:.0%} of the denoiser's parameters")
+            say(f"learn: gates on units with {share:.0%} of the denoiser's parameters")
         gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
         optimizer = _optimizer(gates, config)
         folder, done = None, 0
@@ -116,7 +116,7 @@ def learn(
         if done < config.updates:
             task.compute_teacher(folder, progress, sites)
             if progress:
-                tqdm.write(task.cost(config.updates - done))
+                say(task.cost(config.updates - done))
             _descend(task, gates, optimizer, done, folder, progress)
         return _finished(gates)
 
@@ -146,7 +146,7 @@ def _descend(task: Task, gates: Gates, optimizer, done: int, folder: resume.Fold
     if done == 0:
         gates.snapshots[0] = _copy(gates)
     last_good = None
-    bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc="mask", disable=not progress)
+    bar = progress_bar(range(done, config.updates), initial=done, total=config.updates, desc="mask", progress=progress)
     with bar:
         for update in bar:
             row = task.update(gates, optimizer, update)
@@ -281,7 +281,7 @@ class Task:
                 parts.append(self.latents(numbers, gradients=False))
             bar.update(len(numbers))
 
-        with tqdm(total=len(self.samples), desc="teacher", disable=not progress) as bar:
+        with progress_bar(total=len(self.samples), desc="teacher", progress=progress) as bar:
             in_batches(range(len(self.samples)), self.size, run)
         return torch.cat(parts)
 

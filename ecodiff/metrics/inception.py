@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.progress import progress_bar
 from ecodiff.storage.cache import cached
 
 SIZE = 299
@@ -119,7 +119,7 @@ def inception_features(
     def compute() -> Tensor:
         net = network(num_features, source, size).to(device).eval()
         parts = []
-        with torch.inference_mode(), tqdm(total=len(images), desc="Inception", disable=not progress) as bar:
+        with torch.inference_mode(), progress_bar(total=len(images), desc="Inception", progress=progress) as bar:
             for batch in images.split(batch_size):
                 parts.append(net(batch.to(device)).float().cpu())
                 bar.update(len(batch))

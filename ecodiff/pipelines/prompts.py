@@ -7,14 +7,10 @@ as well, and the joined encodings have to be those (else `NotJoined`). `batches`
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import inspect
-import os
-import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,15 +19,6 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.fingerprint import canonical
 
 from .contents import Undescribed, describe
-
-# Longer marks first: that of UTF-16 begins that of UTF-32.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 def checked_prompts(prompts, caller: str) -> list:
@@ -59,28 +46,6 @@ def checked_prompts(prompts, caller: str) -> list:
             f"{caller} needs prompts of one form: all strings, or all mappings with the same call arguments."
         )
     return prompts
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out. UTF-8, or UTF-16 and UTF-32 with their mark.
-
-    Raises EcoDiffError for a file that cannot be read, is in another encoding, or holds no prompt.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise EcoDiffError(f"{path}: prompts cannot be read ({error}): give a text file, one prompt a line.") from error
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding)
-        if "\0" in text:
-            raise ValueError("it holds zero bytes")
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise EcoDiffError(f"{path}: this is no UTF-8 text ({error}): save the file as UTF-8.") from error
-    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
-    if not any(lines):
-        raise EcoDiffError(f"{path}: the file holds no prompt: write one a line.")
-    return [line for line in lines if line]
 
 
 def differ(a: str | Mapping, b: str | Mapping) -> bool:

@@ -22,7 +22,6 @@ from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
@@ -35,6 +34,7 @@ from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_j
 from ecodiff.pipelines.parts import one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
 from ecodiff.pipelines.running import in_words, on_device, without_adapters
+from ecodiff.progress import progress_bar, say
 
 from . import two_four
 from .config import RetrainConfig
@@ -163,8 +163,8 @@ def _train(task: Task, network: nn.Module, config: RetrainConfig, history: list 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.numel()]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if progress and config.steps:
-        tqdm.write(task.cost())
-    with tqdm(range(config.steps), desc="retrain", disable=not progress) as bar:
+        say(task.cost())
+    with progress_bar(range(config.steps), desc="retrain", progress=progress) as bar:
         for step in bar:
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)

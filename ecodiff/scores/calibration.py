@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
@@ -25,6 +24,7 @@ from ecodiff.pipelines.forward_hooks import hooked
 from ecodiff.pipelines.parts import denoiser, named_experts
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
 from ecodiff.pipelines.running import count_steps, frozen, private_copy, without_adapters
+from ecodiff.progress import progress_bar
 
 KINDS = ("attention", "feed_forward")
 
@@ -105,7 +105,7 @@ def draw(
     clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
     parts = []
-    bar = tqdm(total=len(prompts), desc=label, disable=not sampling.progress)
+    bar = progress_bar(total=len(prompts), desc=label, progress=sampling.progress)
     settings = {"num_inference_steps": sampling.num_inference_steps, "output_type": "latent", "return_dict": False}
     if sampling.guidance_scale is not None:
         settings["guidance_scale"] = sampling.guidance_scale

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.layers import columns_of, weight_matrix
@@ -15,6 +14,7 @@ from ecodiff.method.sites import Site, find_sites
 from ecodiff.method.surgery import prune
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import placed
+from ecodiff.progress import say
 
 from .calibration import KINDS, Clock, Sampling, columns, draw, reading, sites_of
 
@@ -48,7 +48,7 @@ def second_moments(
     sites = sites_of(pipe, kinds, readers=True, exclude=settings.exclude)
     packages = _packages(model, sites, memory_gb * 1e9)
     if settings.progress and len(packages) > 1:
-        tqdm.write(f"obs: {len(packages)} passes over {len(prompts)} prompts, {memory_gb:g} GB of second moments each")
+        say(f"obs: {len(packages)} passes over {len(prompts)} prompts, {memory_gb:g} GB of second moments each")
     for package in packages:
         result |= _moments_of(pipe, prompts, package, settings, logarithmic=time_weights == "log")
     return result

@@ -17,11 +17,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ecodiff.method.hooks import apply_gates
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import frozen, not_half, placed
+from ecodiff.progress import progress_bar
 
 from .calibration import KINDS, Sampling, gates_of_samples, sites_of
 from .taylor import NoisePrediction
@@ -41,7 +41,7 @@ def scores(pipe, prompts: Sequence, *, kinds: tuple[str, ...] = KINDS, **samplin
     every = NoisePrediction.prepare(pipe, prompts, settings)
     totals = {name: torch.zeros(site.units) for name, site in sites.items()}
     total = len(every.recorded) * len(every.steps)
-    with tqdm(total=total, desc="fisher: gradients", disable=not settings.progress) as bar:
+    with progress_bar(total=total, desc="fisher: gradients", progress=settings.progress) as bar:
         for batch in every.recorded:
             loss, samples = replace(every, recorded=[batch]), len(batch[1])
             gates = gates_of_samples(model, sites, samples)

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.hooks import apply_gates
@@ -30,6 +29,7 @@ from ecodiff.pipelines.batches import in_batches, size_together
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
 from ecodiff.pipelines.running import not_half, placed
+from ecodiff.progress import progress_bar
 
 from .calibration import KINDS, Sampling, gates_of_samples, sites_of
 
@@ -81,7 +81,7 @@ def scores(
                         total += slope.abs().sum(0).cpu()
         bar.update(len(numbers))
 
-    with tqdm(total=len(prompts), desc="gauss-newton", disable=not settings.progress) as bar:
+    with progress_bar(total=len(prompts), desc="gauss-newton", progress=settings.progress) as bar:
         size = size_together(settings.batch_size, pipe, prompts, output_type="latent", **call)
         in_batches(range(len(prompts)), size, add)
     # √(π/2) turns the mean modulus into ‖J_j‖, see above.

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.hooks import apply_gates
@@ -23,6 +22,7 @@ from ecodiff.method.sites import Site
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import encoding_once
 from ecodiff.pipelines.running import placed
+from ecodiff.progress import progress_bar, say
 
 from .calibration import KINDS, Sampling, draw, sites_of
 from .wanda import from_norms, norms
@@ -67,9 +67,9 @@ def scores(
     whole = draw(pipe, prompts, Sampling(**quiet))
     if settings.progress:
         minutes = (time.perf_counter() - started) * len(parts) / 60
-        tqdm.write(f"occlusion: {len(parts)} trajectories of {len(prompts)} prompts, about {minutes:.1f} min")
+        say(f"occlusion: {len(parts)} trajectories of {len(prompts)} prompts, about {minutes:.1f} min")
     result = {name: torch.zeros(site.units) for name, site in sites.items()}
-    for name, units in tqdm(parts, desc="occlusion", disable=not settings.progress):
+    for name, units in progress_bar(parts, desc="occlusion", progress=settings.progress):
         gate = torch.ones(sites[name].units)
         gate[units] = 0
         with apply_gates(model, {name: gate}, sites):

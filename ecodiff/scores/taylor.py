@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.sites import Site
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.running import frozen, not_half, placed
+from ecodiff.progress import progress_bar
 
 from .calibration import KINDS, Call, Sampling, columns, draw, mix, sites_of
 
@@ -78,7 +78,7 @@ def scores(
             weight.requires_grad_(elementwise)
         try:
             largest = 0.0
-            for step in tqdm(loss.steps, desc="taylor: gradients", disable=not settings.progress):
+            for step in progress_bar(loss.steps, desc="taylor: gradients", progress=settings.progress):
                 value = loss(step, add)
                 largest = max(largest, value)
                 if value < threshold * largest:

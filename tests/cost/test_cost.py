@@ -7,15 +7,16 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import TINY, TOKENS, call_kwargs
+from tiny import TINY, TOKENS, call_kwargs, tiny_sd
 from torch import nn
 
 from ecodiff import EcoDiffError, LearnConfig, learn, prune
 from ecodiff.__main__ import main
 from ecodiff.cost import presets
 from ecodiff.cost.counting import cost, fit
+from ecodiff.cost.solve import solve
 from ecodiff.cost.trace import trace
-from ecodiff.cost.units import parse_bytes, usable
+from ecodiff.cost.units import CONTEXT, FRAGMENTS, parse_bytes, usable
 from ecodiff.lab import paper
 from ecodiff.method.gates import Gates
 from ecodiff.method.hooks import apply_gates
@@ -388,6 +389,8 @@ def test_command(capsys, monkeypatch):
         ["cost", "sd2", "--gpu", "some"],
         ["cost", "sd2", "--size", "1x2x3"],
         ["cost", "sd2", "--steps", "0"],
+        ["cost", "sd2", "--fits", "8GB", "--ratio", "0.2"],
+        ["cost", "sd2", "--fits", "8GB", "--time", "0.8"],
     ],
 )
 def test_command_errors(arguments, capsys):
@@ -457,3 +460,34 @@ def _tiny_dit():
     pipe = DiTPipeline(transformer, vae, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.mark.slow
+def test_the_smallest_ratio_that_is_enough_is_found():
+    found = solve("sd2", time=0.9)
+    assert found.cost.pruned.picture_flops.total <= 0.9 * found.cost.picture_flops.total
+    one_less = cost("sd2", ratio=found.ratio - 0.01, inner=False)
+    assert one_less.pruned.picture_flops.total > 0.9 * one_less.picture_flops.total
+
+
+def test_memory_to_fit_into_gives_the_ratio_and_the_mask():
+    pipe = tiny_sd()
+    need = cost(pipe, size=16).inference_peak()
+    sites = find_sites(pipe.unet)
+    scores = {name: torch.arange(site.units).float() for name, site in sites.items()}
+    budget = round((need * 0.97 + CONTEXT) / (1 - FRAGMENTS))
+    found = solve(pipe, fits=budget, scores=scores, size=16)
+    assert 0 < found.ratio < 1 and found.cost.pruned.inference_peak() <= usable(budget)
+    kept = {name: int(keep.sum()) for name, keep in found.mask.items()}
+    assert kept == {name: int(keep.sum()) for name, keep in make_mask(scores, sites, found.ratio).items()}
+    nothing_to_do = solve(pipe, fits="80GB", size=16)
+    assert nothing_to_do.ratio == 0
+
+
+@pytest.mark.parametrize(
+    "goal, message",
+    [({}, "either"), ({"fits": 1, "time": 0.5}, "either"), ({"time": 0}, "above 0"), ({"fits": "1MB"}, "needs")],
+)
+def test_a_goal_that_cannot_be_met_is_one_sentence(goal, message):
+    with pytest.raises(EcoDiffError, match=message):
+        solve(tiny_sd(), size=16, **goal)

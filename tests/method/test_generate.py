@@ -96,7 +96,10 @@ def test_the_pipeline_is_left_as_it_was(sdxl):
         sdxl.unet.eval()
 
 
-def test_progress_shows_one_bar(sdxl, capfd):
+def test_progress_shows_one_bar_on_a_terminal(sdxl, capfd, monkeypatch):
+    draw(sdxl, progress=True)
+    assert capfd.readouterr().err == ""  # a log stays quiet
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     draw(sdxl, progress=True)
     shown = capfd.readouterr().err
     assert "pictures" in shown and "4/4" in shown and "2/2" not in shown  # the pipeline's own bar would count steps

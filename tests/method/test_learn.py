@@ -255,7 +255,7 @@ def test_modules_without_units_are_named_before_the_start(capsys, monkeypatch):
     skipped = {"mid_block.attn": "its norm spans all heads"}
     monkeypatch.setattr(sys.modules["ecodiff.method.learn"], "skipped_modules", lambda network: skipped)
     learn(tiny_sd(), PROMPTS, replace(QUICK, updates=1))
-    assert "no units in 1 modules, such as mid_block.attn (its norm spans all heads)" in capsys.readouterr().out
+    assert "no units in 1 modules, such as mid_block.attn (its norm spans all heads)" in capsys.readouterr().err
 
 
 def test_a_model_that_could_not_be_pruned_is_refused_before_anything_is_learned(monkeypatch):
@@ -386,10 +386,11 @@ def test_published_presets_and_the_dead_start():
         quiet(tiny_sd(), config=replace(QUICK, updates=1, delta=0.1))
 
 
-def test_progress_says_what_it_will_cost(capsys):
+def test_progress_says_what_it_will_cost(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     learn(tiny_sd(), PROMPTS, replace(QUICK, updates=1))
     shown = capsys.readouterr()
-    assert "1 updates of 2 samples, 2 steps each, on cpu: about" in shown.out
+    assert "1 updates of 2 samples, 2 steps each, on cpu: about" in shown.err
     assert "loss=" in shown.err and "open=" in shown.err
 
 

@@ -15,7 +15,8 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.trajectory import final_latents
 from ecodiff.pipelines import conditioning
 from ecodiff.pipelines.batches import in_batches, together
-from ecodiff.pipelines.prompts import NotJoined, checked_prompts, encoding_once, read_prompts
+from ecodiff.pipelines.prompt_files import read_prompts
+from ecodiff.pipelines.prompts import NotJoined, checked_prompts, encoding_once
 from ecodiff.pipelines.running import private_copy
 from ecodiff.scores import METHODS
 from ecodiff.storage import records

@@ -215,11 +215,12 @@ def test_micro_batches_make_steps_of_the_same_pictures(monkeypatch):
     assert [len(part) for part in seen] == [3, 1] and sorted(sum(seen, [])) == [0, 1, 2, 3]
 
 
-def test_progress_says_what_it_will_cost_and_history_keeps_a_row_a_step(capsys):
+def test_progress_says_what_it_will_cost_and_history_keeps_a_row_a_step(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     history = []
     retrain(tiny_sd(), PICTURES, PROMPTS, RetrainConfig(**QUICK), history=history)
     shown = capsys.readouterr()
-    assert "2 steps of 2 pictures (lora), on cpu: about" in shown.out and "loss=" in shown.err
+    assert "2 steps of 2 pictures (lora), on cpu: about" in shown.err and "loss=" in shown.err
     assert [row["step"] for row in history] == [1, 2]
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 and row["seconds"] > 0 for row in history)
 

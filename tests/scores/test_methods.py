@@ -321,7 +321,7 @@ def test_occlusion_says_what_it_costs(capsys):
     METHODS["occlusion"](pipe, PROMPTS[:1], **settings(pipe, groups=1, progress=True))
     heads = sum(site.units for site in find_sites(denoiser(pipe), ("attention",)).values())
     neurons = len(find_sites(denoiser(pipe), ("feed_forward",)))
-    assert f"occlusion: {heads + neurons} trajectories of 1 prompts, about" in capsys.readouterr().out
+    assert f"occlusion: {heads + neurons} trajectories of 1 prompts, about" in capsys.readouterr().err
 
 
 def inputs_of(pipe, layer, **more):

@@ -1,6 +1,9 @@
 """Parameters, operations and memory of a model before and after pruning, counted without its weights.
 
-python -m ecodiff cost sdxl --ratio 0.2 --gpu 24GB
+With --fits or --time, the smallest ratio that is enough is found.
+
+example: python -m ecodiff cost sdxl --ratio 0.2 --gpu 24GB
+example: python -m ecodiff cost sdxl --fits 8GB
 """
 
 from __future__ import annotations
@@ -26,15 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--round-to", type=int, default=1, help="round the units kept in a site up to a multiple of this"
     )
     parser.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB or 8GiB")
+    parser.add_argument("--fits", metavar="SIZE", help="find the smallest ratio that generates within this, as 8GB")
+    parser.add_argument("--time", type=float, help="find the smallest ratio with this share of operations, as 0.8")
+    parser.add_argument("--offload", action="store_true", help="with --fits: one component on the device at a time")
+    parser.add_argument("--scores", metavar="FILE", help="with --fits or --time: which units go (`learn`, `score`)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(options: argparse.Namespace) -> int:
     # Imported here so that --help answers at once.
-    from . import presets
-    from .counting import cost
-    from .report import table, verdict
-    from .units import parse_bytes
+    from ecodiff.cost import presets
+    from ecodiff.cost.counting import cost
+    from ecodiff.cost.report import table, verdict
+    from ecodiff.cost.solve import solve
+    from ecodiff.cost.units import parse_bytes
 
     if options.list or not options.model:
         for name in presets.names():
@@ -42,29 +50,46 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name:14} {preset.parameters / 1e9:6.2f} B parameters  {preset.title} ({preset.id})")
         return 0
     budget = None if options.gpu is None else parse_bytes(options.gpu)
-    counted = cost(
-        options.model,
-        size=_size(options.size),
-        frames=options.frames,
-        batch=options.batch,
-        steps=options.steps,
-        guidance=options.guidance,
-        dtype=options.dtype,
-        text_tokens=options.text_tokens,
-        ratio=options.ratio,
-        round_to=options.round_to,
-    )
+    setting = {
+        "size": _size(options.size),
+        "frames": options.frames,
+        "batch": options.batch,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "dtype": options.dtype,
+        "text_tokens": options.text_tokens,
+        "round_to": options.round_to,
+    }
+    if options.fits is not None or options.time is not None:
+        if options.ratio is not None:
+            raise EcoDiffError("--fits and --time find the ratio: leave --ratio out.")
+        scores = None if options.scores is None else _scores(options)
+        goal = {"fits": options.fits, "time": options.time, "offload": options.offload}
+        found = solve(options.model, scores=scores, **goal, **setting)
+        counted, ratio = found.cost, found.ratio
+    else:
+        counted, ratio = cost(options.model, ratio=options.ratio, **setting), options.ratio
     if options.json:
-        figures = counted.to_dict()
+        figures = counted.to_dict() | {"ratio": ratio}
         if budget:
             figures["verdict"] = verdict(counted, budget)
         print(json.dumps(figures, indent=1))
         return 0
     print(table(counted, budget))
+    if options.ratio is None and ratio is not None:
+        print(f"\nThe smallest ratio that is enough: {ratio:.2f}")
     if budget:
         print()
         print(*verdict(counted, budget), sep="\n")
     return 0
+
+
+def _scores(options: argparse.Namespace) -> dict:
+    """The scores of a file, for the model that is counted."""
+    from ecodiff.cost.setting import subject_of
+    from ecodiff.scores.files import load_scores
+
+    return load_scores(options.scores, subject_of(options.model).network)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -1,0 +1,19 @@
+"""What long work tells its user: lines, and bars where somebody looks at them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """One line on standard error, above any bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def progress_bar(work: Iterable | None = None, *, progress: bool = True, **settings) -> tqdm:
+    """A bar of tqdm, with its settings, that shows on a terminal and in a notebook, and stays quiet in a log."""
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(work, disable=not (progress and seen), **settings)

@@ -1,0 +1,44 @@
+"""Importance scores on disk, whichever method they are from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ecodiff.errors import EcoDiffError
+from ecodiff.method.gates import FORMAT as GATES
+from ecodiff.method.gates import Gates
+from ecodiff.method.sites import KINDS, check_units, find_sites
+from ecodiff.storage.tensors import read_tensors, write_tensors
+
+FORMAT = "ecodiff.scores.1"
+
+
+def save_scores(path: str | os.PathLike, scores: Mapping[str, Tensor], **about) -> None:
+    """Write {site name: scores [units]} as safetensors with a checksum; ``about``: what JSON can hold, kept with them.
+
+    Raises EcoDiffError where there is no score, or the file cannot be written; nothing is left of it then.
+    """
+    if not scores:
+        raise EcoDiffError(f"{path}: there are no scores to save.")
+    write_tensors(path, scores, {"format": FORMAT, "about": json.dumps(about)})
+
+
+def load_scores(path: str | os.PathLike, denoiser: nn.Module) -> dict[str, Tensor]:
+    """Scores of a file that `save_scores` or `Gates.save` wrote, checked against the denoiser: {site name: [units]}.
+
+    Raises EcoDiffError for a missing, truncated or changed file, and for scores of another model.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") == GATES:
+        return Gates.load(path, denoiser).scores()
+    if metadata.get("format") != FORMAT:
+        raise EcoDiffError(f"{path}: holds neither gates nor scores.")
+    try:
+        check_units(tensors, find_sites(denoiser, KINDS), "scores")
+    except EcoDiffError as error:
+        raise EcoDiffError(f"{path}: scores of another model: {error}") from error
+    return tensors

@@ -1,0 +1,130 @@
+"""Folders of generated images: a PNG file each, and one file that says what they show and how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ecodiff.errors import EcoDiffError
+
+from .files import write_whole
+
+ABOUT = "images.json"
+FORMAT = "ecodiff.images.1"
+
+
+@dataclass(frozen=True)
+class About:
+    """What the images of a folder show: image i is that of prompt i and seed i."""
+
+    prompts: list[str]
+    seeds: list[int]
+    settings: dict
+    """Of the pipeline's call."""
+    model: str
+    """The name, folder or id that the pipeline was loaded by."""
+    weights: str | None = None
+    """A digest of all that the images depend on; None where the pipeline has no description by value."""
+
+    def as_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+
+class ImageFolder:
+    """A folder that gets images one after the other, and knows which it has: an interrupted run goes on."""
+
+    def __init__(self, path: str | os.PathLike, about: About):
+        self.path, self.about = Path(path), about
+        text = about.as_json()
+        try:
+            self.path.mkdir(exist_ok=True)
+            earlier = self.path / ABOUT
+            if earlier.exists():
+                if about.weights is None or earlier.read_text(encoding="utf-8") != text:
+                    raise EcoDiffError(
+                        f"{path}: this folder holds images of another run (see its {ABOUT}); give another folder."
+                    )
+            elif any(self.path.iterdir()):
+                raise EcoDiffError(f"{path}: this folder is not empty; give another one.")
+            else:
+                write_whole(earlier, text.encode())
+        except OSError as error:
+            raise EcoDiffError(f"{path}: images cannot be written there ({error}).") from error
+
+    def missing(self) -> list[int]:
+        """Numbers of the images that are not there yet."""
+        return [number for number in range(len(self.about.prompts)) if not _file(self.path, number).is_file()]
+
+    def write(self, number: int, image: Tensor) -> None:
+        """Write one image, uint8 [3, height, width], whole or not at all."""
+        from PIL import Image
+
+        content = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(content, "PNG")
+        try:
+            write_whole(_file(self.path, number), content.getvalue())
+        except OSError as error:
+            raise EcoDiffError(f"{self.path}: image {number} cannot be written ({error}).") from error
+
+
+def read_about(path: str | os.PathLike) -> About:
+    """What a folder of images says of itself. Raises EcoDiffError for a folder that no run wrote."""
+    file = Path(path) / ABOUT
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        about = About(**content)
+        if len(about.prompts) != len(about.seeds):
+            raise ValueError("it has not one seed a prompt")
+    except OSError as error:
+        raise EcoDiffError(f"{path}: no folder of images that `generate` wrote ({error}).") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EcoDiffError(f"{file}: this file is damaged ({error}): generate the images again.") from error
+    return about
+
+
+def read_images(path: str | os.PathLike) -> tuple[Tensor, About]:
+    """The images of a folder, uint8 [N, 3, height, width], and what they show.
+
+    Raises EcoDiffError where an image is missing or damaged, or the images differ in size.
+    """
+    about = read_about(path)
+    images = []
+    for number in range(len(about.prompts)):
+        file = _file(Path(path), number)
+        if not file.is_file():
+            raise EcoDiffError(f"{path}: image {file.name} is missing: give the command that generates them again.")
+        images.append(read_image(file))
+    if len({image.shape for image in images}) > 1:
+        raise EcoDiffError(f"{path}: its images are not all of one size.")
+    return torch.stack(images), about
+
+
+def read_image(path: str | os.PathLike) -> Tensor:
+    """One image file as uint8 [3, height, width]; raises EcoDiffError where it cannot be read."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            array = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
+        raise EcoDiffError(f"{path}: this image cannot be read ({error}).") from error
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def digest(text: str) -> str:
+    """A short name of a text by its contents."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.png"
