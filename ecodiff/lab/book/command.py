@@ -1,7 +1,8 @@
-"""Pair notebooks with their sources, make the slides, or draw what no chapter draws.
+"""Pair notebooks with their sources, make slides or a PDF of the book, write what is made from other files.
 
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
     python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run
+    python -m ecodiff book pdf              print _build/html, all pages, to _build/book.pdf (needs Chromium)
     python -m ecodiff book before-after     draw book/_static/before-after.png, the image at the top of README
     python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
@@ -15,8 +16,8 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["pair", "slides", "before-after", "schematics"])
-    parser.add_argument("--out", default="_build", help="folder of the built book, for slides (default: %(default)s)")
+    parser.add_argument("action", choices=["pair", "slides", "pdf", "before-after", "schematics"])
+    parser.add_argument("--out", default="_build", help="folder of the built book (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,6 +32,10 @@ def run(options: argparse.Namespace) -> int:
 
         for written in build_slides(Path(options.out)):
             print(f"wrote {written}")
+    elif options.action == "pdf":
+        from .pdf import build_pdf
+
+        print(f"wrote {build_pdf(Path(options.out))}")
     elif options.action == "schematics":
         from . import schematics
 
