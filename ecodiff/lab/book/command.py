@@ -3,6 +3,8 @@
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
     python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run
     python -m ecodiff book pdf              print _build/html, all pages, to _build/book.pdf (needs Chromium)
+    python -m ecodiff book codecheck        write codecheck.yml from the map of the paper's items
+    python -m ecodiff book zenodo           write .zenodo.json from CITATION.cff
     python -m ecodiff book before-after     draw book/_static/before-after.png, the image at the top of README
     python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
@@ -16,7 +18,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["pair", "slides", "pdf", "before-after", "schematics"])
+    parser.add_argument(
+        "action", choices=["pair", "slides", "pdf", "codecheck", "zenodo", "before-after", "schematics"]
+    )
     parser.add_argument("--out", default="_build", help="folder of the built book (default: %(default)s)")
 
 
@@ -36,6 +40,10 @@ def run(options: argparse.Namespace) -> int:
         from .pdf import build_pdf
 
         print(f"wrote {build_pdf(Path(options.out))}")
+    elif options.action in ("codecheck", "zenodo"):
+        from . import citable
+
+        print(f"wrote {citable.write(options.action).name}")
     elif options.action == "schematics":
         from . import schematics
 

@@ -26,6 +26,8 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.files import write_whole
 from ecodiff.storage.paths import root
 
+from .citable import authors
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 # A browser that opens nothing but files of this machine, in a container or not.
@@ -251,24 +253,19 @@ def _front(citation: Mapping) -> str:
     for work in sorted(citation["references"], key=lambda work: work["year"], reverse=True):
         where = work.get("journal") or work.get("collection-title")
         versions.append(
-            f"<p><strong>{html.escape(work['title'])}</strong><br>{html.escape(', '.join(names(work['authors'])))}<br>"
+            f"<p><strong>{html.escape(work['title'])}</strong><br>{html.escape(', '.join(authors(work)))}<br>"
             f'{html.escape(where)}, {work["year"]}. <a href="{work["url"]}">{work["url"]}</a></p>'
         )
     code = citation["repository-code"]
     return f"""<article class="bd-article printed-front" id="title-page">
 <div class="printed-title">{html.escape(citation["title"])}</div>
-<p>{html.escape(", ".join(names(citation["authors"])))}, version {citation["version"]}. <a href="{code}">{code}</a></p>
+<p>{html.escape(", ".join(authors(citation)))}, version {citation["version"]}. <a href="{code}">{code}</a></p>
 <p>The paper that this book accompanies exists in two versions:</p>
 {"".join(versions)}
 <p>This print has every page of the online book. Code that is folded there is left out here. Figures that move there
 stand still, with the values they start from. The chapter on the status of the book says which commit was run, with
 which parameters.</p>
 </article>"""
-
-
-def names(authors: list[Mapping]) -> list[str]:
-    """Authors of a CITATION.cff, as "Given Family" or under the one name of a group."""
-    return [author.get("name") or f"{author['given-names']} {author['family-names']}" for author in authors]
 
 
 def _table_of_contents(parts: list[tuple[str, list[str]]], articles: Mapping[str, Tag]) -> str:
