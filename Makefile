@@ -3,6 +3,8 @@ PYTHON  ?= python3
 PROFILE ?= default
 OUT     ?= $(if $(filter default,$(PROFILE)),_build,_build/$(PROFILE))
 JOBS    ?= 2
+# Chapters that run at the same time. More than one makes what a chapter times on its page slower.
+CHAPTERS ?= 1
 # On Linux the default torch wheel carries CUDA (gigabytes). TORCH_INDEX=<address of an index with CPU wheels> avoids it.
 TORCH_INDEX ?=
 
@@ -25,7 +27,7 @@ help:  ## show this list
 	@echo "make clean | distclean                           remove _build | and .venv too"
 
 book: $(STAMP)  ## run stale notebooks, build the HTML
-	@$(PY) -m doit profile=$(PROFILE) out="$(OUT)"
+	@$(PY) -m doit $(if $(filter-out 1,$(CHAPTERS)),-n $(CHAPTERS)) profile=$(PROFILE) out="$(OUT)"
 	@echo "The book: $(OUT)/html/index.html"
 
 slides: book  ## slides of three sessions, from the pages of the book

@@ -16,6 +16,8 @@ import pytest
 from ecodiff.lab.book import build, pdf
 from ecodiff.storage.paths import root
 
+pytestmark = pytest.mark.xdist_group("pages")  # one process builds the specimen and starts the browser
+
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 # Faults of one page as it stands, as sentences. `desktop`: an equation that must be scrolled is a fault, too.
 FAULTS = Path(__file__).with_name("page_faults.js").read_text(encoding="utf-8")

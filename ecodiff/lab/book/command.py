@@ -5,10 +5,11 @@
     python -m ecodiff book pdf              print _build/html, all pages, to _build/book.pdf (needs Chromium)
     python -m ecodiff book codecheck        write codecheck.yml from the map of the paper's items
     python -m ecodiff book zenodo           write .zenodo.json from CITATION.cff
+    python -m ecodiff book sentences        list sentences of more than 35 words; a report
     python -m ecodiff book before-after     draw book/_static/before-after.png, the image at the top of README
     python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
-All of them write into the repository from which they run.
+All but the report write into the repository from which they run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=["pair", "slides", "pdf", "codecheck", "zenodo", "before-after", "schematics"]
+        "action", choices=["pair", "slides", "pdf", "codecheck", "zenodo", "sentences", "before-after", "schematics"]
     )
     parser.add_argument("--out", default="_build", help="folder of the built book (default: %(default)s)")
 
@@ -44,6 +45,10 @@ def run(options: argparse.Namespace) -> int:
         from . import citable
 
         print(f"wrote {citable.write(options.action).name}")
+    elif options.action == "sentences":
+        from .sentences import report
+
+        print("\n".join(report()))
     elif options.action == "schematics":
         from . import schematics
 

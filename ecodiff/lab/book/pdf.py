@@ -49,7 +49,8 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
 {styles}
-<script defer src="{mathjax}"></script>
+{mathjax}
+<script defer src="../html/mathjax/tex-svg.js"></script>
 </head>
 <body class="printed-book">
 {body}
@@ -111,8 +112,8 @@ def _printed(file: Path, program: str) -> bytes:
     """A page as PDF. Contents get their page numbers from a first print."""
     from playwright.sync_api import Error, sync_playwright
 
-    printing = {**PAPER, "outline": True, "tagged": True, "print_background": True}
-    printing |= {"display_header_footer": True, "header_template": "<span></span>", "footer_template": FOOT}
+    printing = {**PAPER, "print_background": True, "display_header_footer": True}
+    printing |= {"header_template": "<span></span>", "footer_template": FOOT}
     with sync_playwright() as driver:
         try:
             chromium = driver.chromium.launch(executable_path=program, args=FLAGS)
@@ -122,6 +123,9 @@ def _printed(file: Path, program: str) -> bytes:
             page.goto(file.as_uri())
             page.wait_for_function("window.MathJax?.startup?.promise")
             page.evaluate("MathJax.startup.promise")
+            unset = page.evaluate("document.querySelectorAll('.math:not(:has(mjx-container))').length")
+            if unset:
+                raise EcoDiffError(f"The PDF was not printed: MathJax left {unset} formulas as they are in the source.")
             page.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
             page.evaluate(FIT, WIDTH)
             cut = page.evaluate(CUT, WIDTH)
@@ -133,7 +137,7 @@ def _printed(file: Path, program: str) -> bytes:
                 "place => place.textContent = numbers[place.dataset.pageOf] ?? '')",
                 numbers,
             )
-            return page.pdf(**printing)
+            return page.pdf(**printing, outline=True, tagged=True)
         except Error as error:
             raise EcoDiffError(f"{program} did not print the book: {error.message.splitlines()[0]}") from None
 
@@ -159,12 +163,16 @@ def join(folder: Path, base: Path) -> str:
     parts = contents(yaml.safe_load((base / "book" / "_toc.yml").read_text(encoding="utf-8")))
     articles: dict[str, Tag] = {}
     styles: dict[str, None] = {}
+    mathjax = ""
     for _, names in parts:
         for name in names:
             soup = BeautifulSoup((folder / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
             articles[name] = _plain(soup.select_one("article.bd-article"))
             for link in soup.select("link[rel=stylesheet]"):
                 styles[_resolved(name, link["href"])] = None
+            for script in soup.select("head script:not([src]), body > script:not([src])"):
+                if "window.MathJax" in script.text:  # says where formulas are looked for
+                    mathjax = str(script)
     places = {name: {element["id"] for element in article.find_all(id=True)} for name, article in articles.items()}
     missing = []
     for name, article in articles.items():
@@ -177,7 +185,6 @@ def join(folder: Path, base: Path) -> str:
     body = [front, _table_of_contents(parts, articles), *map(str, articles.values())]
     sheets = [f'<link rel="stylesheet" href="../html/{path}">' for path in styles]
     title = html.escape(yaml.safe_load((base / "_config.yml").read_text(encoding="utf-8"))["title"])
-    mathjax = "../html/mathjax/tex-svg.js"
     return PAGE.format(title=title, styles="\n".join(sheets), mathjax=mathjax, body="\n".join(body))
 
 
