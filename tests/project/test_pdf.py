@@ -167,13 +167,11 @@ BOOK = os.environ.get("ECODIFF_BOOK")
 @needs_browser
 @pytest.mark.skipif(not BOOK, reason="ECODIFF_BOOK names no built book (the folder html of make book)")
 def test_the_pdf_of_the_whole_book():
-    """Every chapter is there, every link leads somewhere, every formula is set."""
+    """Every chapter is there and every link leads somewhere. (`build_pdf` refuses formulas that are not set.)"""
     from pypdf import PdfReader
 
     reader = PdfReader(Path(BOOK).with_name("book.pdf"))
     assert not faults(reader)
-    text = "\n".join(page.extract_text() for page in reader.pages)
-    assert not re.findall(r"\\\(|\\\[|\\begin\{", text)  # MathJax draws formulas: none is left as text
     bookmarks = titles(reader.outline)
     for source in build.sources():
         heading = re.search(r"^# (.+)$", source.read_text(encoding="utf-8"), re.M)[1]
