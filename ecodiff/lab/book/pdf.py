@@ -67,6 +67,9 @@ FIT = """width => {
     if (wide > room + 1) element.style.zoom = Math.max(room / wide - 0.005, 0.1);
   }
 }"""
+# The lines of the table of contents: (title, place, whether it is a section of the chapter before it).
+LISTED = """() => [...document.querySelectorAll(".printed-contents a")].map(line =>
+  [line.firstChild.textContent, line.hash.slice(1), line.classList.contains("printed-section")])"""
 # Sentences about what still reaches over the edge of the paper.
 CUT = """width => [...document.querySelectorAll("article *")]
   .filter(e => !e.closest("svg, mjx-assistive-mml") && e.getBoundingClientRect().right > width + 2)
@@ -137,7 +140,8 @@ def _printed(file: Path, program: str) -> bytes:
                 "place => place.textContent = numbers[place.dataset.pageOf] ?? '')",
                 numbers,
             )
-            return page.pdf(**printing, outline=True, tagged=True)
+            listed = page.evaluate(LISTED)
+            return bookmarked(page.pdf(**printing, tagged=True), listed)
         except Error as error:
             raise EcoDiffError(f"{program} did not print the book: {error.message.splitlines()[0]}") from None
 
@@ -153,6 +157,27 @@ def page_numbers(pdf: bytes) -> dict[str, int]:
         if number is not None:
             numbers[unquote(name.removeprefix("/"))] = number + 1
     return numbers
+
+
+def bookmarked(pdf: bytes, listed: list[tuple[str, str, bool]]) -> bytes:
+    """The PDF with a bookmark for each line of its table of contents.
+
+    Chromium's own bookmarks lose the space where a title breaks, and say a title twice that moved to the next page.
+    """
+    from pypdf import PdfWriter
+
+    numbers = page_numbers(pdf)
+    writer = PdfWriter(clone_from=BytesIO(pdf))
+    chapter = None
+    for title, place, is_section in listed:
+        mark = writer.add_outline_item(
+            title=title, page_number=numbers[place] - 1, parent=chapter if is_section else None
+        )
+        if not is_section:
+            chapter = mark
+    written = BytesIO()
+    writer.write(written)
+    return written.getvalue()
 
 
 def join(folder: Path, base: Path) -> str:
