@@ -3,6 +3,8 @@ PYTHON  ?= python3
 PROFILE ?= default
 OUT     ?= $(if $(filter default,$(PROFILE)),_build,_build/$(PROFILE))
 JOBS    ?= 2
+# Chapters that run at the same time. More than one makes what a chapter times on its page slower.
+CHAPTERS ?= 1
 # On Linux the default torch wheel carries CUDA (gigabytes). TORCH_INDEX=<address of an index with CPU wheels> avoids it.
 TORCH_INDEX ?=
 
@@ -10,11 +12,12 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help book slides test measure lint pair ci clean distclean environment
+.PHONY: help book slides pdf test measure lint pair ci clean distclean environment
 
 help:  ## show this list
 	@echo "make book [PROFILE=default|smoke] [OUT=folder]   run stale notebooks, build the HTML (warnings are errors)"
 	@echo "make slides [PROFILE=...] [OUT=folder]           the book, then slides of three sessions in OUT/slides"
+	@echo "make pdf [PROFILE=...] [OUT=folder]              the book, then all of it as one PDF, OUT/book.pdf (needs Chromium)"
 	@echo "make test [JOBS=2] [ARGS='-k gates']             run the tests"
 	@echo "make measure                                     measure what no recorded row has yet, all models; hours, resumable"
 	@echo "make lint                                        style, format, layers of the package, types"
@@ -24,11 +27,14 @@ help:  ## show this list
 	@echo "make clean | distclean                           remove _build | and .venv too"
 
 book: $(STAMP)  ## run stale notebooks, build the HTML
-	@$(PY) -m doit profile=$(PROFILE) out="$(OUT)"
+	@$(PY) -m doit $(if $(filter-out 1,$(CHAPTERS)),-n $(CHAPTERS)) profile=$(PROFILE) out="$(OUT)"
 	@echo "The book: $(OUT)/html/index.html"
 
 slides: book  ## slides of three sessions, from the pages of the book
 	@$(PY) -m ecodiff book slides --out="$(OUT)"
+
+pdf: book  ## the whole book in one PDF
+	@$(PY) -m ecodiff book pdf --out="$(OUT)"
 
 test: $(STAMP)
 	$(PY) -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)

@@ -283,17 +283,29 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     cell = studies.cells("toy", "tiny")["random"]
     assert run.verify(toy, ["toy"], "tiny", 1, seed=0) == []
     measure.run(cell)
-    assert run.verify(toy, ["toy"], "tiny", 5, seed=0)[0].startswith("toy, random: as recorded (SSIM ")
     path = store / "results" / "compare.jsonl"
     row = json.loads(path.read_text())
+    outcome = {"study": "toy", "row": "random", "model": "tiny", "key": row["key"]}
+    assert run.verify(toy, ["toy"], "tiny", 5, seed=0) == [outcome | {"differs": []}]
     row["values"]["ssim"] = [value - 0.5 for value in row["values"]["ssim"]]
+    row["values"]["gflop"] *= 1.02
     path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(EcoDiffError, match="toy, random: ssim is .* and was recorded as"):
-        run.verify(toy, ["toy"], "tiny", 1, seed=0)
-    row["values"] |= {"ssim": [value + 0.5 for value in row["values"]["ssim"]], "gflop": 1.02 * row["values"]["gflop"]}
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(EcoDiffError, match="toy, random: gflop is .* and was recorded as"):
-        run.verify(toy, ["toy"], "tiny", 1, seed=0)
+    told = run.verify(toy, ["toy"], "tiny", 1, seed=0)[0]["differs"]
+    assert re.match("ssim is .* and was recorded as", told[0]) and re.match("gflop is .* and was recorded as", told[1])
+
+
+def test_outputs_that_differ_are_counted_written_and_an_error(tmp_path, capsys):
+    right = {"study": "ratios", "row": "random, 20%", "model": "tiny", "key": "a", "differs": []}
+    wrong = right | {"row": "learned, 20%", "key": "b", "differs": ["ssim is 0.500 now and was recorded as 0.900"]}
+    run.report_verified([right, right], None)
+    assert "2 of 2 outputs reproduced" in capsys.readouterr().out
+    file = tmp_path / "folder" / "reproduced.json"
+    with pytest.raises(EcoDiffError, match="1 outputs differ from what is recorded; .* study ratios --model tiny"):
+        run.report_verified([right, wrong], str(file))
+    out = capsys.readouterr().out
+    assert "1 of 2 outputs reproduced" in out and "learned, 20%, tiny: ssim is 0.500 now" in out
+    written = json.loads(file.read_text())
+    assert (written["reproduced"], written["of"]) == (1, 2) and written["outputs"] == [right, wrong]
 
 
 @pytest.mark.slow

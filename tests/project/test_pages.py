@@ -13,33 +13,25 @@ from threading import Thread
 
 import pytest
 
-from ecodiff.lab.book import build
+from ecodiff.lab.book import build, pdf
 from ecodiff.storage.paths import root
 
+pytestmark = pytest.mark.xdist_group("pages")  # one process builds the specimen and starts the browser
+
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # Faults of one page as it stands, as sentences. `desktop`: an equation that must be scrolled is a fault, too.
 FAULTS = Path(__file__).with_name("page_faults.js").read_text(encoding="utf-8")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium with a profile of its own, driven by playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    found = pdf.find_browser()
     if found is None:
         pytest.skip("no Chromium here: install Debian's `chromium`, or set CHROMIUM to the program")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=FLAGS)
+        chromium = driver.chromium.launch(executable_path=found, args=pdf.FLAGS)
         yield chromium
         chromium.close()
 

@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ecodiff.lab.errata import ALGEBRA, ARITHMETIC, VERSIONS, Erratum
+from ecodiff.lab.identities import identity
+from ecodiff.lab.studies.cell import describe_cell
+from ecodiff.lab.studies.plan import SEEDS
+from ecodiff.lab.studies.results import chosen
+from ecodiff.storage import records
 
 from . import page
 from .rules import SCALES, Claim, Decision, contradicted, overall
@@ -22,6 +27,8 @@ KINDS = {
     r"Eq(?:\.|uations?)": "Equation",
     r"Alg(?:\.|orithm)": "Algorithm",
 }
+STUDY = re.compile(r"python -m ecodiff study (\S+) --model (\S+)")
+FULL_SIZE = re.compile(r"python -m ecodiff benchmark full-size (\S+) --samples (\d+) --parts (\S+)")
 PUBLISHED_PLACES = {"main table": "Published main table", "recovery table": "Published recovery table"}
 
 
@@ -210,8 +217,42 @@ def all_errata() -> list[Erratum]:
     return [erratum() for erratum in (*ARITHMETIC, *ALGEBRA, *VERSIONS)]
 
 
+def recorded(item: Item) -> tuple[str, list[dict]]:
+    """The file under ``data`` and the rows in it that an item's command has measured.
+
+    Both are empty for a command that computes what no row keeps. Loads no model.
+    """
+    rows: dict[str, dict] = {}
+    study, benchmark = STUDY.fullmatch(item.command), FULL_SIZE.fullmatch(item.command)
+    if study:
+        name, model = study.groups()
+        for _, _, cell in chosen(name, model, SEEDS, ()):
+            row = records.find(describe_cell(identity(model), cell), name="compare")
+            if row is not None:
+                rows[row["key"]] = row
+        return "results/compare.jsonl", list(rows.values())
+    if benchmark:
+        name, samples, part = benchmark.groups()
+        wanted = {"what": f"full_size_{part}", "model": name, "samples": int(samples)}
+        for row in records.rows("full_size"):
+            if wanted.items() <= row["config"].items():
+                rows[row["key"]] = row
+        return "results/full_size.jsonl", list(rows.values())
+    return "", []
+
+
+def cost(item: Item) -> str:
+    """A sentence on what the recorded rows of an item took; empty where there are none."""
+    _, rows = recorded(item)
+    if not rows:
+        return ""
+    seconds = sum(row["seconds"] for row in rows)
+    took = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+    return f"The {len(rows)} rows that are recorded of it took {took}."
+
+
 def text(item: Item, verdict: Verdict) -> str:
-    """An item as Markdown: word, scale, what it shows, where the evidence is, and the command."""
+    """An item as Markdown: word, scale, what it shows, where the evidence is, the command, and what it took."""
     evidence = [*(_reference(label) for label in item.labels), f"[]({item.chapter}.ipynb)"]
     lines = [f"{page.badge(verdict.word)} *{verdict.scale}*", "", item.shows, "", f"Here: {', '.join(evidence)}."]
     if verdict.claims:
@@ -220,7 +261,7 @@ def text(item: Item, verdict: Verdict) -> str:
     if verdict.errata:
         lines[-1] += " Erratum: " + " ".join(erratum.conclusion for erratum in verdict.errata)
     if item.command:
-        lines += ["", f"`{item.command}`"]
+        lines += ["", " ".join([f"`{item.command}`", cost(item)]).strip()]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
     parser.add_argument("--verify", type=int, metavar="N", help="measure N recorded cells again and compare")
+    parser.add_argument("--report", metavar="FILE", help="where --verify writes what it found, as JSON")
     parser.add_argument("--draw", type=int, default=0, help="seed that draws the cells of --verify")
 
 

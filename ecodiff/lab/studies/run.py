@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
 from ecodiff.lab.identities import identity
 from ecodiff.pipelines.identity import Identity
 from ecodiff.storage import records
+from ecodiff.storage.files import write_whole
 from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import embedded
+from ecodiff.storage.provenance import commit
 
 from .cell import Cell, apart, describe_cell
 from .plan import cells, planned
@@ -56,12 +60,13 @@ def missing(seeds: Mapping[str, int], model: str) -> list[tuple[str, str, Cell]]
     return todo
 
 
-def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[str]:
-    """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare; a sentence each.
+def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[dict]:
+    """Measure ``number`` recorded cells of these studies again, drawn by ``seed``, and compare.
 
-    Gates are those that are kept; scores and images are made anew. Raises EcoDiffError where a mean of SSIM or of a
-    share differs by more than 0.02, parameters or operations by more than 1 %: another processor rounds otherwise, and
-    an image or a unit near a threshold may fall to its other side.
+    Returns for each what was measured, ``study``, ``row``, ``model`` and the row's ``key``, and ``differs``: a sentence
+    for each value that is another one now, by more than 0.02 for a mean of SSIM or of a share, by more than 1 % for
+    parameters or operations. Another processor rounds otherwise, and an image or a unit near a threshold may fall to
+    its other side. Gates are those that are kept; scores and images are made anew.
     """
     from .measure import Kept, measure_cell
 
@@ -71,16 +76,38 @@ def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> li
         for row, cell in cells(study, model).items():
             if find(cell, of) is not None:
                 recorded.append((study, row, cell))
-    lines = []
+    outcomes = []
     for study, row, cell in random.Random(seed).sample(recorded, min(number, len(recorded))):
         after = measure_cell(pipe, cell, Kept(gates=True, images=False))
+        differs = []
         for name, then, now in _differences(find(cell, of), after):
-            raise EcoDiffError(
-                f"{study}, {row}: {name} is {now:,.3f} now and was recorded as {then:,.3f}; measure it again with "
-                f"ECODIFF_RECOMPUTE=1 python -m ecodiff study {study} --model {model}."
-            )
-        lines.append(f"{study}, {row}: as recorded (SSIM {statistics.mean(after['ssim']):.3f})")
-    return lines
+            differs.append(f"{name} is {now:,.3f} now and was recorded as {then:,.3f}")
+        outcomes.append(
+            {"study": study, "row": row, "model": model, "key": key(describe_cell(of, cell)), "differs": differs}
+        )
+    return outcomes
+
+
+def report_verified(outcomes: Sequence[Mapping], file: str | None) -> None:
+    """Print what `verify` found and how many of the outputs came out again, and write both to ``file`` as JSON.
+
+    Raises EcoDiffError, after all of this, where one differs.
+    """
+    reproduced = [outcome for outcome in outcomes if not outcome["differs"]]
+    for outcome in outcomes:
+        told = "; ".join(outcome["differs"]) or "as recorded"
+        print(f"{outcome['study']}, {outcome['row']}, {outcome['model']}: {told}")
+    print(f"{len(reproduced)} of {len(outcomes)} outputs reproduced, of those that were drawn and measured again here")
+    if file:
+        content = {"reproduced": len(reproduced), "of": len(outcomes), "commit": commit(), "outputs": list(outcomes)}
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
+    wrong = [outcome for outcome in outcomes if outcome["differs"]]
+    if wrong:
+        raise EcoDiffError(
+            f"{len(wrong)} outputs differ from what is recorded; measure them again, such as with "
+            f"ECODIFF_RECOMPUTE=1 python -m ecodiff study {wrong[0]['study']} --model {wrong[0]['model']}."
+        )
 
 
 def _differences(before: Mapping, after: Mapping) -> Iterator[tuple[str, float, float]]:
@@ -134,10 +161,10 @@ def run(options: argparse.Namespace) -> int:
     if options.verify:
         from ecodiff.pipelines.loading import load_once
 
-        lines = []
+        outcomes = []
         for model in models:
-            lines += verify(load_once(model), names or list(studies.STUDIES), model, options.verify, options.draw)
-        print("\n".join(lines) or "nothing is recorded")
+            outcomes += verify(load_once(model), names or list(studies.STUDIES), model, options.verify, options.draw)
+        report_verified(outcomes, options.report)
         return 0
     todo, seconds = [], 0.0
     for model in models:
