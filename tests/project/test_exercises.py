@@ -1,11 +1,13 @@
 """Every exercise has a solution; what it says to run is run, and the numbers it states come out."""
 
 import ast
+import builtins
+import re
 
 import matplotlib
 import pytest
 import torch
-from exercises import build, checks, exercises, handed_over, number, own_parameters, run_cells, values_for
+from exercises import build, cells_of, checks, exercises, handed_over, number, own_parameters, run_cells, values_for
 
 from ecodiff.lab.book.exercises import POINTS, UNANSWERED, check, feedback, known, right_and_wrong
 
@@ -115,6 +117,40 @@ def test_every_check_is_of_a_known_exercise_and_has_all_answers():
     for label, exercise in CHECKED.items():
         assert handed_over(exercise)[0] == len(known()[label]), label
         assert "= ..." in exercise.starter or "return ..." in exercise.starter, label
+
+
+@pytest.mark.parametrize("exercise", CHECKED.values(), ids=list(CHECKED))
+def test_what_a_check_is_handed_is_defined_above_it(exercise):
+    above = names_above(exercise)
+    for keyword in handed_over(exercise)[1]:
+        used = {node.id for node in ast.walk(keyword.value) if isinstance(node, ast.Name)}
+        assert used - above - set(dir(builtins)) == set(), f"{exercise.notebook.name}: {exercise.label}"
+
+
+def names_above(exercise):
+    """Names that the cells of a chapter define, down to the starter code of an exercise."""
+    names = set()
+    for cell in cells_of(exercise.notebook):
+        if cell.cell_type == "code":
+            code = re.sub(r"^(\s*)[%!].*", r"\1pass", cell.source, flags=re.M)  # what only IPython understands
+            for node in ast.parse(code).body:
+                names |= defined(node)
+            if cell.source == exercise.starter:
+                return names
+    raise AssertionError(exercise.label)
+
+
+def defined(statement):
+    """Names that a statement of a cell defines."""
+    names = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
 
 
 def test_every_exercise_without_a_check_asks_for_an_argument():
