@@ -149,9 +149,8 @@ def ex_toy(runs, weight):
     }
 
 
-def ex_weight(gates: Gates, weight):
+def ex_weight(gates: Gates):
     """Mean λ of the neurons, and of the heads, after the short run."""
-    _asked_run("weight", weight, 10)
     means = {}
     for kind in ("feed_forward", "attention"):
         scores = [values for name, values in gates.scores().items() if gates.sites[name].kind == kind]
@@ -179,9 +178,10 @@ def _above_weights(update: Cost, keep_last: int, inner: bool = False) -> float:
     return (update.update_peak(keep_last=keep_last, inner=inner) - weights) / 1e9
 
 
-def ex_sqrt(counted: Cost):
+def ex_sqrt():
     """Memory above the weights (GB) and time (calls of the denoiser) where seven of fifty steps are kept."""
     steps, stretch = 50, 7
+    counted = cost("sd2", guidance=1.0, dtype="fp32", inner=False)
     return {
         "seven_calls": _above_weights(counted, stretch),
         "one_call": _above_weights(counted, 1),
