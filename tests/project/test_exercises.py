@@ -79,9 +79,9 @@ def test_the_solution_states_what_comes_out(label, run, monkeypatch):
     checked = run.get("checked", True) and exercise.starter
     starter = exercise.starter if checked else ""
     names = run_cells(exercise.notebook, run.get("parameters", {}), run.get("cells", []), starter)
+    exec(run.get("code", ""), names)
     if checked:
         assert_checked(exercise, names)
-    exec(run.get("code", ""), names)
     for value in run["values"]:
         found = float(eval(value["is"], names))
         stated = str(value["text"])

@@ -17,7 +17,6 @@ from ecodiff.cost import Cost, cost, usable
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.gates import Gates
 from ecodiff.method.hard_concrete import HardConcrete
-from ecodiff.method.mask import make_mask
 from ecodiff.method.sites import Site
 from ecodiff.metrics import bootstrap_interval, difference_interval, share_interval, ssim
 from ecodiff.metrics.intervals import Interval, difference
@@ -280,10 +279,9 @@ def ex_obs_wanda():
     return {"obs": obs, "wanda": wanda, "divided": divided, "points": points}
 
 
-def ex_worse_than_chance(scores, sites: dict[str, Site]):
+def ex_worse_than_chance(mask_of, sites: dict[str, Site]):
     """The site that magnitude empties, and how many heads go where each site loses its own fifth."""
-    mask = make_mask(scores["magnitude"], sites, 0.2)
-    local = make_mask(scores["magnitude"], sites, 0.2, scope="local")
+    mask, local = mask_of(), mask_of("local")
     heads = {name: int((~keep).sum()) for name, keep in mask.items() if sites[name].kind == "attention"}
     neurons = {name: int((~keep).sum()) for name, keep in mask.items() if sites[name].kind == "feed_forward"}
     emptied = [name for name in mask if not mask[name].any()]
