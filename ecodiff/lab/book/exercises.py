@@ -18,7 +18,7 @@ import yaml
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage.paths import root
 
-UNANSWERED = "not answered yet. Put your answer in the place of `...` and run the cell again."
+UNANSWERED = "not answered yet. Put your answer in the place of `...`."
 LARGEST = 1e300
 """What is larger is no answer; NaN is not smaller, either."""
 POINTS = "points"
