@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -30,6 +31,8 @@ class Exercise:
     notebook: Path
     text: str
     solution: str
+    starter: str
+    """The code cell between the two, which calls the check; empty where there is none."""
 
     @property
     def given(self) -> list[tuple[str, str]]:
@@ -58,8 +61,33 @@ def exercises() -> dict[str, Exercise]:
                 assert label not in solutions, f"{source.name}: two solutions of {label}"
                 solutions[label] = body
         assert texts.keys() == solutions.keys(), f"{source.name}: exercises and solutions do not match"
-        found |= {label: Exercise(label, source, text, solutions[label]) for label, text in texts.items()}
+        for label, text in texts.items():
+            found[label] = Exercise(label, source, text, solutions[label], starter_of(source, label))
     return found
+
+
+def starter_of(source: Path, label: str) -> str:
+    """The cell that checks an exercise. Fails for one that is checked twice."""
+    codes = [cell.source for cell in cells_of(source) if f'check("{label}"' in cell.source]
+    assert len(codes) <= 1, f"{source.name}: {label} is checked in {len(codes)} cells"
+    return "".join(codes)
+
+
+def handed_over(exercise: Exercise) -> tuple[int, list[ast.keyword]]:
+    """How many answers the starter code gives to the check, and the chapter's values that it hands over."""
+    for node in ast.walk(ast.parse(exercise.starter)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check":
+            return len(node.args) - 1, node.keywords
+    raise AssertionError(f"{exercise.label} has no check")
+
+
+def values_for(exercise: Exercise, names: dict) -> dict:
+    """The chapter's values that the check of an exercise needs, from the names that its code has defined."""
+    values = {}
+    for keyword in handed_over(exercise)[1]:
+        value = eval(compile(ast.Expression(keyword.value), exercise.label, "eval"), names)
+        values |= value if keyword.arg is None else {keyword.arg: value}
+    return values
 
 
 @lru_cache(maxsize=1)
@@ -80,11 +108,12 @@ def cells_of(source: Path) -> tuple:
     return tuple(build.read(source).cells)
 
 
-def run_cells(source: Path, parameters: dict, cells: list[str]) -> dict:
+def run_cells(source: Path, parameters: dict, cells: list[str], starter: str = "") -> dict:
     """The names that a chapter's code defines when it is run with other parameters.
 
     What runs is the cell of parameters, the code that follows it before any text (imports, and what the whole chapter
-    needs), and then the named cells: each is named by a piece of its source that no other cell has.
+    needs), then the named cells: each is named by a piece of its source that no other cell has. The starter code of an
+    exercise comes last.
     """
     every = cells_of(source)
     first = next(i for i, cell in enumerate(every) if "parameters" in cell.metadata.get("tags", []))
@@ -97,12 +126,26 @@ def run_cells(source: Path, parameters: dict, cells: list[str]) -> dict:
     while every[after].cell_type == "code":
         exec(every[after].source, names)
         after += 1
-    rest = [cell.source for cell in every[after:] if cell.cell_type == "code"]
+    rest = []
+    for cell in every[after:]:
+        if cell.cell_type == "code" and "exercise" not in cell.metadata.get("tags", []):
+            rest.append(cell.source)
     for piece in cells:
         named = [code for code in rest if piece in code]
         assert len(named) == 1, f"{source.name}: {len(named)} code cells have {piece!r}"
         exec(named[0], names)
+    exec(first_imports(source), names)
+    exec(starter, names)
     return names
+
+
+def first_imports(source: Path) -> str:
+    """Imports of a chapter's starter code: a reader goes from the top, and a later cell may use them."""
+    lines = []
+    for cell in cells_of(source):
+        if "exercise" in cell.metadata.get("tags", []):
+            lines += [line for line in cell.source.splitlines() if line.startswith(("from ", "import "))]
+    return "\n".join(lines)
 
 
 def number(text: str) -> float:

@@ -109,7 +109,12 @@ def specimen(tmp_path_factory):
         shutil.copytree(root() / "book" / name, base / "book" / name)
     shutil.copy(root() / "book" / "references.bib", base / "book")
     (base / "book" / "index.md").write_text("# Book\n\n```{bibliography}\n```\n\n```{include} _status.md\n```\n")
-    (base / "book" / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: notebooks/01_specimen\n")
+    (base / "book" / "glossary.md").write_text(
+        "# Glossary\n\n```{glossary}\nhard concrete\n  The distribution of a {term}`gate`.\n\n"
+        "gate\n  A number between 0 and 1.\n```\n"
+    )
+    chapters = "chapters:\n- file: notebooks/01_specimen\n- file: glossary\n"
+    (base / "book" / "_toc.yml").write_text("format: jb-book\nroot: index\n" + chapters)
     build.run(source, "default", base / "out")
     return build.build_html(base / "out", base).parent
 
@@ -157,6 +162,48 @@ def test_widgets_move_and_can_be_read_from_the_start(browser, serve, specimen, s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_term_shows_its_definition(browser, serve, specimen, scheme):
+    page, complaints = opened(browser, f"{serve(specimen)}/notebooks/01_specimen.html", scheme, 390)
+    link, box = page.locator("a.glossary-term").first, page.locator("#term-definition")
+    assert page.locator("a.glossary-term").count() == 1, "only the first use is a link"
+    assert box.is_hidden()
+    link.hover()
+    assert box.is_visible() and "A number between 0 and 1." in box.inner_text()
+    assert link.get_attribute("aria-describedby") == "term-definition"
+    inside = box.bounding_box()
+    assert inside["x"] >= 0 and inside["x"] + inside["width"] <= 390
+    page.add_script_tag(content=FAULTS)
+    assert not page.evaluate("pageFaults", {"sizes": True, "desktop": False})
+    page.keyboard.press("Escape")
+    assert box.is_hidden() and not link.get_attribute("aria-describedby")
+    page.mouse.move(0, 0)
+    link.focus()
+    assert box.is_visible(), "the keyboard shows it"
+    link.blur()
+    box.wait_for(state="hidden")
+    assert not ours(complaints)
+    page.context.close()
+
+
+@pytest.mark.slow
+def test_a_tap_on_a_term_shows_it_and_a_second_one_follows_it(browser, serve, specimen):
+    context = browser.new_context(has_touch=True, viewport={"width": 390, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(300_000)
+    page.goto(f"{serve(specimen)}/notebooks/01_specimen.html", wait_until="domcontentloaded")
+    link, box = page.locator("a.glossary-term").first, page.locator("#term-definition")
+    link.tap()
+    assert box.is_visible() and page.url.endswith("01_specimen.html")
+    page.locator("h1").first.tap()
+    assert box.is_hidden(), "a tap elsewhere closes it"
+    link.tap()
+    link.tap()
+    page.wait_for_url("**/glossary.html#term-gate")
+    context.close()
+
+
+@pytest.mark.slow
 def test_the_faults_are_seen(browser, serve, tmp_path):
     """The check itself, on a page with one fault of each kind."""
     (tmp_path / "bad.html").write_text("""<meta name=viewport content="width=device-width"><body class="bd-article">
@@ -190,6 +237,17 @@ def whole():
 def test_every_page_of_the_book(browser, serve, whole, name):
     found = faults(browser, f"{serve(whole)}/{name}")
     assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+def test_terms_of_the_book_have_definitions(browser, serve, whole):
+    address, chapters = serve(whole), [name for name in pages(whole) if name.startswith("notebooks/")]
+    for name in chapters:
+        page, complaints = opened(browser, f"{address}/{name}")
+        links = page.locator("a[href*='glossary.html#term-']")
+        assert links.count() == page.locator("a.glossary-term").count() > 0, name
+        assert not ours(complaints)
+        page.context.close()
 
 
 @pytest.mark.slow

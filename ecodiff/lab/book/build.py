@@ -31,7 +31,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.files import write_whole
 from ecodiff.storage.paths import data_dir, root
 
-from . import notation
+from . import glossary, notation
 
 CODE = {".py", ".js", ".json", ".yaml", ".csv"}
 VERSIONS = ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "matplotlib", "jupyter-book")
@@ -361,8 +361,14 @@ def build_html(out: Path, base: Path | None = None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base / "book", source)
     (source / "notebooks").mkdir()
+    words = source / "glossary.md"
+    terms = glossary.definitions(words) if words.exists() else {}
     for page in pages:
-        shutil.copy(page, source / "notebooks")
+        notebook = nbformat.read(page, as_version=4)
+        glossary.link_first_uses(notebook, list(terms))
+        nbformat.write(notebook, source / "notebooks" / page.name)
+    if terms:
+        (source / "_static" / "glossary.js").write_text(glossary.script(terms), encoding="utf-8")
     (source / "_status.md").write_text(status(pages))
     symbols = source / "notation.yaml"
     if symbols.exists():

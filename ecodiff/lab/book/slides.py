@@ -50,7 +50,7 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-SHOWN = ("points", "figures", "tables", "equations", "code", "exercises")
+SHOWN = ("points", "figures", "tables", "equations", "exercises", "code")
 # What a role of the book says on a slide, where there is no number and nothing to follow.
 ROLES = {"fig": "the figure", "tab": "the table", "eq": "the equation", "alg": "the algorithm", "ex": "the exercise"}
 
