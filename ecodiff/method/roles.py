@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import EmptiedLayer, channel_axis, columns_of, cut_layer, is_depthwise, is_pointwise
+from .layers import EmptiedLayer, columns_of, cut_layer, is_depthwise, is_pointwise
 
 # Units of the small copy. What surrounds them has its own width.
 _UNITS = 4
