@@ -3,6 +3,7 @@
     python -m ecodiff book pair             rewrite notebooks/*.ipynb from notebooks/*.md
     python -m ecodiff book slides           write _build/slides/*.html from the pages that have been run
     python -m ecodiff book before-after     draw book/_static/before-after.png, the image at the top of README
+    python -m ecodiff book ratio-slider     generate data/results/ratio_slider.png, the images of the ratio slider
     python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
 All of them write into the repository from which they run.
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["pair", "slides", "before-after", "schematics"])
+    parser.add_argument("action", choices=["pair", "slides", "before-after", "ratio-slider", "schematics"])
     parser.add_argument("--out", default="_build", help="folder of the built book, for slides (default: %(default)s)")
 
 
@@ -36,6 +37,10 @@ def run(options: argparse.Namespace) -> int:
 
         for path in schematics.write():
             print(f"wrote book/_static/schematics/{path.name}")
+    elif options.action == "ratio-slider":
+        from .slider import draw_sprite
+
+        print(f"wrote data/results/{draw_sprite().name}")
     else:
         from .before_after import draw_before_after
 
