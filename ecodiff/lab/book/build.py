@@ -138,7 +138,8 @@ def parameter_table(source: Path, injected: dict[str, object]) -> str:
             line.insert(2, _value(repr(injected[name])) if name in injected else "")
         lines.append(line)
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f":::{{table}}\n:class: parameters\n\n{body}\n:::"
+    table = f":::{{table}}\n:class: parameters\n\n{body}\n:::"
+    return f"::::{{dropdown}} Parameters of this page\n{table}\n::::"
 
 
 def _value(text: str) -> str:
@@ -264,14 +265,18 @@ def _executed(source: Path, injected: dict[str, object], scratch: Path) -> nbfor
 
 
 def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
-    """Put the table of parameters where their cell is, and fold the cell, and that of a profile's values, below it."""
+    """Put the table of parameters where their cell is, and fold the cell below it.
+
+    A profile's values are in the table, so the cell that sets them is not shown.
+    """
     for i, cell in reversed(list(enumerate(notebook.cells))):  # from the end: a cell that is put in moves those below
         tags = cell.metadata.get("tags", [])
-        if {"parameters", "injected-parameters"} & set(tags):
+        if "injected-parameters" in tags:
+            tags.append("remove-input")
+        if "parameters" in tags:
             if "hide-input" not in tags:
                 tags.append("hide-input")
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters as code", "code_prompt_hide": "Hide"}
-        if "parameters" in tags:
             shown = nbformat.v4.new_markdown_cell(table, metadata={"tags": ["table-of-parameters"]})
             notebook.cells.insert(i, shown)
 

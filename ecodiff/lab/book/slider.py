@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +17,7 @@ from statistics import fmean
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
 from ecodiff.lab.identities import identity
@@ -129,13 +129,18 @@ def images() -> dict[str, np.ndarray]:
     return {row: cut[:, :, i] for i, row in enumerate(rows())}
 
 
-def measured(row: str) -> dict[str, list[float]]:
-    """``ssim`` and ``facts`` of the first `IMAGES` images of a row with seed 0, as they are recorded."""
-    for study in STUDIES:
-        found = studies.recorded(study, MODEL, seeds=1, only=[row])
-        if row in found:
-            return {name: list(found[row][0][name][:IMAGES]) for name in ("ssim", "facts")}
-    raise EcoDiffError(f"The slider needs the row {row!r} of {MODEL}: run python -m ecodiff study {' '.join(STUDIES)}.")
+def measured() -> dict[str, dict[str, list[float]]]:
+    """For each row, ``ssim`` and ``facts`` of its first `IMAGES` images with seed 0, as they are recorded."""
+    found: dict[str, list[dict]] = {}
+    for study in reversed(STUDIES):  # so that the first of them has the last word, as in `cell_of`
+        found |= studies.recorded(study, MODEL, seeds=1, only=rows())
+    values = {}
+    for row in rows():
+        if row not in found:
+            command = f"python -m ecodiff study {' '.join(STUDIES)} --model {MODEL}"
+            raise EcoDiffError(f"The slider needs the row {row!r} of {MODEL}: run {command}.")
+        values[row] = {name: list(found[row][0][name][:IMAGES]) for name in ("ssim", "facts")}
+    return values
 
 
 def positions() -> list[dict]:
@@ -145,12 +150,12 @@ def positions() -> list[dict]:
     for each prompt the column of its image in the sprite and what stands below the image and for it.
     """
     prompts = [scene.caption for scene in cell_of("original").protocol.scenes()[:PROMPTS]]
-    stops = []
+    stops, recorded = [], measured()
     for ratio in (0.0, *RATIOS):
         share, lines, right = f"{ratio:.0%}".replace("%", "\u00a0%"), [], {}
         for method in METHODS:
             row = f"{method}, {ratio:.0%}" if ratio else "original"
-            values, name = measured(row), NAMES.get(method, method)
+            values, name = recorded[row], NAMES.get(method, method)
             right[name] = fmean(values["facts"])
             tiles = []
             for i, prompt in enumerate(prompts):
@@ -159,31 +164,34 @@ def positions() -> list[dict]:
                 text = f"{name}, {share} removed, prompt: {prompt}. SSIM {values['ssim'][i]:.2f}, {hit}."
                 tiles.append({"below": below, "text": text})
             ssim = interval_text([values["ssim"]], digits=2) if ratio else "1"
+            share_right = metrics.share_interval(values["facts"])
+            ends = f"({100 * share_right.low:.0f} to {100 * share_right.high:.0f})"
             lines.append({
                 "name": name, "column": rows().index(row), "tiles": tiles,
-                "ssim": f"SSIM {ssim}",
-                "right": f"right {interval_text([values['facts']], scale=100, digits=0)} %".replace(" %", "\u00a0%"),
+                "ssim": f"SSIM {ssim}", "right": f"right {100 * right[name]:.0f}\u00a0% {ends}",
             })  # fmt: skip
-        most = max(right, key=right.__getitem__)
-        least = min(right, key=right.__getitem__)
-        says = f"Nothing is removed: all rows show the original, which is right in {100 * right[most]:.0f} %."
+        most, least = (_names_with(right, extreme(right.values())) for extreme in (max, min))
+        says = f"Nothing is removed: all rows show the original, which is right in {100 * max(right.values()):.0f} %."
         if ratio:
             says = (
-                f"Without {share} of the units, {most} has the most right images ({100 * right[most]:.0f} %) "
-                f"and {least} the fewest ({100 * right[least]:.0f} %)."
+                f"Without {share} of the units, most images are right with {most} ({100 * max(right.values()):.0f} %) "
+                f"and fewest with {least} ({100 * min(right.values()):.0f} %)."
             )
         stops.append({"share": share, "says": says.replace(" %", "\u00a0%"), "rows": lines})
     return stops
 
 
+def _names_with(shares: dict[str, float], value: float) -> str:
+    return " and ".join(name for name, share in shares.items() if share == value)
+
+
 def ratio_slider(start: float = 0.2):
     """The figure as an object that Jupyter, Colab and the book display; it stands at ratio ``start`` first."""
-    original = images()["original"]
-    assert len(original) == PROMPTS
+    images()  # raises where they do not belong to the rows
     stops, first = positions(), (0.0, *RATIOS).index(start)
-    sprite = base64.b64encode(sprite_file().read_bytes()).decode()
+    sprite = base64.b64encode(_small(sprite_file())).decode()
     size = f"background-size: {100 * len(rows())}% {100 * PROMPTS}%"
-    style = f"{STYLE}.ratio-tile {{ background-image: url(data:image/png;base64,{sprite}); {size}; }}"
+    style = f"{STYLE}.ratio-tile {{ background-image: url(data:image/webp;base64,{sprite}); {size}; }}"
     heads = "".join(f'<th scope="col">{i + 1}</th>' for i in range(PROMPTS))
     lines = ""
     for line in stops[first]["rows"]:
@@ -199,8 +207,7 @@ def ratio_slider(start: float = 0.2):
             f"<span>{line['right']}</span></th>{cells}</tr>"
         )
     prompts = "; ".join(
-        f"({i}) {escape(scene.caption)}"
-        for i, scene in enumerate(cell_of("original").protocol.scenes()[:PROMPTS], 1)
+        f"({i}) {escape(scene.caption)}" for i, scene in enumerate(cell_of("original").protocol.scenes()[:PROMPTS], 1)
     )
     body = f"""
 <label>Share of the units removed: <output>{stops[first]["share"]}</output>
@@ -211,7 +218,16 @@ def ratio_slider(start: float = 0.2):
 <p>Below each image: its SSIM to the original's, and whether the judge finds it right (✓) or wrong (✗).
 Prompts: {prompts}.</p>"""
     constants = {"stops": stops, "columns": len(rows())}
-    return interactive("ratio-slider", "Images by the share of units removed", body, style, Path(__file__).with_suffix(".js"), constants)
+    script = Path(__file__).with_suffix(".js")
+    return interactive("ratio-slider", "Images by the share of units removed", body, style, script, constants)
+
+
+def _small(sprite: Path) -> bytes:
+    """The sprite as a page shows it: a fifth of the bytes of the one that is kept, and no difference to the eye."""
+    file = io.BytesIO()
+    with Image.open(sprite) as image:
+        image.convert("RGB").save(file, format="WEBP", quality=90, method=6)
+    return file.getvalue()
 
 
 def _percent(index: int, number: int) -> str:
