@@ -359,7 +359,7 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     A failed build leaves the HTML of the one before it untouched. Always builds every page: Sphinx would not notice
     that a number glued from another page has changed.
     """
-    base = base or root()
+    base, out = (base or root()).resolve(), out.resolve()
     pages = [out / "notebooks" / f"{source.stem}.ipynb" for source in sources(base)]
     source, work, html = out / "src", out / "work", out / "html"
     for folder in (source, work):
@@ -381,7 +381,9 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]
     command += ["--all", "-W", "-n", "--keep-going", "-q"]  # all pages; warnings are errors, collected to the end
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
-    result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # From the folder of the sources: Sphinx looks for `html_search_scorer` where it is run.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    result = subprocess.run(command, env=environment, text=True, cwd=source, **pipes)
     if result.returncode or not (work / "_build" / "html" / "index.html").exists():
         raise EcoDiffError(f"The HTML was not built. Jupyter Book says:\n{_strip_colours(result.stdout).strip()}")
     shutil.rmtree(html, ignore_errors=True)
