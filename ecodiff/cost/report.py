@@ -37,7 +37,7 @@ def table(cost: Cost, budget: int | None = None) -> str:
     for kind, units in cost.units.items():
         if units:
             row(f"{_NAMES[kind]} ({units:,})", [c.parameters[kind] for c in models], _million)
-    lines.append("GFLOP a picture (2 a multiply-add)")
+    lines.append("GFLOP per image (2 per multiply-add)")
     flops = [c.picture_flops for c in models]
     row("linear layers", [f.linear for f in flops], _giga)
     row("convolutions", [f.convolution for f in flops], _giga)
@@ -49,7 +49,7 @@ def table(cost: Cost, budget: int | None = None) -> str:
     row("text encoders and VAE", [c.text_encoders + c.vae for c in models], gb)
     if cost.call.update:
         lines.append(f"One mask update, peak{explained}")
-        row("saved for backward, a denoiser call", [c.saved for c in models], gb)
+        row("saved for backward, per denoiser call", [c.saved for c in models], gb)
         peaks("plain: every step kept", [c.update_peak(checkpoint=False) for c in models])
         peaks("time-step checkpointed", [c.update_peak() for c in models])
         if budget:

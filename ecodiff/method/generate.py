@@ -138,7 +138,7 @@ def _checked(prompts, seeds) -> tuple[list, list[int]]:
     try:
         seeds = [checked_seed(seed, "generate") for seed in seeds]
     except TypeError as error:
-        raise EcoDiffError("generate needs a list of seeds, one whole number a prompt.") from error
+        raise EcoDiffError("generate needs a list of seeds, one whole number per prompt.") from error
     if len(seeds) != len(prompts):
-        raise EcoDiffError(f"{len(prompts)} prompts but {len(seeds)} seeds: generate needs one seed a prompt.")
+        raise EcoDiffError(f"{len(prompts)} prompts but {len(seeds)} seeds: generate needs one seed per prompt.")
     return prompts, seeds

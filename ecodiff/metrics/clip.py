@@ -156,4 +156,4 @@ def check_same_number(images: Tensor, others: Sequence, what: str) -> None:
     """Raise EcoDiffError unless these are images as `check_pictures` wants them, and as many of the others."""
     check_pictures(images)
     if len(images) != len(others):
-        raise EcoDiffError(f"{len(images)} pictures but {len(others)} {what}: give one a picture.")
+        raise EcoDiffError(f"{len(images)} images but {len(others)} {what}: give one per image.")

@@ -397,7 +397,7 @@ def test_times_at_full_size_that_differ_by_clock_and_by_processor_decide_nothing
     assert decisions(cost.faster)[1].verdict == decisions(cost.faster)[2].verdict == rules.MISSING
     assert row(0.9, 1.1, "a GPU") == rules.COUNTED
     assert row(1.1, 0.9, "a GPU") == rules.NOT_COUNTED
-    assert decisions(cost.faster)[2].evidence.endswith("2 samples a call, 100 TFLOP/s")
+    assert decisions(cost.faster)[2].evidence.endswith("2 samples per call, 100 TFLOP/s")
 
 
 def test_updates_on_a_gpu_are_decided_apart_from_those_on_a_cpu(store):
@@ -503,13 +503,13 @@ def test_gates_that_lie_between_are_counted_from_kept_ones(family, monkeypatch):
 def test_a_card_has_number_word_and_place_and_groups_what_is_open(store):
     found = claims.check([results.a_fifth_of_sdxl, results.no_loss], presets=())
     text = page.cards(found, first=7, prefix="R")
-    assert re.findall(r"::::\{card\} (R\d+) \{bdg-\w+\}`(\S) (\w+)`", text) == [
+    assert re.findall(r":::\{dropdown\} (R\d+) \{bdg-\w+\}`(\S) (\w+)` \S", text) == [
         ("R7", "✓", "holds"),
         ("R8", "✗", "fails"),
     ]
     assert re.findall(r"^\((.*)\)=$", text, re.M) == ["claim-a-fifth-of-sdxl", "claim-no-loss"]
     assert text.count("**not measured here yet:**") == 1 and ".ipynb)" in text and "20 %" in text
-    assert "1 verdict for, 3 open" in text and text.count("::::{card}") == text.count(":::{dropdown}") == 2
+    assert "1 verdict for, 3 open" in text
     waiting = page.waiting(found, first=7)
     assert all(line["decides claims"] == "7" and line["command"].startswith("`python") for line in waiting)
 

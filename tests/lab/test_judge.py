@@ -158,9 +158,9 @@ def test_a_judge_is_saved_and_loaded_in_plain_format(tiny, scenes, tmp_path):
 
 def test_bad_input_is_one_sentence(tiny, scenes):
     pictures = openmoji.images(scenes[:2])
-    with pytest.raises(EcoDiffError, match="2 pictures but 3 scenes"):
+    with pytest.raises(EcoDiffError, match="2 images but 3 scenes"):
         verdicts(tiny, pictures, scenes[:3])
-    with pytest.raises(EcoDiffError, match="2 pictures but 1 captions"):
+    with pytest.raises(EcoDiffError, match="2 images but 1 captions"):
         clip_score(pictures, ["a cat on red"], tiny)
     with pytest.raises(EcoDiffError, match="is no judge here"):
         Judge.load("openmoji-clop")

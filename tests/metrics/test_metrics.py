@@ -295,7 +295,7 @@ def test_share_interval_is_wilsons():
         (lambda: metrics.share_interval([0.5]), "zeros and ones"),
         (lambda: inception.Inception(100), "100 features"),
         (lambda: inception.network(source="other"), "Unknown source"),
-        (lambda: ObjectProbe.fit(torch.rand(2, 3), ["a"]), "2 pictures but 1 labels"),
+        (lambda: ObjectProbe.fit(torch.rand(2, 3), ["a"]), "2 images but 1 labels"),
         (lambda: ObjectProbe.fit(torch.rand(2, 3), ["a", "a"]), "at least two"),
         (lambda: openmoji.background_correct(pictures(1), ["red"], {"blue": (0, 0, 255)}), "'red' is not among"),
         (lambda: metrics.mean_interval([]), "at least one value"),

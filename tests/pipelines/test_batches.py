@@ -323,7 +323,7 @@ def test_what_is_no_list_of_prompts_is_a_clear_error(prompts, message):
 
 @pytest.mark.parametrize("seeds", [[0.2, 0.7], [float("nan"), 1], ["a", "b"], 3])
 def test_seeds_are_whole_numbers(seeds):
-    with pytest.raises(EcoDiffError, match="is not a whole number|list of seeds, one whole number a prompt"):
+    with pytest.raises(EcoDiffError, match="is not a whole number|list of seeds, one whole number per prompt"):
         ecodiff.generate(made(Tiny), PROMPTS[:2], seeds, **SETTINGS)
 
 

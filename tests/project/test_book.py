@@ -59,7 +59,7 @@ def test_a_page_knows_its_provenance_and_hides_injected_parameters(project):
     assert facts.profile == "smoke" and facts.parameters == {"profile": "smoke", "size": 1}
     assert facts.seconds > 0 and facts.commit and facts.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     injected = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.tags]
-    assert len(injected) == 1 and "hide-input" in injected[0].metadata.tags and "unknown" not in injected[0].source
+    assert len(injected) == 1 and "remove-input" in injected[0].metadata.tags and "unknown" not in injected[0].source
     assert [cell.id for cell in notebook.cells] == [f"01-{i:03d}" for i in range(len(notebook.cells))]
     assert notebook.cells[-1].outputs[0].text == "1\n"
     text = page.read_text()

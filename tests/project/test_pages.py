@@ -108,7 +108,9 @@ def specimen(tmp_path_factory):
     for name in ("_static", "_extra"):
         shutil.copytree(root() / "book" / name, base / "book" / name)
     shutil.copy(root() / "book" / "references.bib", base / "book")
-    (base / "book" / "index.md").write_text("# Book\n\n```{bibliography}\n```\n\n```{include} _status.md\n```\n")
+    (base / "book" / "index.md").write_text(
+        "# A table of 7 books\n\n```{bibliography}\n```\n\n```{include} _status.md\n```\n"
+    )
     (base / "book" / "glossary.md").write_text(
         "# Glossary\n\n```{glossary}\nhard concrete\n  The distribution of a {term}`gate`.\n\n"
         "gate\n  A number between 0 and 1.\n```\n"
@@ -130,6 +132,7 @@ def moved(page):
     """Names of the widgets of an open page; asserts that each answers to a change of each kind of its fields."""
     changes = {
         ".hc-explorer": (("[name=lambda]", "3"), ("[name=delta]", "0.1"), ("[name=alpha]", "1.5")),
+        ".ratio-slider": (("[name=ratio]", "4"), ("[name=ratio]", "0")),
         ".cost-calculator": (("[name=batch]", "3"), ("[name=steps]", "7"), ("[name=ratio]", "37"), ("[name=gpu]", "9")),
     }
     found = []
@@ -154,7 +157,7 @@ def test_a_page_of_everything_is_not_cut_and_can_be_read(browser, serve, specime
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_widgets_move_and_can_be_read_from_the_start(browser, serve, specimen, scheme):
     page, complaints = opened(browser, f"{serve(specimen)}/notebooks/01_specimen.html", scheme, 390)
-    assert moved(page) == [".hc-explorer", ".cost-calculator"]
+    assert moved(page) == [".hc-explorer", ".ratio-slider", ".cost-calculator"]
     page.add_script_tag(content=FAULTS)
     assert not page.evaluate("pageFaults", {"sizes": True, "desktop": False})
     assert not ours(complaints)
@@ -259,4 +262,38 @@ def test_widgets_of_the_book_move(browser, serve, whole):
             found += moved(page)
             assert not ours(complaints)
             page.context.close()
-    assert sorted(found) == [".cost-calculator", ".hc-explorer"]
+    assert sorted(found) == [".cost-calculator", ".hc-explorer", ".ratio-slider"]
+
+
+def found_first(browser, address, asked):
+    """The address and the title of the first result of a search."""
+    page, _ = opened(browser, f"{address}/search.html?q={asked.replace(' ', '+')}")
+    first = page.locator("#search-results ul.search li > a").first
+    first.wait_for()
+    page.wait_for_function("!document.querySelector('#search-progress')?.textContent.includes('Searching')")
+    page.wait_for_timeout(500)  # results are put into the list one by one
+    answer = first.get_attribute("href"), first.inner_text()
+    page.context.close()
+    return answer
+
+
+@pytest.mark.slow
+def test_a_search_for_a_table_finds_the_section_of_its_name_first(browser, serve, specimen):
+    """The other page has both words in its heading, which Sphinx alone would rank as high, and put first."""
+    where, title = found_first(browser, serve(specimen), "Table 7")
+    assert where.startswith("notebooks/01_specimen.html") and title.endswith("Table 7")
+
+
+@pytest.mark.slow
+def test_every_item_of_the_paper_is_two_clicks_from_the_landing_page(browser, serve, whole):
+    address = serve(whole)
+    page, _ = opened(browser, f"{address}/index.html")
+    page.locator(".bd-article a[href*='item_by_item']").first.click()
+    page.wait_for_url("**/*item_by_item*")
+    items = page.evaluate("[...document.querySelectorAll('section h3')].map((h) => h.closest('section').id)")
+    links = page.evaluate("[...document.querySelectorAll('.bd-article table a')].map((a) => a.hash.slice(1))")
+    page.context.close()
+    assert len(items) > 27 and not set(items) - set(links)
+    for asked in ("Table 7", "Figure 9", "Algorithm 2"):
+        where, _ = found_first(browser, address, asked)
+        assert "item_by_item" in where, asked

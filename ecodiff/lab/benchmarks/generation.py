@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry:
         os.environ["ECODIFF_RECORDS"] = "off"
     print(f"{torch.get_num_threads()} threads")
-    print(f"{'model':22} {'dtype':>5} {'batch':>5} {'pictures':>8} {'seconds':>8} {'ms a picture':>12}")
+    print(f"{'model':22} {'dtype':>5} {'batch':>5} {'images':>8} {'seconds':>8} {'ms per image':>12}")
     seconds_of_all = {}
     for model in models:
         for row in rows(model, options):
@@ -99,5 +99,5 @@ def run(options: argparse.Namespace) -> int:
         slowest = max(seconds_of_all, key=seconds_of_all.__getitem__)
         seconds = seconds_of_all[slowest]
         word = "holds" if seconds <= SECONDS_FOR_512 else "DOES NOT HOLD"
-        print(f"512 pictures in {SECONDS_FOR_512:.0f} s: {seconds:.0f} s with {slowest}, the slowest ({word})")
+        print(f"512 images in {SECONDS_FOR_512:.0f} s: {seconds:.0f} s with {slowest}, the slowest ({word})")
     return 0

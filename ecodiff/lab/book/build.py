@@ -138,7 +138,8 @@ def parameter_table(source: Path, injected: dict[str, object]) -> str:
             line.insert(2, _value(repr(injected[name])) if name in injected else "")
         lines.append(line)
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f":::{{table}}\n:class: parameters\n\n{body}\n:::"
+    table = f":::{{table}}\n:class: parameters\n\n{body}\n:::"
+    return f"::::{{dropdown}} Parameters of this page\n{table}\n::::"
 
 
 def _value(text: str) -> str:
@@ -264,14 +265,18 @@ def _executed(source: Path, injected: dict[str, object], scratch: Path) -> nbfor
 
 
 def _show_parameters(notebook: nbformat.NotebookNode, table: str) -> None:
-    """Put the table of parameters where their cell is, and fold the cell, and that of a profile's values, below it."""
+    """Put the table of parameters where their cell is, and fold the cell below it.
+
+    A profile's values are in the table, so the cell that sets them is not shown.
+    """
     for i, cell in reversed(list(enumerate(notebook.cells))):  # from the end: a cell that is put in moves those below
         tags = cell.metadata.get("tags", [])
-        if {"parameters", "injected-parameters"} & set(tags):
+        if "injected-parameters" in tags:
+            tags.append("remove-input")
+        if "parameters" in tags:
             if "hide-input" not in tags:
                 tags.append("hide-input")
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters as code", "code_prompt_hide": "Hide"}
-        if "parameters" in tags:
             shown = nbformat.v4.new_markdown_cell(table, metadata={"tags": ["table-of-parameters"]})
             notebook.cells.insert(i, shown)
 
@@ -354,7 +359,7 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     A failed build leaves the HTML of the one before it untouched. Always builds every page: Sphinx would not notice
     that a number glued from another page has changed.
     """
-    base = base or root()
+    base, out = (base or root()).resolve(), out.resolve()
     pages = [out / "notebooks" / f"{source.stem}.ipynb" for source in sources(base)]
     source, work, html = out / "src", out / "work", out / "html"
     for folder in (source, work):
@@ -382,7 +387,9 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]
     command += ["--all", "-W", "-n", "--keep-going", "-q"]  # all pages; warnings are errors, collected to the end
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
-    result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # From the folder of the sources: Sphinx looks for `html_search_scorer` where it is run.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    result = subprocess.run(command, env=environment, text=True, cwd=source, **pipes)
     if result.returncode or not (work / "_build" / "html" / "index.html").exists():
         raise EcoDiffError(f"The HTML was not built. Jupyter Book says:\n{_strip_colours(result.stdout).strip()}")
     shutil.rmtree(html, ignore_errors=True)

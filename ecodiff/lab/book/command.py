@@ -7,6 +7,7 @@
     python -m ecodiff book zenodo           write .zenodo.json from CITATION.cff
     python -m ecodiff book sentences        list sentences of more than 35 words; a report
     python -m ecodiff book before-after     draw book/_static/before-after.png, the image at the top of README
+    python -m ecodiff book ratio-slider     generate data/results/ratio_slider.png, the images of the ratio slider
     python -m ecodiff book schematics       draw book/_static/schematics/*.svg
 
 All but the report write into the repository from which they run.
@@ -20,7 +21,18 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=["pair", "slides", "pdf", "codecheck", "zenodo", "sentences", "before-after", "schematics"]
+        "action",
+        choices=[
+            "pair",
+            "slides",
+            "pdf",
+            "codecheck",
+            "zenodo",
+            "sentences",
+            "before-after",
+            "ratio-slider",
+            "schematics",
+        ],
     )
     parser.add_argument("--out", default="_build", help="folder of the built book (default: %(default)s)")
 
@@ -54,6 +66,10 @@ def run(options: argparse.Namespace) -> int:
 
         for path in schematics.write():
             print(f"wrote book/_static/schematics/{path.name}")
+    elif options.action == "ratio-slider":
+        from .slider import draw_sprite
+
+        print(f"wrote data/results/{draw_sprite().name}")
     else:
         from .before_after import draw_before_after
 

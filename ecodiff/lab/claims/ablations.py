@@ -95,7 +95,7 @@ def one_threshold() -> Claim:
         "App. K.2, Table 11, Fig. 12",
         "One threshold for all modules is better than one in each.",
         "Table 11: lower FID. On small models: one threshold a kind (the published code's global), and one for all, "
-        "each better than one a module.",
+        "each better than one per module.",
         ("11_settings",),
         (
             printed("Table 11", all(ours < theirs for ours, theirs in fids), evidence),

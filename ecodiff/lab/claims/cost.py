@@ -139,7 +139,7 @@ def _time(preset: str, title: str, on_gpu: bool = False) -> Decision:
     evidence += f", operations {flops['pruned']['total'] / flops['original']['total']:.2f}"
     if on_gpu:
         rate = flops["original"]["total"] / values["variants"]["original"]["seconds"] / 1e12
-        evidence += f"; {config['samples']} samples a call, {rate:.0f} TFLOP/s"
+        evidence += f"; {config['samples']} samples per call, {rate:.0f} TFLOP/s"
     holds: bool | None = max(times) < 1
     if min(times) < 1 <= max(times):  # faster by one clock and slower by the other
         holds = None

@@ -254,14 +254,14 @@ def cost(item: Item) -> str:
 def text(item: Item, verdict: Verdict) -> str:
     """An item as Markdown: word, scale, what it shows, where the evidence is, the command, and what it took."""
     evidence = [*(_reference(label) for label in item.labels), f"[]({item.chapter}.ipynb)"]
-    lines = [f"{page.badge(verdict.word)} *{verdict.scale}*", "", item.shows, "", f"Here: {', '.join(evidence)}."]
+    lines = [f"{page.badge(verdict.word)} *{verdict.scale}.* {item.shows}", "", f"Here: {', '.join(evidence)}."]
     if verdict.claims:
         links = [f"{{ref}}`{number} <{page.anchor(claim)}>`" for number, claim in verdict.claims]
         lines[-1] += f" {'Claims' if len(links) > 1 else 'Claim'} {', '.join(links)}."
     if verdict.errata:
         lines[-1] += " Erratum: " + " ".join(erratum.conclusion for erratum in verdict.errata)
     if item.command:
-        lines += ["", " ".join([f"`{item.command}`", cost(item)]).strip()]
+        lines[-1] += f" Again: `{item.command}`. {cost(item)}".rstrip()
     return "\n".join(lines)
 
 

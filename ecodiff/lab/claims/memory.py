@@ -80,7 +80,7 @@ def _below_the_limit_on_gpu() -> Decision:
         return Decision(title, MISSING, command=command_of_update("sdxl", 2))
     config, values = last["config"], last["values"]
     peak = (values["variants"]["checkpointed"]["peak_bytes"] + values["weight_bytes"]) / 1e9
-    evidence = f"{peak:.1f} GB with the denoiser's weights, T = {config['T']}, {config['samples']} samples a call"
+    evidence = f"{peak:.1f} GB with the denoiser's weights, T = {config['T']}, {config['samples']} samples per call"
     evidence += f" ({config['device']}); text encoders and VAE not counted"
     return decided(title, peak < claim("sdxl_checkpointed_memory"), evidence)
 

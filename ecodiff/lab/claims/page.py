@@ -33,7 +33,7 @@ def anchor(claim: Claim) -> str:
 def cards(claims: Sequence[Claim], first: int = 1, prefix: str = "") -> str:
     """The claims as Markdown, numbered from ``first`` after ``prefix``: a card each.
 
-    A card has number, word, sentence and place; what decided it, and each verdict, are folded.
+    A card shows number, word and sentence. It unfolds to the claim's place, what decides it, and each verdict.
     """
     return "\n\n".join(_card(claim, f"{prefix}{number}") for number, claim in enumerate(claims, first))
 
@@ -42,19 +42,15 @@ def _card(claim: Claim, number: str) -> str:
     places = [place for place in (claim.where, _link(claim.shown)) if place]
     lines = [
         f"({anchor(claim)})=",
-        f"::::{{card}} {number} {badge(overall(claim.decisions))}",
+        f":::{{dropdown}} {number} {badge(overall(claim.decisions))} {claim.says}",
+        ":class-container: claim",
         "",
-        claim.says,
-        "",
-        f"*{places[0]}*" + "".join(f" · {place}" for place in places[1:]),
-        "",
-        f":::{{dropdown}} {counts(claim.decisions)}",
+        f"*{places[0]}*" + "".join(f" · {place}" for place in places[1:]) + f" · {counts(claim.decisions)}",
         "",
         f"*Decided by:* {claim.test}",
         "",
         *(f"- {line}" for line in verdicts(claim)),
         ":::",
-        "::::",
     ]
     return "\n".join(lines)
 

@@ -64,7 +64,7 @@ class ObjectProbe:
         """
         labels = list(labels)
         if len(images) != len(labels):
-            raise EcoDiffError(f"{len(images)} pictures but {len(labels)} labels: the probe needs one label a picture.")
+            raise EcoDiffError(f"{len(images)} images but {len(labels)} labels: the probe needs one label per image.")
         names = tuple(sorted(set(labels)))
         if len(names) < 2:
             raise EcoDiffError(f"The probe was given {len(names)} different labels: it needs at least two.")
@@ -78,7 +78,7 @@ class ObjectProbe:
         missing = set(range(len(names))) - set(target[train].tolist())
         if missing:
             raise EcoDiffError(
-                f"No picture of {names[min(missing)]!r} is left to fit the probe: give more pictures of each object."
+                f"No image of {names[min(missing)]!r} is left to fit the probe: give more images of each object."
             )
         mean, scale = features[train].mean(0), features[train].std(0).clamp_min(1e-6)
         weight, bias = _logistic_regression((features[train] - mean) / scale, target[train], len(names), weight_decay)
@@ -90,7 +90,7 @@ class ObjectProbe:
         """The most probable object of each picture (uint8 [N, 3, H, W], or features [N, D])."""
         features = _features(images, num_features=self.num_features, size=self.size, **feature_settings)
         if features.shape[1] != self.num_features:
-            raise EcoDiffError(f"The probe reads {self.num_features} features a picture, not {features.shape[1]}.")
+            raise EcoDiffError(f"The probe reads {self.num_features} features per image, not {features.shape[1]}.")
         scores = (features - self.mean) / self.scale @ self.weight.T + self.bias
         return [self.names[i] for i in scores.argmax(1)]
 
@@ -98,7 +98,7 @@ class ObjectProbe:
         """Whether each picture shows the object it should: bool [N]. EcoDiffError for objects the probe lacks."""
         labels = list(labels)
         if len(images) != len(labels):
-            raise EcoDiffError(f"{len(images)} pictures but {len(labels)} labels: give one label a picture.")
+            raise EcoDiffError(f"{len(images)} images but {len(labels)} labels: give one label per image.")
         unknown = sorted(set(labels) - set(self.names))
         if unknown:
             raise EcoDiffError(f"The probe was not fitted on {unknown[0]!r}: it knows {len(self.names)} objects.")
@@ -183,7 +183,7 @@ def background_correct(images: Tensor, expected: Sequence[str], colours: Mapping
     """Whether each picture's background has the named colour it should: bool [N]."""
     expected = list(expected)
     if len(images) != len(expected):
-        raise EcoDiffError(f"{len(images)} pictures but {len(expected)} colours: give one colour a picture.")
+        raise EcoDiffError(f"{len(images)} images but {len(expected)} colours: give one colour per image.")
     unknown = sorted(set(expected) - set(colours))
     if unknown:
         raise EcoDiffError(f"{unknown[0]!r} is not among the named colours: {', '.join(colours)}.")

@@ -154,7 +154,7 @@ MEASURES = {  # column of a table -> what of a cell, scale, digits
     "background right (%)": ("colour", 100, 0),
     "CLIP score": ("clip", 1, 1),
 }
-GFLOP = "GFLOP a picture"  # the denoiser's, all calls
+GFLOP = "GFLOP per image"  # the denoiser's, all calls
 SET_MEASURES = {"FID": ("fid", 1, 0), "KID x 1000": ("kid", 1000, 1)}
 
 

@@ -162,8 +162,8 @@ def _check_pipeline(folder: Path, sampling: dict) -> str:
     generated = fixed_picture(DiffusionPipeline.from_pretrained(folder), sampling).astype(int)
     error = np.abs(generated - stored).mean()
     if error > 2:
-        raise EcoDiffError(f"{folder.name} draws another picture than its fixed.png (mean error {error:.1f} of 255).")
-    return f"fixed picture within {error:.2f}/255"
+        raise EcoDiffError(f"{folder.name} generates another image than its fixed.png (mean error {error:.1f} of 255).")
+    return f"fixed image within {error:.2f}/255"
 
 
 def _fixed(folder: Path, name: str) -> Path:
