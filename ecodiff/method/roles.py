@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import EmptiedLayer, channel_axis, columns_of, cut_layer, is_depthwise, is_pointwise
+from .layers import EmptiedLayer, columns_of, cut_layer, is_depthwise, is_pointwise
 
 # Units of the small copy. What surrounds them has its own width.
 _UNITS = 4
@@ -69,9 +69,10 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
 
 
 def has_sizes_of_feed_forward(module: nn.Module) -> bool:
-    """Whether a module holds few layers, of which one could read what the others write."""
+    """Whether a module holds little else than linear layers, of which one could read what the others write."""
     layers = _layers(module)
-    return len(layers) >= 2 and _little_else(module, layers) and any(True for _ in _candidates(layers))
+    linear = all(isinstance(layer, nn.Linear) for layer in layers.values())
+    return linear and len(layers) >= 2 and _little_else(module, layers) and any(True for _ in _candidates(layers))
 
 
 def _little_else(module: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
