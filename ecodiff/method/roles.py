@@ -69,9 +69,10 @@ def feed_forward_roles(module: nn.Module) -> Roles | None:
 
 
 def has_sizes_of_feed_forward(module: nn.Module) -> bool:
-    """Whether a module holds few layers, of which one could read what the others write."""
+    """Whether a module holds little else than linear layers, of which one could read what the others write."""
     layers = _layers(module)
-    return len(layers) >= 2 and _little_else(module, layers) and any(True for _ in _candidates(layers))
+    linear = all(isinstance(layer, nn.Linear) for layer in layers.values())
+    return linear and len(layers) >= 2 and _little_else(module, layers) and any(True for _ in _candidates(layers))
 
 
 def _little_else(module: nn.Module, layers: Mapping[str, nn.Module]) -> bool:

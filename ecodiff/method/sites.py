@@ -173,7 +173,8 @@ def _why_like_a_site(name: str, module: nn.Module) -> str | None:
     if name == "" or next(module.parameters(), None) is None or "Embed" in kind or "Norm" in kind:
         return None
     lists = (nn.ModuleList, nn.ModuleDict)
-    if isinstance(module, lists) or any(isinstance(part, lists) for part in module.children()):
+    has_layers = any(isinstance(part, nn.Linear) for part in module.children())
+    if isinstance(module, lists) or (any(isinstance(part, lists) for part in module.children()) and not has_layers):
         return None  # a block of others, which are looked at one by one
     if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
         if _LIKE_A_FEED_FORWARD.search(kind):

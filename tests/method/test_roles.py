@@ -1,15 +1,20 @@
 """Sites by role: feed-forwards and attentions that no older family has are found, and removed equals masked in each."""
 
+import copy
 import threading
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import Flux2Transformer2DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.attention import LuminaFeedForward
 from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowFeedForward
+from diffusers.models.transformers.sana_transformer import GLUMBConv
 from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5FeedForward
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2SwiGLU
+from diffusers.models.transformers.transformer_sana_video import GLUMBTempConv
+from diffusers.models.transformers.transformer_sana_wm import GLUMBConvTemp
 from tiny import random_mask, trained
 from torch import nn
 
@@ -83,9 +88,96 @@ def test_a_feed_forward_is_known_by_what_it_does(name):
     assert (whole - masked).abs().max() > 1e-4
 
 
-def test_neurons_that_depend_on_each_other_are_no_site():
+@pytest.mark.parametrize("form", ["sana", "sana with a norm", "sana video", "sana wm"])
+def test_a_channel_through_a_depthwise_convolution_is_a_neuron(form):
+    torch.manual_seed(0)
+    feed_forward, inputs = {
+        "sana": lambda: (GLUMBConv(6, 6, 2), (torch.randn(2, 6, 3, 4),)),
+        "sana with a norm": lambda: (GLUMBConv(6, 6, 2, norm_type="rms_norm"), (torch.randn(2, 6, 3, 4),)),
+        "sana video": lambda: (GLUMBTempConv(6, 6, 2), (torch.randn(2, 2, 3, 4, 6),)),
+        "sana wm": lambda: (GLUMBConvTemp(6, 12, use_bias=(True, True, True)), (torch.randn(2, 24, 6), (2, 3, 4))),
+    }[form]()
+    model = Blocks(feed_forward)
+    run = feed_forward.eval()
+    (site,) = find_sites(model).values()
+    assert (site.units, len(site.writers)) == (12, 4)
+    for kept in (7, site.min_units):
+        keep = torch.arange(site.units) % 12 < kept
+        small = copy.deepcopy(model)
+        with torch.no_grad(), apply_gates(model, {site.name: keep}):
+            masked = run(*inputs)
+        cut_units(small, {site.name: site}, {site.name: keep})
+        removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
+        assert removed == int((~keep).sum()) * site.params_per_unit
+        with torch.no_grad():
+            torch.testing.assert_close(small.blocks[0]["part"](*inputs), masked, rtol=1e-4, atol=1e-5)
+            assert (run(*inputs) - masked).abs().max() > 1e-4
+
+
+class Block(nn.Module):
+    """A block whose feed-forward has no module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = Krea2Attention(48, num_heads=3, num_kv_heads=3)
+        self.ff_in, self.ff_out = nn.Linear(48, 160), nn.Linear(80, 48)
+
+    def forward(self, x):
+        value, gate = self.ff_in(x + self.attn(x)).chunk(2, dim=-1)
+        return self.ff_out(value * gate.sigmoid())
+
+
+def test_a_feed_forward_without_a_module_of_its_own():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block()])})
+    model.forward = lambda x: model["blocks"][0](x)
+    sites = find_sites(model)
+    site = sites["blocks.0.ff_out"]
+    assert (site.kind, site.units, len(site.writers)) == ("feed_forward", 80, 2)
+    x = torch.randn(1, 4, 48)
+    keep = {name: torch.arange(site.units) % 3 > 0 for name, site in sites.items()}
+    with apply_gates(model, keep):
+        masked = model(x)
+    cut_units(model, sites, keep)
+    torch.testing.assert_close(model(x), masked)
+
+
+def test_neurons_that_depend_on_each_other_are_no_site_and_are_named():
     assert feed_forward_roles(Mixing()) is None
     assert not find_sites(Blocks(Mixing()))
+    assert "one by one" in skipped_modules(Blocks(Mixing()))["blocks.0.part"]
+
+
+def test_roles_are_found_while_a_model_is_loaded_in_another_dtype():
+    """diffusers makes models on the meta device, in the dtype of their weights."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with init_empty_weights():
+            model = Blocks(Krea2SwiGLU(8, 36))
+            sites = find_sites(model)
+    finally:
+        torch.set_default_dtype(default)
+    assert [site.units for site in sites.values()] == [36]
+
+
+class PackedExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.down = nn.Parameter(torch.zeros(2, 8, 24)), nn.Parameter(torch.zeros(2, 12, 8))
+
+
+def test_what_is_not_reached_is_named_the_largest_first():
+    odd = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 2),
+            "experts": PackedExperts(),
+            "mixing": Blocks(Mixing()),
+            "fine": Blocks(Krea2SwiGLU(8, 12)),
+        }
+    )
+    assert list(skipped_modules(odd)) == ["experts", "mixing.blocks.0.part", "attention"]
+    assert "packed" in skipped_modules(odd)["experts"]
 
 
 def test_looking_for_roles_leaves_random_numbers_as_they_are():

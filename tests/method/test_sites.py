@@ -107,7 +107,7 @@ def test_other_models_of_the_same_parts(name, attention, feed_forward):
 def test_what_cannot_be_cut_exactly_is_skipped_and_says_why():
     sana = full_size("SanaTransformer2DModel", num_layers=1)
     assert totals(sana)["attention"][0] == 2
-    assert list(skipped_modules(sana)) == ["transformer_blocks.0.ff"]  # convolutions between its layers
+    assert not skipped_modules(sana)
 
     class Odd(torch.nn.Module):
         def __init__(self):

@@ -315,6 +315,31 @@ def test_what_a_processor_returns_without_heads_is_found_by_running_it():
         cut_units(block, {"attn": site}, {"attn": torch.zeros(site.units, dtype=torch.bool)})
 
 
+def test_an_attention_with_keys_of_the_text_of_its_own_loses_heads():
+    """The processor of IF and Kandinsky reshapes by the width of its input; another one takes its place."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        in_channels=3,
+        out_channels=3,
+        cross_attention_dim=12,
+        norm_num_groups=4,
+    ).eval()
+    inputs = torch.randn(1, 3, 8, 8), 3, torch.randn(1, 5, 12)
+    mask = {name: torch.arange(site.units) < site.units - 1 for name, site in find_sites(model).items()}
+    with torch.no_grad():
+        with apply_gates(model, mask):
+            masked = model(*inputs).sample
+        torch.testing.assert_close(prune_denoiser(model, mask)(*inputs).sample, masked, rtol=1e-4, atol=1e-4)
+
+
 def test_no_empty_weight_stays_in_a_model_without_units():
     """What quantises, slices or fuses finds nothing to stumble over, and copies and processors are as before."""
     pipe = tiny_sd()
