@@ -70,7 +70,14 @@ def _slope(task: Any, sites: Mapping[str, Site], point: dict, whole: Tensor, gra
     length = _norm(gradient)
     largest = max(value.abs().max().item() for value in gradient.values())
     if not largest > 0:
-        return 0.0
+        with apply_gates(task.denoiser, point, sites, must_run=False):
+            moved_away = (task.latents([0], gradients=False) - whole).square().max().item()
+        if moved_away > 0:
+            return 1.0
+        raise EcoDiffError(
+            f"No gate changes the final latents of {type(task.pipe).__name__} with these arguments, so there is nothing "
+            "to learn from: take more steps, a higher strength, or a mask that leaves something to draw."
+        )
     differences = []
     for step in (1e-2, 1e-3, 1e-1):  # of the gate that moves most; where rounding or curvature is large, another does
         losses = []
