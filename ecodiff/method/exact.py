@@ -75,8 +75,8 @@ def _slope(task: Any, sites: Mapping[str, Site], point: dict, whole: Tensor, gra
         if moved_away > 0:
             return 1.0
         raise EcoDiffError(
-            f"No gate changes the final latents of {type(task.pipe).__name__} with these arguments, so there is nothing "
-            "to learn from: take more steps, a higher strength, or a mask that leaves something to draw."
+            f"No gate changes the final latents of {type(task.pipe).__name__} with these arguments, so there is "
+            "nothing to learn from: take more steps, a higher strength, or a mask that leaves something to draw."
         )
     differences = []
     for step in (1e-2, 1e-3, 1e-1):  # of the gate that moves most; where rounding or curvature is large, another does
