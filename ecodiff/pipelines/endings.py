@@ -18,7 +18,7 @@ from torch import Tensor
 from ecodiff.errors import EcoDiffError
 
 # What a pipeline's own code raises for arguments that it does not take, or for a fault in its middle.
-_FAULTS = (
+FAULTS = (
     ValueError,
     TypeError,
     RuntimeError,
@@ -146,7 +146,7 @@ def last_latents(runner, watch: Watch, call: Callable, arguments: Mapping) -> Te
         raise
     except torch.OutOfMemoryError:
         raise
-    except _FAULTS as error:
+    except FAULTS as error:
         if not left:
             raise failed(runner, error) from error
         result = None  # what came after the loop is not needed

@@ -30,6 +30,7 @@ from ecodiff.method.checkpointing import undisturbed
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
 from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining
+from ecodiff.pipelines.endings import FAULTS
 from ecodiff.pipelines.parts import one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
 from ecodiff.pipelines.running import in_words, on_device, without_adapters
@@ -115,6 +116,16 @@ class Task:
                 f"denoiser reads {list(first.shape)}; give pictures of a size that the pipeline draws."
             )
         self.loss_of = training_loss(pipe.scheduler, first.full_time)
+        try:
+            with torch.no_grad(), torch.random.fork_rng([]):
+                self.loss([0], torch.Generator().manual_seed(0))
+        except EcoDiffError:
+            raise
+        except FAULTS as error:
+            raise EcoDiffError(
+                f"retrain: the training objective of {type(pipe.scheduler).__name__} does not fit what "
+                f"{type(self.network).__name__} returns ({type(error).__name__}: {error}): train it otherwise."
+            ) from error
 
     def loss(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         """The objective for these images, a scalar; noise and time steps come from the generator."""
@@ -214,9 +225,15 @@ def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
 
 
 def _latents(pipe, pictures: Tensor, device: torch.device) -> Tensor:
-    """Latents of uint8 images, in fp32. Raises EcoDiffError where they are not finite."""
+    """Latents of uint8 images, in fp32. Raises EcoDiffError where there are none, or they are not finite."""
     pixels = pictures.to(device).float() / 127.5 - 1  # a VAE reads values from -1 to 1
-    latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
+    try:
+        latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
+    except FAULTS as error:  # a VAE of videos or sound, one without a distribution, or none
+        raise EcoDiffError(
+            f"retrain: {type(pipe).__name__} does not encode pictures by a VAE of images ({error}), so it cannot be "
+            "trained on them here: leave it as it is pruned, or train it with its own script."
+        ) from error
     if not torch.isfinite(latents).all():
         raise EcoDiffError(f"{type(pipe).__name__}: its VAE gives latents that are not finite; give it a wider dtype.")
     return latents
