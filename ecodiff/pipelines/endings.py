@@ -198,9 +198,10 @@ def hands_out_latents(call: Callable) -> bool:
 
 
 def _knows(call: Callable, output_type: str) -> bool:
-    """Whether the code of a call has a word for this type of output; true where there is no code to read."""
+    """Whether the class of a call has a word for this type of output; true where there is no code to read."""
+    owner = getattr(inspect.getmodule(call), call.__qualname__.partition(".")[0], call)
     try:
-        source = inspect.getsource(call)
+        source = inspect.getsource(owner)
     except (OSError, TypeError):
         return True
     return f'"{output_type}"' in source or f"'{output_type}'" in source

@@ -116,23 +116,22 @@ class Task:
                 f"denoiser reads {list(first.shape)}; give pictures of a size that the pipeline draws."
             )
         self.loss_of = training_loss(pipe.scheduler, first.full_time)
-        try:
-            with torch.no_grad(), torch.random.fork_rng([]):
-                self.loss([0], torch.Generator().manual_seed(0))
-        except EcoDiffError:
-            raise
-        except FAULTS as error:
-            raise EcoDiffError(
-                f"retrain: the training objective of {type(pipe.scheduler).__name__} does not fit what "
-                f"{type(self.network).__name__} returns ({type(error).__name__}: {error}): train it otherwise."
-            ) from error
 
     def loss(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         """The objective for these images, a scalar; noise and time steps come from the generator."""
         condition = join([self.conditions[i] for i in indices], self.rule)
         bf16 = self.config.mixed_precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+                return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:
+            raise EcoDiffError(
+                f"retrain: {type(self.network).__name__} cannot be trained by itself on the objective that its "
+                f"scheduler "
+                f"names ({type(error).__name__}: {error}): leave it as it is pruned, or train it with its own script."
+            ) from error
 
     def backward(self, step: int) -> float:
         """The loss of a step, whose gradient is left in the weights."""
