@@ -26,6 +26,7 @@ FAULTS = (
     LookupError,
     ArithmeticError,
     ImportError,
+    NameError,
     AssertionError,
 )
 
