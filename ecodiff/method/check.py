@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.parts import denoiser as find_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, encoding_once
@@ -16,13 +13,10 @@ from ecodiff.pipelines.running import on_device
 
 from .checkpointing import undisturbed
 from .config import LearnConfig
-from .hooks import apply_gates
+from .exact import SAME_GRADIENT, SLOPE, measure
 from .learn import Task
-from .sites import Site, find_sites, share_reached, skipped_modules
+from .sites import find_sites, share_reached, skipped_modules
 from .trial import failing_sites
-
-# How far gradients of the two ways may be apart, and a finite difference from the gradient: rounding in fp32.
-_SAME_GRADIENT, _SLOPE = 1e-3, 0.1
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Checked:
         numbers = (self.open_loss, self.gradient, self.slope)
         if self.problem is not None or any(number is None for number in numbers):
             return False
-        limits = (0.1, _SAME_GRADIENT, _SLOPE)
+        limits = (0.1, SAME_GRADIENT, SLOPE)
         return all(number <= limit for number, limit in zip(numbers, limits, strict=True) if number is not None)
 
     def __str__(self) -> str:
@@ -100,7 +94,7 @@ def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked
             left = {name: site for name, site in sites.items() if name not in failing}
             if not left:
                 raise EcoDiffError("no site of its denoiser can be pruned.")
-            measured = _measured(task, left)
+            measured = measure(task, left)
         except EcoDiffError as error:
             measured = {"problem": str(error)}
     units: dict[str, int] = {}
@@ -108,47 +102,3 @@ def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked
         units[site.kind] = units.get(site.kind, 0) + site.units
     share = share_reached(network, left)
     return Checked(type(pipe).__name__, share, units, failing, skipped_modules(network), **measured)
-
-
-def _measured(task: Task, sites: dict[str, Site]) -> dict[str, float]:
-    """The three numbers of `Checked`: the loss with open gates, and the two differences of gradients."""
-    whole = task.latents([0], gradients=False)
-    ones = {name: torch.ones(site.units, device=task.device) for name, site in sites.items()}
-    with apply_gates(task.denoiser, ones, sites):
-        opened = task.latents([0], gradients=False)
-    open_loss = ((opened - whole).square().mean() / whole.var()).item()
-
-    generator = torch.Generator().manual_seed(0)
-    point, direction = {}, {}
-    for name, site in sites.items():
-        point[name] = (0.5 + 0.5 * torch.rand(site.units, generator=generator)).to(task.device)
-        direction[name] = torch.randn(site.units, generator=generator).to(task.device)
-    checkpointed = _gradient(task, sites, point, whole)
-    config = task.config
-    task.config = replace(config, checkpoint=False)
-    plain = _gradient(task, sites, point, whole)
-    task.config = config
-    size = _norm(plain)
-    difference = _norm({name: plain[name] - checkpointed[name] for name in plain}) / max(size, 1e-30)
-
-    along = sum((checkpointed[name] * direction[name]).sum().item() for name in sites)
-    step, slopes = 1e-2, []
-    for sign in (1, -1):
-        moved = {name: point[name] + sign * step * direction[name] for name in sites}
-        with apply_gates(task.denoiser, moved, sites):
-            slopes.append((task.latents([0], gradients=False) - whole).square().mean().item())
-    finite = (slopes[0] - slopes[1]) / (2 * step)
-    scale = max(abs(along), abs(finite), 1e-3 * size * _norm(direction), 1e-30)
-    return {"open_loss": open_loss, "gradient": difference, "slope": abs(along - finite) / scale}
-
-
-def _gradient(task: Task, sites: dict[str, Site], point: dict[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
-    """The gradient, in these gates, of the squared distance from the latents of the whole model."""
-    gates = {name: value.clone().requires_grad_() for name, value in point.items()}
-    with apply_gates(task.denoiser, gates, sites):
-        (task.latents([0], gradients=True) - whole).square().mean().backward()
-    return {name: value.grad if value.grad is not None else torch.zeros_like(value) for name, value in gates.items()}
-
-
-def _norm(tensors: dict[str, Tensor]) -> float:
-    return sum(value.square().sum().item() for value in tensors.values()) ** 0.5

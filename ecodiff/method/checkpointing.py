@@ -9,7 +9,7 @@ this cheaper than ``torch.utils.checkpoint``, which has to find them by recordin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,35 @@ from ecodiff.pipelines.running import frozen
 from .hooks import OpenGates
 
 
-def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: bool = True, **kwargs):
+def recomputed(
+    forward: Callable,
+    gates: OpenGates,
+    *args,
+    preserve_rng_state: bool = True,
+    settings: Settings | None = None,
+    **kwargs,
+):
     """``forward(*args, **kwargs)``, whose activations are computed again in backward.
 
     Gradients reach tensors anywhere among the arguments, and ``gates``. They are those of a call that keeps its
-    activations, bit for bit. Autocast and, with ``preserve_rng_state``, torch's random state are those of the first
-    run. Raises EcoDiffError, here or in backward, if the call reads another tensor that requires gradients.
+    activations, bit for bit. Autocast, ``settings`` of the denoiser and, with ``preserve_rng_state``, torch's random
+    state are those of the first run. A call that gets or returns tensors inside other objects, such as a cache of keys
+    and values, keeps its activations: gradients could not pass through these. Raises EcoDiffError, here or in backward,
+    if the call reads another tensor that requires gradients, or if something was written into its arguments since.
     """
     leaves, structure = tree_flatten((args, kwargs))
+    if any(map(_hides_tensors, leaves)):
+        return kept(forward, gates, *args, **kwargs)
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    given = list(leaves)
     # One flat list, since an autograd function sees gradients of its direct arguments only: gates that are given, what
     # gates are drawn from, then the tensors among the arguments.
     inputs = [*gates.values, *gates.learned, *(leaves[i] for i in moving)]
     first_argument = len(gates.values) + len(gates.learned)
     shape: dict = {}
+    changes = settings.changes() if settings is not None else []
+    fixed = [leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in moving]
+    versions = [_version(tensor) for tensor in fixed]
 
     def run(inputs: list[Tensor]) -> list:
         for i, argument in zip(moving, inputs[first_argument:], strict=True):
@@ -45,10 +60,21 @@ def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: b
             leaves[i] = None
         with gates.replaced(inputs[: len(gates.values)]):
             outputs, shape["of"] = tree_flatten(forward(*args, **kwargs))
+        if any(map(_hides_tensors, outputs)):
+            raise _Hidden
         return outputs
 
+    def run_again(inputs: list[Tensor]) -> list:
+        if [_version(tensor) for tensor in fixed] != versions:
+            raise EcoDiffError(
+                "The sampling loop wrote into a tensor that it had given to its denoiser, so this call cannot run "
+                "again in backward: take checkpoint=False."
+            )
+        with settings.as_they_were(changes) if settings is not None else nullcontext():
+            return run(inputs)
+
     if not inputs:  # nothing known needs a gradient here: then nothing else may
-        outputs = run(inputs)
+        outputs, shape["of"] = tree_flatten(forward(*args, **kwargs))
         _refuse_others([output for output in outputs if isinstance(output, Tensor)], inputs)
         return tree_unflatten(outputs, shape["of"])
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + inputs  # gates may lie elsewhere than the call
@@ -56,8 +82,108 @@ def recomputed(forward: Callable, gates: OpenGates, *args, preserve_rng_state: b
     random = None
     if preserve_rng_state:
         random = (torch.get_rng_state(), *get_device_states(*tensors))
-    outputs = _Recomputed.apply(run, gates, autocast, random, *inputs)
+    try:
+        outputs = _Recomputed.apply(run, run_again, gates, autocast, random, *inputs)
+    except _Hidden:
+        args, kwargs = tree_unflatten(given, structure)
+        return kept(forward, gates, *args, **kwargs)
     return tree_unflatten(list(outputs), shape["of"])
+
+
+def _version(tensor: Tensor) -> int:
+    """How often something was written into a tensor; torch does not count that for inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Hidden(Exception):
+    """A call returned tensors inside an object, so that it cannot be recomputed."""
+
+
+def _hides_tensors(leaf) -> bool:
+    """Whether an object that is no tensor holds some, such as a cache of keys and values."""
+    if isinstance(leaf, (Tensor, nn.Module, type)) or not hasattr(leaf, "__dict__") or callable(leaf):
+        return False
+    waiting, seen = [leaf], 0
+    while waiting and seen < 10_000:
+        value = waiting.pop()
+        seen += 1
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif not isinstance(value, (nn.Module, type)) and not callable(value):
+            waiting += getattr(value, "__dict__", {}).values()
+    return False
+
+
+class Settings:
+    """What is set on the modules of a denoiser beside weights and hooks: attention processors, flags, attributes.
+
+    A loop may change them while it runs and undo that as it ends, as perturbed-attention guidance does with attention
+    processors. A call that runs again in backward has to find what it found first. Compared are objects by identity,
+    with the attributes of each processor, against what they were as this object was made.
+    """
+
+    def __init__(self, denoiser: nn.Module):
+        self._before: list[tuple[dict, dict]] = []
+        for module in denoiser.modules():
+            for place in _places(module):
+                self._before.append((place, _entries(place)))
+
+    def changes(self) -> list[dict | None]:
+        """What each place holds now, None where that is what it held at first."""
+        changed: list[dict | None] = []
+        for place, first in self._before:
+            now = _entries(place)
+            changed.append(now if _differ(now, first) else None)
+        return changed
+
+    @contextmanager
+    def as_they_were(self, changes: list[dict | None]) -> Iterator[None]:
+        """Inside, everything is as it was when ``changes`` were noted; afterwards as it is now."""
+        undo = []
+        for (place, first), changed in zip(self._before, changes, strict=True):
+            then = first if changed is None else changed
+            now = _entries(place)
+            if _differ(now, then):
+                undo.append((place, now))
+                _set(place, then)
+        try:
+            yield
+        finally:
+            for place, now in reversed(undo):
+                _set(place, now)
+
+
+# Entries of a module's __dict__ that are seen to elsewhere: weights, hooks, modes, and what is wrapped here.
+_OURS = {"_parameters", "_buffers", "_modules", "training", "forward", "_gradient_checkpointing_func"}
+
+
+def _places(module: nn.Module) -> list[dict]:
+    """The dictionaries in which a module's settings stand: its attributes, its children, those of its processor."""
+    places = [vars(module), module._modules]
+    processor = getattr(module, "processor", None)
+    if processor is not None and not isinstance(processor, nn.Module) and hasattr(processor, "__dict__"):
+        places.append(vars(processor))
+    return places
+
+
+def _entries(place: dict) -> dict:
+    return {name: value for name, value in place.items() if name not in _OURS}
+
+
+def _differ(a: dict, b: dict) -> bool:
+    return a.keys() != b.keys() or any(value is not b[name] for name, value in a.items())
+
+
+def _set(place: dict, then: dict) -> None:
+    """Give a dictionary these entries; those of `_OURS` stay."""
+    for name in _entries(place):
+        if name not in then:
+            del place[name]
+    place.update(then)
 
 
 def kept(forward: Callable, gates: OpenGates, *args, **kwargs):
@@ -79,18 +205,18 @@ def _with_a_node(leaf):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, gates, autocast, random, *inputs):
-        ctx.run, ctx.gates, ctx.autocast, ctx.random = run, gates, autocast, random
+    def forward(ctx, run, run_again, gates, autocast, random, *inputs):
+        ctx.run, ctx.gates, ctx.autocast, ctx.random = run_again, gates, autocast, random
         ctx.save_for_backward(*inputs)
         return tuple(run(list(inputs)))
 
     @staticmethod
     def backward(ctx, *gradients):
-        not_differentiable = (None,) * 4  # run, gates, autocast, random
+        not_differentiable = (None,) * 5  # run, run_again, gates, autocast, random
         values = len(ctx.gates.values)
         drawn_from = range(values, values + len(ctx.gates.learned))
         inputs = []
-        for i, (tensor, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)):
+        for i, (tensor, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad[5:], strict=True)):
             # Copies without a past; only what gates are drawn from is read by the function that draws, as it is.
             if i not in drawn_from:
                 tensor = tensor.detach().requires_grad_(needed)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.batches import in_batches, size_together
+from ecodiff.pipelines.batches import form_of_samples, in_batches
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
 from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
-from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once
+from ecodiff.pipelines.prompts import checked_prompts, encoding_once
 from ecodiff.pipelines.running import frozen, private_copy
 from ecodiff.progress import progress_bar
 from ecodiff.storage.cache import cached
@@ -108,15 +108,15 @@ def _images(pipe, pairs: list, batch_size: int, settings: dict, progress: bool) 
     """The images of pairs (prompt, seed), uint8 [N, 3, height, width]."""
     runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    parts = []
+    parts: list[Tensor] = []
 
     def run(numbers: list[int]) -> None:
         batch = [pairs[number] for number in numbers]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
         images = runner(
-            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
             output_type="pt",
             return_dict=False,
-            **collate([prompt for prompt, _ in batch]),
+            **form.arguments([prompt for prompt, _ in batch], generators),
             **settings,
         )[0]
         if not torch.isfinite(images).all():
@@ -128,8 +128,8 @@ def _images(pipe, pairs: list, batch_size: int, settings: dict, progress: bool) 
         bar.update(len(batch))
 
     with frozen(*modules), progress_bar(total=len(pairs), desc="pictures", progress=progress) as bar:
-        size = size_together(batch_size, runner, [prompt for prompt, _ in pairs], output_type="pt", **settings)
-        in_batches(range(len(pairs)), size, run)
+        form = form_of_samples(batch_size, runner, [prompt for prompt, _ in pairs], output_type="pt", **settings)
+        in_batches(range(len(pairs)), form.size, run)
     return torch.cat(parts)
 
 

@@ -12,18 +12,18 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.batches import in_batches, size_together
+from ecodiff.pipelines.batches import Form, form_of_samples, in_batches
 from ecodiff.pipelines.forward_hooks import Hooks, hooked, never_ran, replaced_forward
 from ecodiff.pipelines.identity import Identity, describe_run
 from ecodiff.pipelines.parts import denoiser as find_denoiser
-from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, epoch_batch, mix
+from ecodiff.pipelines.prompts import NotJoined, checked_prompts, encoding_once, epoch_batch, mix
 from ecodiff.pipelines.running import in_words, not_half, on_device
 from ecodiff.progress import progress_bar, say
 
@@ -31,6 +31,7 @@ from . import resume
 from .carried import refuse_elsewhere
 from .checkpointing import undisturbed
 from .config import RAMP, LearnConfig
+from .exact import SAME_GRADIENT, SLOPE, measure
 from .gates import Gates, fresh_gates
 from .hooks import apply_gates
 from .sites import Site, share_reached, sites_but, skipped_modules
@@ -47,6 +48,7 @@ def learn(
     resume_dir: str | Path | None = None,
     progress: bool = True,
     exclude: Collection[str] = (),
+    check: bool = True,
 ) -> Gates:
     """Learn one λ a unit of the pipeline's denoiser (Alg. 1); ``pipe`` itself is not changed.
 
@@ -55,19 +57,22 @@ def learn(
     bit for bit.
 
     Before that, one call of the denoiser shows of each kind of site whether its units can be removed
-    (`ecodiff.method.trial`); sites that fail get no gates, and a warning names one. Samples whose result depends on
-    their place in a batch run one by one.
+    (`ecodiff.method.trial`); sites that fail get no gates, and a warning names one. One sample and two steps show
+    whether gradients through the loop are exact. Samples whose result depends on their place in a batch run one by one.
 
     Args:
         pipe: a diffusers pipeline; it runs on the device that accelerate chooses and moves back afterwards.
         prompts: prompts; or, for pipelines without a text encoder, mappings with the call's arguments for one sample
-            (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
+            (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``), or the number of samples where the call
+            takes no prompt.
         config: see ``LearnConfig``.
         resume_dir: folder for teacher latents, λ, optimiser and history; a run already there is continued.
             ``save_every``, ``checkpoint`` and ``keep_last`` may change in between, and ``updates`` where
             ``target_open`` is None (else the line to it would be another).
         progress: show the expected cost, then a bar with loss, expected share of open gates and time left.
         exclude: names of sites that get no gates, such as those that this pipeline's call never reaches.
+        check: False leaves out the trial of the gradient (that of `ecodiff.check`), which costs about as much as three
+            samples of an update and needs the memory of all calls of two steps.
 
     Returns:
         Gates with λ (fp32, on the CPU), one ``history`` row an update (update, loss, reconstruction, regulariser,
@@ -76,8 +81,9 @@ def learn(
     Raises:
         EcoDiffError: no prompts, no sites, a denoiser that `prune` would refuse (adapters, other layers than its class
             makes), one in float16, a site that the pipeline's call never reaches (see ``exclude``), a sampling loop
-            that is not differentiable, another run in ``resume_dir``, or a loss, gradient or λ that is not finite; the
-            error's ``gates`` then holds the last λ that was good.
+            that is not differentiable or whose gradient is not exact, a pipeline's call that fails, another run in
+            ``resume_dir``, or a loss, gradient or λ that is not finite; the error's ``gates`` then holds the last λ
+            that was good.
     """
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
@@ -96,18 +102,24 @@ def learn(
 
     with on_device(pipe, "learn") as device, undisturbed(device):
         task = Task(encoding_once(pipe), prompts, config, device)
-        sites = _removable(network, sites, partial(task.latents, [0], gradients=False))
-        if progress:
-            share = share_reached(network, sites)
-            say(f"learn: gates on units with {share:.0%} of the denoiser's parameters")
-        gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
-        optimizer = _optimizer(gates, config)
-        folder, done = None, 0
+        folder, learned = None, None
         if resume_dir is not None:
             run = describe_run(Identity.of(pipe, vae=False), prompts, config)
             if exclude:  # absent where nothing is excluded: the folders of runs older than this argument stay valid
                 run = run | {"exclude": sorted(exclude)}
             folder = resume.Folder(resume_dir, run)
+            learned = folder.site_names()
+        if learned is None:
+            sites = _removable(network, sites, partial(task.latents, [0], gradients=False))
+        else:  # what was tried as the run began
+            sites = {name: site for name, site in sites.items() if name in learned}
+        if progress:
+            share = share_reached(network, sites)
+            say(f"learn: gates on units with {share:.0%} of the denoiser's parameters")
+        gates = Gates.start(sites, config.log_alpha_start, config.distribution, device)
+        optimizer = _optimizer(gates, config)
+        done = 0
+        if folder is not None:
             done = folder.load_state(gates, optimizer)
             if done > config.updates:
                 raise EcoDiffError(
@@ -115,6 +127,8 @@ def learn(
                 )
         if done < config.updates:
             task.compute_teacher(folder, progress, sites)
+            if check and done == 0 and config.objective == "final":
+                _refuse_inexact(task, sites)
             if progress:
                 say(task.cost(config.updates - done))
             _descend(task, gates, optimizer, done, folder, progress)
@@ -135,6 +149,40 @@ def _removable(network: nn.Module, sites: Mapping[str, Site], run: Callable) -> 
             raise EcoDiffError(f"learn: {said}")
         warnings.warn(f"learn: {said}", stacklevel=3)
     return left
+
+
+def _refuse_inexact(task: Task, sites: Mapping[str, Site]) -> None:
+    """Raise EcoDiffError where the gradient through the loop is not that of the loss (`ecodiff.method.exact`)."""
+    name, config = type(task.pipe).__name__, task.config
+    try:
+        found = measure(task, sites)
+    except torch.OutOfMemoryError:
+        warnings.warn("learn: no memory is left to try whether the gradient is exact; learning goes on.", stacklevel=3)
+        return
+    without = "Pass check=False to learn all the same."
+    if config.checkpoint and config.recompute == "restore" and found["gradient"] > _limit(task, SAME_GRADIENT):
+        raise EcoDiffError(
+            f"learn: the gradient of {name} with time-step checkpointing is off by {found['gradient']:.0%}, since the "
+            f"loop changes something that is not there again in backward: take checkpoint=False. {without}"
+        )
+    if found["open_loss"] > 0.1:
+        raise EcoDiffError(
+            f"learn: with every gate open {name} makes other latents than without gates (loss "
+            f"{found['open_loss']:.2g} in the place of 0), so the loss says nothing about its units. {without}"
+        )
+    # A finite difference of half precision is mostly rounding.
+    if _limit(task, SLOPE) == SLOPE and found["slope"] > SLOPE:
+        raise EcoDiffError(
+            f"learn: the gradient through the loop of {name} is off by {found['slope']:.0%} against a finite "
+            'difference, since the loop cuts a part of it off: take objective="step", or a score that needs no '
+            f"gradient (wanda, obs, occlusion). {without}"
+        )
+
+
+def _limit(task: Task, limit: float) -> float:
+    """A limit for relative differences in fp32, wider where the denoiser computes in half precision."""
+    half = task.config.mixed_precision != "no" or task.denoiser.dtype in (torch.bfloat16, torch.float16)
+    return max(limit, 0.2) if half else limit
 
 
 def _descend(task: Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:
@@ -181,11 +229,15 @@ class Task:
             for prompt in prompts:
                 number = 0 if config.fixed_noise else len(self.samples)
                 self.samples.append((prompt, mix(config.seed, number)))
-        wanted = config.micro_batch_size or config.batch_size
-        # Samples that run together: one by one where the pipeline does not treat a batch as it does single samples.
-        self.size = size_together(wanted, pipe, prompts, output_type="latent", **self.call)
+        self.prompts = prompts
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
+
+    @cached_property
+    def form(self) -> Form:
+        """How samples are given to the pipeline: one by one where it treats a batch otherwise than single samples."""
+        wanted = self.config.micro_batch_size or self.config.batch_size
+        return form_of_samples(wanted, self.pipe, self.prompts, **self.call)
 
     @property
     def call(self) -> dict:
@@ -202,17 +254,25 @@ class Task:
         precision: AbstractContextManager = nullcontext()
         if config.mixed_precision == "bf16":
             precision = torch.autocast(self.device.type, torch.bfloat16)
+        seeds = [self.samples[i][1] for i in indices]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with precision:
-            return final_latents(
+            latents = final_latents(
                 self.pipe,
                 checkpoint=config.checkpoint,
                 keep_last=config.keep_last,
                 gradients=gradients,
                 preserve_rng_state=config.recompute == "restore",
-                generator=[torch.Generator().manual_seed(self.samples[i][1]) for i in indices],
-                **collate([self.samples[i][0] for i in indices]),
+                noise_seed=seeds[0],
+                **self.form.arguments([self.samples[i][0] for i in indices], generators),
                 **self.call,
             ).float()
+        if len(latents) == len(indices):
+            return latents
+        if len(indices) > 1:
+            self.form = Form(1, self.form.bare)
+            raise NotJoined("the loop's latents have other rows than samples")
+        return latents.unsqueeze(0)  # frames, both halves of guidance, or several images of one sample
 
     def compute_teacher(self, folder, progress: bool, sites: Mapping[str, Site]) -> None:
         """Compute z_0 of the unmasked model for all samples (Alg. 1, line 3), or read it from the folder.
@@ -225,13 +285,13 @@ class Task:
             stored = self._timed_teacher(progress, sites)
         self._check_finite(stored[0])
         again = self._comes_out_again(stored[0])
-        if not again and self.size > 1:
+        if not again and self.form.size > 1:
             warnings.warn(
                 f"learn: what {type(self.pipe).__name__} makes of a sample depends on its place in the batch, so "
                 "samples run one by one.",
                 stacklevel=3,
             )
-            self.size = 1
+            self.form = Form(1, self.form.bare)
             if fresh:
                 stored = self._timed_teacher(progress, sites)
             again = self._comes_out_again(stored[0])
@@ -265,7 +325,7 @@ class Task:
         image for each generator, compares a student with the teacher of another noise. The difference is then of the
         size of the latents themselves, and rounding is far below a tenth of that.
         """
-        numbers = list(range(len(self.samples)))[: self.size][::-1]
+        numbers = list(range(len(self.samples)))[: self.form.size][::-1]
         again = self.latents(numbers, gradients=False).to(teacher.device)
         difference = (again - teacher[numbers]).square().mean()
         return bool(difference <= 0.1 * teacher.var())
@@ -282,7 +342,7 @@ class Task:
             bar.update(len(numbers))
 
         with progress_bar(total=len(self.samples), desc="teacher", progress=progress) as bar:
-            in_batches(range(len(self.samples)), self.size, run)
+            in_batches(range(len(self.samples)), self.form.size, run)
         return torch.cat(parts)
 
     def cost(self, updates: int) -> str:
@@ -322,7 +382,7 @@ class Task:
         # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(mix(config.seed, update))
-            in_batches(batch, self.size, add)
+            in_batches(batch, self.form.size, add)
 
         # Eq. 2: the loss is the reconstruction plus β times the regulariser. Gradients of both add up in λ.
         prices = prices_of_open_gates(gates, config.regulariser)

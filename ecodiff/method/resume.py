@@ -57,6 +57,12 @@ class Folder:
                 tensors[f"optimizer/{slot}/{names[parameter]}"] = torch.as_tensor(value)
         self._write("state.safetensors", tensors, {"history": gates.history})
 
+    def site_names(self) -> set[str] | None:
+        """Names of the sites whose λ is on disk; None where no update was saved yet."""
+        tensors, _ = self._read("state.safetensors")
+        names = {key.partition("/")[2] for key in tensors if key.startswith("log_alpha/")}
+        return names or None
+
     def load_state(self, gates, optimizer: torch.optim.Optimizer) -> int:
         """Bring gates and optimiser to the state on disk; returns the number of updates done (0 without a state)."""
         tensors, metadata = self._read("state.safetensors")

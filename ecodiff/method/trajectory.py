@@ -12,25 +12,35 @@ place of ``T``. Only the denoiser is recomputed, so multi-step and stochastic sc
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.endings import Watch, count_steps, last_latents
 from ecodiff.pipelines.forward_hooks import eagerly, replaced_forward
 from ecodiff.pipelines.parts import denoiser as find_denoiser
 from ecodiff.pipelines.parts import sampling_loop
-from ecodiff.pipelines.running import count_steps, frozen, private_copy
+from ecodiff.pipelines.running import frozen, private_copy
 
-from .checkpointing import frozen_inside, kept, recomputed
+from .checkpointing import Settings, frozen_inside, kept, recomputed
 from .hooks import OpenGates
 
 
 def prediction(output) -> Tensor:
-    """The tensor that a denoiser's call predicts: what it returned, or the first part of it."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The tensor that a denoiser's call predicts: what it returned, or the first part of it.
+
+    Some denoisers return a list of tensors, one a sample; these become one vector.
+    """
+    first = output if isinstance(output, Tensor) else output[0]
+    if isinstance(first, Tensor):
+        return first
+    return torch.cat([leaf.flatten() for leaf in tree_leaves(first) if isinstance(leaf, Tensor)])
 
 
 def final_latents(
@@ -41,6 +51,7 @@ def final_latents(
     keep_last: int = 1,
     gradients: bool = True,
     preserve_rng_state: bool = True,
+    noise_seed: int | None = None,
     **call_kwargs,
 ) -> Tensor:
     """Final latents ``z_0`` of the pipeline's own sampling loop (Eq. 1), with gradients.
@@ -52,7 +63,8 @@ def final_latents(
     Call ``backward`` while the gates are still applied: a checkpointed call runs again then.
 
     Args:
-        pipe: a diffusers pipeline whose call can return latents (``output_type="latent"``).
+        pipe: a diffusers pipeline. Where its call cannot return latents (``output_type="latent"``), the sample that
+            its scheduler made last is taken (`ecodiff.pipelines.endings`).
         prompt: prompt(s); leave out when the call takes something else (``prompt_embeds=...``, ``class_labels=...``).
         checkpoint: recompute each denoiser call during backward (§2.3). Gradients stay the same bit for bit.
         keep_last: steps at the end of the loop whose calls keep their activations: each saves one recomputation. The
@@ -63,28 +75,25 @@ def final_latents(
         preserve_rng_state: recompute with torch's random state of the first pass. False lets noise drawn inside the
             denoiser be drawn anew, as the authors' code does: the gradient then belongs to another trajectory (for
             study only).
+        noise_seed: what the loop draws from torch's own random state, because it passes no generator on, is drawn from
+            this seed; what is drawn inside the denoiser is not affected. None leaves torch's random state alone.
         **call_kwargs: further arguments of the pipeline's call: ``num_inference_steps``, ``generator``, ...
 
     Returns:
-        Latents as the pipeline lays them out, [N, C, H, W] for U-Nets, packed [N, tokens, channels] for FLUX.
+        Latents as the pipeline lays them out, [N, C, H, W] for U-Nets, packed [N, tokens, channels] for FLUX; where it
+        makes video and sound, each sample's numbers of both as one vector.
 
     Raises:
-        EcoDiffError: the pipeline cannot return latents, ``keep_last`` is negative, nothing in the denoiser requires
-            gradients, or the loop of this pipeline and scheduler does not pass gradients on. In backward: a tensor
-            inside the denoiser requires gradients and is none of the gates.
+        EcoDiffError: the pipeline's call fails or makes no latents, ``keep_last`` is negative, nothing in the denoiser
+            requires gradients, or the loop of this pipeline and scheduler does not pass gradients on. In backward: a
+            tensor inside the denoiser requires gradients and is none of the gates.
     """
     if keep_last < 0:
         raise EcoDiffError(
             f"keep_last={keep_last} is negative: give the number of last steps that keep their activations."
         )
     call = sampling_loop(pipe)
-    ours = {"output_type": "latent", "return_dict": False}
-    lacking = sorted(ours.keys() - inspect.signature(call).parameters.keys())
-    if lacking:
-        raise EcoDiffError(
-            f"{type(pipe).__name__} has no argument {lacking[0]!r}: its sampling loop cannot return final latents."
-        )
-    doubled = sorted(ours.keys() & call_kwargs.keys())
+    doubled = sorted({"output_type", "return_dict"} & call_kwargs.keys())
     if doubled:
         raise EcoDiffError(f"final_latents sets {doubled[0]!r} itself: leave it out of the arguments.")
     if prompt is not None:
@@ -99,6 +108,9 @@ def final_latents(
     denoiser, scheduler = find_denoiser(pipe), runner.scheduler
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     watch, gates = count_steps(scheduler), OpenGates(denoiser)
+    settings = Settings(denoiser) if gradients and checkpoint else None
+    seen = {"gradients": False, "without_grad": False}
+    own_noise = _OwnNoise(noise_seed, denoiser)
 
     def wrap(forward):
         def frozen_forward(*args, **kwargs):  # here too, because recomputation happens after final_latents returned
@@ -108,14 +120,16 @@ def final_latents(
         @wraps(forward)
         def step(*args, **kwargs):
             # A loop that switches gradients off by itself gives latents without a graph: told apart from "no gates".
-            watch["without_grad"] |= gradients and not torch.is_grad_enabled()
-            if not gradients:
-                result = frozen_forward(*args, **kwargs)
-            elif checkpoint and watch["steps"] < len(scheduler.timesteps) - keep_last:
-                result = recomputed(frozen_forward, gates, *args, preserve_rng_state=preserve_rng_state, **kwargs)
-            else:
-                result = kept(frozen_forward, gates, *args, **kwargs)
-            watch["gradients"] |= prediction(result).requires_grad
+            seen["without_grad"] |= gradients and not torch.is_grad_enabled()
+            with own_noise.aside():
+                if not gradients:
+                    result = frozen_forward(*args, **kwargs)
+                elif checkpoint and watch.steps < len(scheduler.timesteps) - keep_last:
+                    kwargs |= {"settings": settings, "preserve_rng_state": preserve_rng_state}
+                    result = recomputed(frozen_forward, gates, *args, **kwargs)
+                else:
+                    result = kept(frozen_forward, gates, *args, **kwargs)
+            seen["gradients"] |= prediction(result).requires_grad
             return result
 
         return step
@@ -126,25 +140,76 @@ def final_latents(
         frozen(*modules),
         frozen_inside(denoiser),
         replaced_forward(denoiser, wrap),
+        own_noise,
     ):
         try:
-            latents = call(runner, **ours, **call_kwargs)[0]
-        except RuntimeError as error:
-            if gradients and "requires grad" in str(error):  # .numpy() or an in-place write on a tensor of the graph
-                raise EcoDiffError(f"The sampling loop of {where} is not differentiable: {error}") from error
+            latents = last_latents(runner, watch, call, call_kwargs)
+        except EcoDiffError as error:
+            if gradients and "requires grad" in str(error.__cause__):  # .numpy() or an in-place write on its tensors
+                raise EcoDiffError(f"The sampling loop of {where} is not differentiable: {error.__cause__}") from error
             raise
-    if not isinstance(latents, Tensor):
-        raise EcoDiffError(f"{where} returned {type(latents).__name__}, not a tensor of latents.")
     if gradients and not latents.requires_grad:
         # Predictions had gradients and the latents have none: the loop cut them off. Else no gate made a prediction.
-        if watch["gradients"] or watch["without_grad"]:
-            raise EcoDiffError(
-                f"The sampling loop of {where} is not differentiable: take another scheduler, or gradients=False."
-            )
+        if seen["gradients"] or seen["without_grad"]:
+            raise EcoDiffError(f"The sampling loop of {where} is not differentiable: {_advice(watch, seen)}.")
         raise EcoDiffError(
             "Nothing in the denoiser requires gradients: apply gates made from λ first, or set gradients=False."
         )
     return latents
+
+
+def _advice(watch: Watch, seen: dict) -> str:
+    """Who cuts gradients off, and what can be done then."""
+    if watch.cut and not seen["without_grad"]:
+        return "its scheduler cuts gradients off, so take another scheduler, or gradients=False"
+    return (
+        'the loop itself cuts gradients off, with any scheduler, so take objective="step", whose gradient passes '
+        "through single calls, or a score that needs no gradient (wanda, obs, occlusion)"
+    )
+
+
+class _OwnNoise:
+    """Torch's own random state for a sampling loop: one that begins with a seed, beside that of its denoiser's calls.
+
+    A loop that passes no generator on draws from torch's own state. With a seed it draws the same noise each time,
+    however much is drawn inside the denoiser in between, such as gates.
+    """
+
+    def __init__(self, seed: int | None, denoiser: nn.Module):
+        self.seed = seed
+        self.tensors = [next(denoiser.parameters())]
+        self.inside: tuple | None = None
+
+    def _state(self) -> tuple:
+        return torch.get_rng_state(), *get_device_states(*self.tensors)
+
+    def _set(self, state: tuple) -> None:
+        torch.set_rng_state(state[0])
+        set_device_states(*state[1:])
+
+    def __enter__(self) -> None:
+        if self.seed is not None:
+            self.inside = self._state()
+            torch.manual_seed(self.seed)
+
+    def __exit__(self, *error) -> None:
+        if self.inside is not None:
+            self._set(self.inside)
+            self.inside = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, the random state is that of the denoiser's calls."""
+        if self.inside is None:
+            yield
+            return
+        outside = self._state()
+        self._set(self.inside)
+        try:
+            yield
+        finally:
+            self.inside = self._state()
+            self._set(outside)
 
 
 def _stay() -> None:

@@ -1,64 +1,100 @@
 """Several samples in one call, where each is what it is alone.
 
-`together` tries whether a pipeline treats the samples of a batch as it treats single ones; `in_batches` runs them
-together or one by one.
+`form_of_samples` tries whether a pipeline treats the samples of a batch as it treats single ones; `in_batches` runs
+them together or one by one.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from ecodiff.errors import EcoDiffError
+
+from .endings import failed, hands_out_latents
 from .forward_hooks import eagerly
-from .parts import denoiser, experts
-from .prompts import NotJoined, alike, collate, differ, fits, near
+from .parts import denoiser, experts, sampling_loop
+from .prompts import NotJoined, alike, collate, collate_bare, differ, fits, near
 from .running import private_copy
 
 
-def together(runner, prompts: Sequence, **call) -> bool:
-    """Whether a call for several prompts tells the denoiser, for each, what a call for that prompt alone does.
+@dataclass(frozen=True)
+class Form:
+    """How samples are given to a pipeline's call: so many together, or one by one, in lists or bare.
 
-    This is tried on two of them, the shortest and the longest, up to the denoiser's first call, which is not made: what
+    size: samples in one call.  bare: a sample by itself, its prompt a string and not a list of one, its generator not
+    in a list; there are pipelines that take nothing else.
+    """
+
+    size: int
+    bare: bool = False
+
+    def arguments(self, prompts: list, generators: list) -> dict:
+        """The arguments of one call for these samples: what `collate` makes of the prompts, and their generators."""
+        if self.bare:
+            return {**collate_bare(prompts[0]), "generator": generators[0]}
+        return {**collate(prompts), "generator": generators}
+
+
+def form_of_samples(wanted: int, runner, prompts: Sequence, **call) -> Form:
+    """How samples are given to this pipeline, ``wanted`` in one call where that is right.
+
+    That is tried on two of them, the shortest and the longest, up to the denoiser's first call, which is not made: what
     it is given for both must be what it is given for each. Where it is not, the prompts have to run one by one; a
     warning says so, for that takes longer. ``runner``: `encoding_once` of a pipeline. ``call``: further arguments of
     its call.
+
+    Raises EcoDiffError where the pipeline's call does not get as far as its denoiser with one of the prompts.
     """
-    if len(prompts) < 2:
-        return True
     by_size = sorted(prompts, key=_size)
     others = [prompt for prompt in by_size if differ(prompt, by_size[0])] or by_size
     pair = [by_size[0], others[-1]]
     runner = private_copy(runner)
+    call = {"output_type": "latent", **call}
+    lists = Form(1)
     try:
-        first, second = (_first_call(runner, [prompt], [seed], call) for seed, prompt in enumerate(pair))
-    except Exception:  # noqa: BLE001 (whatever a pipeline's own code may raise)
-        return True  # not even one prompt runs, and the call itself will say why
+        first = _first_call(runner, lists, pair[:1], [0], call)
+    except Exception as error:  # noqa: BLE001 (whatever a pipeline's own code may raise)
+        bare = Form(1, bare=True)
+        try:
+            _first_call(runner, bare, pair[:1], [0], call)
+        except Exception:  # noqa: BLE001
+            if isinstance(error, EcoDiffError):
+                raise
+            raise failed(runner, error) from error
+        if wanted > 1 and len(prompts) > 1:
+            _say_one_by_one(runner, f"it takes one prompt a call ({_line(error)})")
+        return bare
+    if wanted < 2 or len(prompts) < 2:
+        return lists
     reason = ""
     try:
-        both = _first_call(runner, pair, [0, 1], call)
+        second = _first_call(runner, lists, pair[1:], [1], call)
+        both = _first_call(runner, Form(2), pair, [0, 1], call)
     except Exception as error:  # noqa: BLE001
-        reason = f" ({error})"
+        reason = f" ({_line(error)})"
     else:
         if both is None or _same_samples(first, second, both):
-            return True
-    name = type(runner).__name__
+            return Form(wanted)
+    _say_one_by_one(runner, f"in a batch the denoiser would not be told of each what it is told of it alone{reason}")
+    return lists
+
+
+def _say_one_by_one(runner, why: str) -> None:
     warnings.warn(
-        f"{name}: prompts run one by one, which takes longer, since in a batch the denoiser would not be told of each "
-        f"what it is told of it alone{reason}.",
-        stacklevel=4,  # past `size_together` and who calls it
+        f"{type(runner).__name__}: prompts run one by one, which takes longer, since {why}.",
+        stacklevel=4,  # past `form_of_samples` and who calls it
     )
-    return False
 
 
-def size_together(wanted: int, runner, prompts: Sequence, **call) -> int:
-    """How many samples run in one call: ``wanted`` where they may run `together`, else 1."""
-    if wanted > 1 and not together(runner, prompts, **call):
-        return 1
-    return wanted
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0][:200]
 
 
 def _size(prompt: str | Mapping) -> int:
@@ -79,18 +115,21 @@ class _Stopped(Exception):
 
 
 @torch.no_grad()
-def _first_call(runner, prompts: list, seeds: list[int], call: Mapping):
+def _first_call(runner, form: Form, prompts: list, seeds: list[int], call: Mapping):
     """The arguments of the denoiser's first call, (args, kwargs); None where the loop ends without one."""
 
     def stop(module, args, kwargs):
         raise _Stopped(args, kwargs)
 
     networks = experts(denoiser(runner))
+    known = dict(call)
+    if known["output_type"] == "latent" and not hands_out_latents(sampling_loop(runner)):
+        del known["output_type"]
     handles = [network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for network in networks]
     try:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with eagerly(), torch.random.fork_rng([]):  # a trial must not change what is drawn without a generator
-            runner(generator=generators, **collate(prompts), **call)
+            runner(**form.arguments(prompts, generators), **known)
     except _Stopped as stopped:
         return stopped.args
     finally:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ecodiff.errors import EcoDiffError
 
+from .endings import FAULTS
 from .forward_hooks import replaced_forward
 from .parts import one_denoiser, sampling_loop
 from .prompts import NotJoined, collate, differ, joined, joining_rule
@@ -88,13 +89,20 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
             loop(runner, generator=generators if len(prompts) > 1 else generators[0], **arguments)
         except _FirstCall as first:
             told = first.args[0]
-        except ValueError as error:  # what the pipeline's own check of its arguments raises
+        except EcoDiffError:
+            raise
+        except FAULTS as error:  # such as what the pipeline's own check of its arguments raises
             raise EcoDiffError(f"{type(pipe).__name__} cannot draw {prompt!r} at {list(size)}: {error}") from error
     latents = told.pop(next(iter(told), ""), ())  # a denoiser's first argument
-    if len(latents) != len(prompts):
+    if not isinstance(latents, Tensor) or len(latents) != len(prompts):
         raise EcoDiffError(f"{type(pipe).__name__} does not call its denoiser with one prompt by itself.")
     # The first step need not be at full noise. Pipelines tell the time in units of their own (FLUX in 0 … 1), so
     # it is scaled by what the scheduler calls it.
+    if not isinstance(told.get("timestep"), Tensor):
+        raise EcoDiffError(
+            f"{type(pipe).__name__} does not tell its denoiser the time as an argument called timestep, so it cannot "
+            "be trained by itself here: leave it as it is pruned, or train it with its own script."
+        )
     time, scheduler = told.pop("timestep").flatten()[0].item(), runner.scheduler
     full_time = time / scheduler.timesteps[0].item() * scheduler.config.num_train_timesteps
     kept = {name: value for name, value in told.items() if value is not None and name != "return_dict"}

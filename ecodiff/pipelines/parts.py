@@ -12,6 +12,8 @@ from torch import nn
 from ecodiff.errors import EcoDiffError
 
 _DENOISER_NAMES = ("unet", "transformer")
+# Of pipelines that have none of these: priors, and decoders of images from a prior's embeddings.
+_OTHER_NAMES = ("prior", "decoder")
 _FURTHER_EXPERT = re.compile(r"(unet|transformer)_\w+")
 
 
@@ -113,15 +115,27 @@ def named_experts(network: nn.Module) -> dict[str, nn.Module]:
 def denoisers(pipe) -> dict[str, nn.Module]:
     """The networks that the sampling loop calls at its steps, {name of the component: network}.
 
-    There is one in most pipelines, and two in Wan 2.2. Raises EcoDiffError where there is none under a name that is
-    known here.
+    There is one in most pipelines, and two in Wan 2.2. Where it has a name of its own, ``pipe.denoiser_name = "net"``
+    says which component it is. Raises EcoDiffError where there is none under a name that is known here.
     """
+    named = getattr(pipe, "denoiser_name", None)
+    if named is not None:
+        network = getattr(pipe, named, None)
+        if not isinstance(network, nn.Module):
+            raise EcoDiffError(
+                f"{type(pipe).__name__}: denoiser_name says {named!r}, which is no network of this pipeline."
+            )
+        return {named: plain_module(network)}
     components = getattr(pipe, "components", None) or {}
     further = [name for name in components if _FURTHER_EXPERT.fullmatch(name)]
     found = {}
     for name in (*_DENOISER_NAMES, *further):
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):
+            found[name] = plain_module(network)
+    for name in _OTHER_NAMES:
+        network = getattr(pipe, name, None)
+        if not found and isinstance(network, nn.Module):
             found[name] = plain_module(network)
     if not found:
         networks = []
@@ -130,7 +144,8 @@ def denoisers(pipe) -> dict[str, nn.Module]:
                 networks.append(f"{name} ({type(part).__name__})")
         raise EcoDiffError(
             f"{type(pipe).__name__} has no denoiser that is known here: expected a component called "
-            f"{' or '.join(_DENOISER_NAMES)}, but its networks are {', '.join(networks) or 'none'}."
+            f"{' or '.join(_DENOISER_NAMES)}, but its networks are {', '.join(networks) or 'none'}. Say which it is by "
+            'pipe.denoiser_name = "its name".'
         )
     # Without a boundary, Wan's loop never leaves the first expert.
     if len(found) > 1 and getattr(pipe, "config", {}).get("boundary_ratio", 0) is None:
@@ -169,6 +184,8 @@ def with_denoiser(pipe, network: nn.Module):
     given = {key: parts.get(key, pipe.config.get(key)) for key in arguments if key in {*parts, *pipe.config}}
     result = type(pipe)(**given)
     result._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    if getattr(pipe, "denoiser_name", None) is not None:
+        result.denoiser_name = pipe.denoiser_name
     if getattr(pipe, "_all_hooks", None):
         result.enable_model_cpu_offload(device=pipe._offload_device)
     return result

@@ -24,8 +24,14 @@ from .contents import Undescribed, describe
 def checked_prompts(prompts, caller: str) -> list:
     """The prompts as a list, also those of a numpy array or a pandas series.
 
-    Raises EcoDiffError where there is none, one is empty or neither a string nor a mapping, or their forms differ.
+    A whole number is so many samples of a pipeline that takes no prompt, told apart by their noise alone: as many empty
+    mappings. Raises EcoDiffError where there is none, one is empty or neither a string nor a mapping, or their forms
+    differ.
     """
+    if isinstance(prompts, int) and not isinstance(prompts, bool) and prompts > 0:
+        return [{} for _ in range(prompts)]
+    if isinstance(prompts, list) and prompts and all(prompt == {} for prompt in prompts):
+        return prompts  # that were made of a number
     if hasattr(prompts, "tolist"):  # numpy, pandas, torch
         prompts = prompts.tolist()
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
@@ -64,6 +70,13 @@ def collate(prompts: list) -> dict:
         values = [prompt[key] for prompt in prompts]
         arguments[key] = torch.cat(values) if isinstance(values[0], Tensor) else values
     return arguments
+
+
+def collate_bare(prompt: str | Mapping) -> dict:
+    """Arguments of one call for one prompt: what `collate` makes of it without its lists of one entry."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    return dict(prompt)
 
 
 class NotJoined(EcoDiffError):

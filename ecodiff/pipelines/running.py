@@ -104,6 +104,11 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 def private_copy(pipe):
     """The pipeline with the same components but its own attributes and scheduler: its runs leave ``pipe`` as it is."""
     runner = object.__new__(type(pipe))
+    if getattr(pipe, "scheduler", None) is None:
+        raise EcoDiffError(
+            f"{type(pipe).__name__} has no component called scheduler, so it is not known where its steps are: take a "
+            "pipeline with one sampling loop, such as the prior or the decoder of a combined one."
+        )
     scheduler = copy.copy(pipe.scheduler)  # not deep: a scheduler that has run may hold tensors of a graph
     for name, value in vars(scheduler).items():
         if isinstance(value, list):
@@ -112,17 +117,3 @@ def private_copy(pipe):
     bar = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     runner.__dict__.update(vars(pipe), scheduler=scheduler, _progress_bar_config=bar)
     return runner
-
-
-def count_steps(scheduler) -> dict:
-    """Make this (private) scheduler count its steps; the record is returned, for the denoiser's wrapper to complete."""
-    watch = {"steps": 0, "gradients": False, "without_grad": False}
-    step = scheduler.step
-
-    @wraps(step)  # pipelines look at the signature to see whether it takes eta and a generator
-    def counted(*args, **kwargs):
-        watch["steps"] += 1
-        return step(*args, **kwargs)
-
-    scheduler.step = counted
-    return watch

@@ -31,6 +31,7 @@ from ecodiff.method.layers import is_depthwise
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
 from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining
+from ecodiff.pipelines.endings import FAULTS
 from ecodiff.pipelines.parts import one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
 from ecodiff.pipelines.running import in_words, on_device, without_adapters
@@ -122,8 +123,17 @@ class Task:
         """The objective for these images, a scalar; noise and time steps come from the generator."""
         condition = join([self.conditions[i] for i in indices], self.rule)
         bf16 = self.config.mixed_precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+                return self.loss_of(self.network, self.latents[list(indices)], condition, generator)
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:
+            raise EcoDiffError(
+                f"retrain: {type(self.network).__name__} cannot be trained by itself on the objective that its "
+                f"scheduler "
+                f"names ({type(error).__name__}: {error}): leave it as it is pruned, or train it with its own script."
+            ) from error
 
     def backward(self, step: int) -> float:
         """The loss of a step, whose gradient is left in the weights."""
@@ -217,9 +227,15 @@ def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
 
 
 def _latents(pipe, pictures: Tensor, device: torch.device) -> Tensor:
-    """Latents of uint8 images, in fp32. Raises EcoDiffError where they are not finite."""
+    """Latents of uint8 images, in fp32. Raises EcoDiffError where there are none, or they are not finite."""
     pixels = pictures.to(device).float() / 127.5 - 1  # a VAE reads values from -1 to 1
-    latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
+    try:
+        latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
+    except FAULTS as error:  # a VAE of videos or sound, one without a distribution, or none
+        raise EcoDiffError(
+            f"retrain: {type(pipe).__name__} does not encode pictures by a VAE of images ({error}), so it cannot be "
+            "trained on them here: leave it as it is pruned, or train it with its own script."
+        ) from error
     if not torch.isfinite(latents).all():
         raise EcoDiffError(f"{type(pipe).__name__}: its VAE gives latents that are not finite; give it a wider dtype.")
     return latents

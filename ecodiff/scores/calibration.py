@@ -18,12 +18,13 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.carried import refuse_elsewhere
 from ecodiff.method.layers import channel_axis
 from ecodiff.method.sites import Site, Span, sites_but
-from ecodiff.pipelines.batches import in_batches, size_together
+from ecodiff.pipelines.batches import form_of_samples, in_batches
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
+from ecodiff.pipelines.endings import Watch, count_steps, last_latents
 from ecodiff.pipelines.forward_hooks import hooked
 from ecodiff.pipelines.parts import denoiser, named_experts
-from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
-from ecodiff.pipelines.running import count_steps, frozen, private_copy, without_adapters
+from ecodiff.pipelines.prompts import checked_prompts, encoding_once, mix
+from ecodiff.pipelines.running import frozen, private_copy, without_adapters
 from ecodiff.progress import progress_bar
 
 KINDS = ("attention", "feed_forward")
@@ -59,11 +60,11 @@ class Clock:
     """Where a running trajectory is: in scheduler step ``step`` of ``steps``, 0 the noisiest."""
 
     scheduler: Any = None
-    watch: dict = field(default_factory=lambda: {"steps": 0})
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def step(self) -> int:
-        return self.watch["steps"]
+        return self.watch.steps
 
     @property
     def steps(self) -> int:
@@ -104,19 +105,19 @@ def draw(
     clock = clock or Clock()
     clock.scheduler, clock.watch = runner.scheduler, count_steps(runner.scheduler)
 
-    parts = []
+    parts: list[Tensor] = []
     bar = progress_bar(total=len(prompts), desc=label, progress=sampling.progress)
-    settings = {"num_inference_steps": sampling.num_inference_steps, "output_type": "latent", "return_dict": False}
+    settings: dict = {"num_inference_steps": sampling.num_inference_steps}
     if sampling.guidance_scale is not None:
         settings["guidance_scale"] = sampling.guidance_scale
     settings |= sampling.call
 
     def run(numbers: list[int]) -> None:
-        clock.watch["steps"] = 0  # the count goes on from trajectory to trajectory
         # A generator for each, so that neither batch size nor order changes the noise of a prompt.
         generators = [torch.Generator().manual_seed(mix(sampling.seed, i)) for i in numbers]
-        latents = runner(generator=generators, **collate([prompts[i] for i in numbers]), **settings)[0]
-        if not isinstance(latents, Tensor) or not torch.isfinite(latents).all():
+        arguments = {**form.arguments([prompts[i] for i in numbers], generators), **settings}
+        latents = last_latents(runner, clock.watch, type(pipe).__call__, arguments)
+        if not torch.isfinite(latents).all():
             raise EcoDiffError(
                 f"{type(pipe).__name__} returned no finite latents: check its weights, dtype and guidance."
             )
@@ -130,12 +131,12 @@ def draw(
         each_call(Call(clock.step, args, kwargs, output, network))
 
     with torch.no_grad(), frozen(*modules), bar:
-        size = size_together(sampling.batch_size, runner, prompts, **settings)
+        form = form_of_samples(sampling.batch_size, runner, prompts, **settings)
         with hooked(denoiser(pipe), label) as hooks:
             if each_call:
                 for name, network in named_experts(denoiser(pipe)).items():
                     hooks.after(name, partial(see, network=network), site=type(network).__name__)
-            in_batches(range(len(prompts)), size, run)
+            in_batches(range(len(prompts)), form.size, run)
     return torch.cat(parts)
 
 

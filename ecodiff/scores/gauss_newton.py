@@ -25,9 +25,9 @@ from torch import Tensor
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.trajectory import final_latents
-from ecodiff.pipelines.batches import in_batches, size_together
+from ecodiff.pipelines.batches import form_of_samples, in_batches
 from ecodiff.pipelines.parts import denoiser
-from ecodiff.pipelines.prompts import checked_prompts, collate, encoding_once, mix
+from ecodiff.pipelines.prompts import checked_prompts, encoding_once, mix
 from ecodiff.pipelines.running import not_half, placed
 from ecodiff.progress import progress_bar
 
@@ -62,12 +62,12 @@ def scores(
 
     def add(numbers: list[int]) -> None:
         gates = gates_of_samples(model, sites, len(numbers))
+        generators = [torch.Generator().manual_seed(mix(settings.seed, i)) for i in numbers]
         with apply_gates(model, gates, sites):
             latents = final_latents(
                 pipe,
                 keep_last=keep_last,
-                generator=[torch.Generator().manual_seed(mix(settings.seed, i)) for i in numbers],
-                **collate([prompts[i] for i in numbers]),
+                **form.arguments([prompts[i] for i in numbers], generators),
                 **call,
             ).float()
             for probe in range(probes):
@@ -82,8 +82,8 @@ def scores(
         bar.update(len(numbers))
 
     with progress_bar(total=len(prompts), desc="gauss-newton", progress=settings.progress) as bar:
-        size = size_together(settings.batch_size, pipe, prompts, output_type="latent", **call)
-        in_batches(range(len(prompts)), size, add)
+        form = form_of_samples(settings.batch_size, pipe, prompts, **call)
+        in_batches(range(len(prompts)), form.size, add)
     # √(π/2) turns the mean modulus into ‖J_j‖, see above.
     return {name: math.sqrt(math.pi / 2) * total / (len(prompts) * probes) for name, total in totals.items()}
 

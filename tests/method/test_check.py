@@ -8,7 +8,6 @@ import torch
 from tiny import PROMPTS, QUICK, TINY, quiet, sized, tiny_sd
 
 import ecodiff
-from ecodiff import EcoDiffError
 
 
 @pytest.mark.slow
@@ -80,7 +79,7 @@ def test_a_sample_that_depends_on_its_place_runs_alone():
     assert gates.history[0]["reconstruction"] < 1
 
 
-def test_a_loop_that_draws_by_itself_is_refused():
+def test_a_loop_that_draws_without_a_generator_gets_the_noise_of_each_sample():
     pipe = tiny_sd()
 
     class Drawing(type(pipe.scheduler)):
@@ -89,5 +88,8 @@ def test_a_loop_that_draws_by_itself_is_refused():
             return (result[0] + 3 * torch.randn_like(result[0]), *result[1:])
 
     pipe.scheduler = Drawing.from_config(pipe.scheduler.config)
-    with pytest.raises(EcoDiffError, match="something else of the same sample each time"):
-        quiet(pipe, config=replace(QUICK, updates=1))
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="depends on its place"):
+        gates = quiet(pipe, config=replace(QUICK, updates=1, log_alpha_start=12.0, weight=0.0))
+    assert gates.history[0]["reconstruction"] == 0
+    assert torch.equal(torch.get_rng_state(), before)

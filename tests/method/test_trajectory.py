@@ -248,8 +248,17 @@ def test_clear_errors():
 
     class NoLatents(type(pipe)):
         def __call__(self, prompt):
-            raise AssertionError
+            self.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 12, 32))
+            return ["a picture"]
 
     pipe.__class__ = NoLatents
-    with pytest.raises(EcoDiffError, match="NoLatents has no argument"):
+    with pytest.raises(EcoDiffError, match="NoLatents with .* returned str.* calls no step of its scheduler"):
+        final_latents(pipe, "a cat", gradients=False)
+
+    class Failing(type(pipe)):
+        def __call__(self, prompt):
+            raise KeyError("size")
+
+    pipe.__class__ = Failing
+    with pytest.raises(EcoDiffError, match="The call of Failing fails .*KeyError"):
         final_latents(pipe, "a cat")

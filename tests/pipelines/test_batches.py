@@ -14,7 +14,7 @@ import ecodiff
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.trajectory import final_latents
 from ecodiff.pipelines import conditioning
-from ecodiff.pipelines.batches import in_batches, together
+from ecodiff.pipelines.batches import form_of_samples, in_batches
 from ecodiff.pipelines.prompt_files import read_prompts
 from ecodiff.pipelines.prompts import NotJoined, checked_prompts, encoding_once
 from ecodiff.pipelines.running import private_copy
@@ -209,14 +209,14 @@ def test_known_pipelines_run_together_without_a_word(name):
     call = {k: v for k, v in call_kwargs(pipe).items() if k not in ("prompt", "generator")}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert together(encoding_once(pipe), PROMPTS, **call)
+        assert form_of_samples(4, encoding_once(pipe), PROMPTS, **call).size == 4
 
 
 def test_trying_calls_no_denoiser_and_encodes_one_pair_more():
     pipe, calls = tiny_sd(), []
     pipe.unet.register_forward_hook(lambda *args: calls.append("unet"))
     pipe.text_encoder.register_forward_hook(lambda *args: calls.append(len(args[2][0])))
-    assert together(encoding_once(pipe), PROMPTS, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    assert form_of_samples(4, encoding_once(pipe), PROMPTS, num_inference_steps=1, guidance_scale=1.0).size == 4
     assert calls == [1, 1, 2]
 
 
