@@ -26,7 +26,7 @@ _HOMES = {
     "method.learn": ("learn",),
     "method.check": ("check",),
     "method.mask": ("make_mask",),
-    "method.surgery": ("prune", "save"),
+    "method.surgery": ("prune", "mask_of", "save"),
     "method.generate": ("generate",),
     "scores.compensation": ("prune_adapted",),
     "retraining.config": ("RetrainConfig",),
