@@ -236,7 +236,8 @@ def _check_exact(state_dict, whole: Collection[str], nothing_left: Collection[st
         removed = {side for side in (0, 1) if (layer, side) in original.entries}
         if kronecker and removed and (layer in whole or layer in nothing_left):
             raise EcoDiffError(
-                f"This LoKr was made for the original of this {name}: the product for {layer!r} cannot be cut. {_INSTEAD}"
+                f"This LoKr was made for the original of this {name}: the product for {layer!r} cannot be cut. "
+                f"{_INSTEAD}"
             )
         if part and part["part"] == "lora_magnitude_vector" and 1 in removed and layer in whole:
             raise EcoDiffError(

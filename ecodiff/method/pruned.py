@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
