@@ -11,6 +11,7 @@ model class Xxx; with it and `ModelMixin` here, plain `DiffusionPipeline.from_pr
 
 from __future__ import annotations
 
+from . import stock as _stock
 from .lazy import names_of
 
 _HOMES = {
@@ -29,9 +30,11 @@ _HOMES = {
     "method.surgery": ("prune", "mask_of", "save"),
     "method.generate": ("generate",),
     "scores.compensation": ("prune_adapted",),
+    "method.published": ("published", "import_published"),
     "retraining.config": ("RetrainConfig",),
     "retraining.retrain": ("retrain",),
 }
+_stock.tell_diffusers()
 _named, __dir__, __all__ = names_of(__name__, _HOMES)
 
 

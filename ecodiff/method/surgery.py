@@ -154,7 +154,7 @@ def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
             "says where they are: load the pipeline with them."
         )
     with init_empty_weights():
-        pruned = _pruned_like(type(denoiser)).from_config(dict(denoiser.config))
+        pruned = pruned_like(type(denoiser)).from_config(dict(denoiser.config))
     # The state dict says which tensors to load; where offloading keeps them elsewhere their values are in `tensors`.
     state = {}
     for name, value in denoiser.state_dict().items():
@@ -258,7 +258,7 @@ def save(pipe, save_directory: str | os.PathLike, *args, **kwargs) -> None:
     whole(type(pipe).save_pretrained)(pipe, save_directory, *args, **kwargs)
 
 
-def _pruned_like(cls: type) -> Any:
+def pruned_like(cls: type) -> Any:
     """The pruned class for a denoiser's class.
 
     For a user's subclass of a diffusers class it is a subclass of both, so that the user's own methods act in the
