@@ -221,7 +221,7 @@ def _local_config(path, subfolder=None):
 _OF_HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-def _config(cls: type, path, options: dict):
+def _config(cls, path, options: dict):
     """The config of a folder, or of a Hub id, which from_pretrained reads anyway; None where there is none."""
     if path is None or os.path.isdir(path) or os.path.isfile(path):
         return _local_config(path, options.get("subfolder"))

@@ -15,10 +15,10 @@ import inspect
 import re
 import types
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
@@ -41,7 +41,7 @@ _SPLIT_INTO_HEADS = re.compile(r"^(to|add)_(q|k|v)")
 _SIDES = {"out": 0, "in": 1}  # a side of a layer -> the dimension of its weight
 
 
-def guarded_methods(base: type) -> dict:
+def guarded_methods(base: Any) -> dict:
     """{name: method} for the pruned class of ``base``: its methods that take adapters, each with what fits them."""
     methods = {}
     if hasattr(base, "load_lora_adapter"):
@@ -151,59 +151,88 @@ def fit_lora(model, state_dict: Mapping[str, Tensor], can_widen: Collection[str]
     """
     state_dict = _peft_names(state_dict)
     original, name = _original(model), type(model).__name__
-    layers = dict(original.model.named_modules())
-    own_layers = dict(model.named_modules())
-    whole, cut, nothing_left = [], [], set()
-    for layer, widths in _widths(state_dict).items():
-        if layer not in layers or layer in can_widen:
-            continue
-        for side, width in widths.items():
-            keep = original.entries.get((layer, _SIDES[side]))
-            before = _own_width(layers[layer], side)
-            if keep is None:
-                own = _own_width(own_layers.get(layer, layers[layer]), side)
-                if own not in (None, width):
-                    raise EcoDiffError(
-                        f"This LoRA does not fit {layer!r} of this {name}: it has {width} {side}put channels, the "
-                        f"layer {own}, and so had the original. It was made for another model."
-                    )
-            elif width != before and (width != int(keep.sum()) or _scattered(own_layers.get(layer))):
-                raise EcoDiffError(
-                    f"This LoRA fits neither this {name} nor its original: for {layer!r} it has {width} {side}put "
-                    f"channels, the layer has {int(keep.sum())}, and had {before}. It was made for another model."
-                )
-            elif not keep.any():
-                nothing_left.add(layer)
-            elif width == before and not _scattered(own_layers.get(layer)):
-                whole.append((layer, _SIDES[side]))
-            elif not _scattered(own_layers.get(layer)):
-                cut.append(layer)
-    whole = [place for place in whole if place[0] not in nothing_left]
-    cut = [layer for layer in cut if layer not in nothing_left]
-    if whole and cut:
+    fit = _compare(model, original, _widths(state_dict), can_widen)
+    if fit.whole and fit.cut:
         raise EcoDiffError(
-            f"This LoRA was made for another pruned model: it has all channels of {whole[0][0]!r}, and of {cut[0]!r} "
-            f"only some. {_INSTEAD}"
+            f"This LoRA was made for another pruned model: it has all channels of {fit.whole[0][0]!r}, and of "
+            f"{fit.cut[0]!r} only some. {_INSTEAD}"
         )
-    if any(place in original.unknown for place in whole):
+    if any(place in original.unknown for place in fit.whole):
         raise EcoDiffError(f"This LoRA was made for the original, and this {name} {_UNKNOWN}")
-    _check_exact(state_dict, {layer for layer, _ in whole}, nothing_left, original, name)
+    _check_exact(state_dict, fit, original, name)
 
     fitted = {}
     for key, value in state_dict.items():
         part = _OF_LAYER.match(key)
-        if part is None or part["layer"] not in layers:
+        if part is None:
             fitted[key] = value
-        elif part["layer"] not in nothing_left:
-            side = 1 if part["part"] == "lora_A" else 0
-            keep = original.entries.get((part["layer"], side))
-            if keep is not None and _scattered(own_layers.get(part["layer"])):
-                fitted[key] = _zeroed(value, keep)
-            elif keep is not None and (part["layer"], side) in whole and not _shared(part):
-                fitted[key] = value.index_select(side if value.ndim > 1 else 0, _index(keep, value))
-            else:
-                fitted[key] = value
+            continue
+        layer, dimension = part["layer"], 1 if part["part"] == "lora_A" else 0
+        keep = original.entries.get((layer, dimension))
+        if layer in fit.nothing_left:
+            continue
+        if keep is not None and layer in fit.scattered:
+            value = _zeroed(value, keep)
+        elif keep is not None and (layer, dimension) in fit.whole and not _shared(part):
+            value = value.index_select(dimension if value.ndim > 1 else 0, _index(keep, value))
+        fitted[key] = value
     return fitted
+
+
+@dataclass
+class _Fit:
+    """How the widths of a LoRA compare with those of a pruned model.
+
+    whole: (layer, dimension of its weight) where the LoRA has the width of the original, and the model has less. cut:
+    layers where it has the model's own. nothing_left: layers that write or read nothing any more. scattered: layers
+    that return zeros in the places of removed channels.
+    """
+
+    whole: list[tuple[str, int]] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    nothing_left: set[str] = field(default_factory=set)
+    scattered: set[str] = field(default_factory=set)
+
+
+def _compare(model, original: _Original, widths: Mapping[str, Mapping[str, int]], can_widen: Collection[str]) -> _Fit:
+    """Raises EcoDiffError for a width that is neither the model's nor its original's."""
+    name = type(model).__name__
+    layers = dict(original.model.named_modules())
+    own_layers = dict(model.named_modules())
+    fit = _Fit()
+    for layer, sides in widths.items():
+        if layer not in layers or layer in can_widen:
+            continue
+        own = own_layers.get(layer, layers[layer])
+        if _scattered(own):
+            fit.scattered.add(layer)
+        for side, width in sides.items():
+            place = (layer, _SIDES[side])
+            keep, before = original.entries.get(place), _own_width(layers[layer], side)
+            if keep is None:
+                if _own_width(own, side) not in (None, width):
+                    raise EcoDiffError(
+                        f"This LoRA does not fit {layer!r} of this {name}: it has {width} {side}put channels, the "
+                        f"layer {_own_width(own, side)}, and so had the original. It was made for another model."
+                    )
+                continue
+            left = int(keep.sum())
+            if width != before and (width != left or layer in fit.scattered):
+                raise EcoDiffError(
+                    f"This LoRA fits neither this {name} nor its original: for {layer!r} it has {width} {side}put "
+                    f"channels, the layer has {left}, and had {before}. It was made for another model."
+                )
+            if left == 0:
+                fit.nothing_left.add(layer)
+            elif layer not in fit.scattered:
+                if width == before:
+                    fit.whole.append(place)
+                else:
+                    fit.cut.append(layer)
+    # What is left out anyway tells nothing about which model the LoRA was made for.
+    fit.whole = [place for place in fit.whole if place[0] not in fit.nothing_left]
+    fit.cut = [layer for layer in fit.cut if layer not in fit.nothing_left]
+    return fit
 
 
 def _shared(part: re.Match) -> bool:
@@ -227,25 +256,27 @@ def _scattered(module: nn.Module | None) -> bool:
     return type(getattr(module, "base_layer", module)).__name__ == "ScatteredLinear"
 
 
-def _check_exact(state_dict, whole: Collection[str], nothing_left: Collection[str], original: _Original, name) -> None:
+def _check_exact(state_dict: Mapping[str, Tensor], fit: _Fit, original: _Original, name: str) -> None:
     """Raise EcoDiffError for parts of adapters of the original that cutting would change."""
+    of_original = {layer for layer, _ in fit.whole} | fit.nothing_left
     for key, value in state_dict.items():
-        part = _OF_LAYER.match(key)
-        kronecker = _KRONECKER.match(key)
-        layer = (part or kronecker or {"layer": None})["layer"]
-        removed = {side for side in (0, 1) if (layer, side) in original.entries}
-        if kronecker and removed and (layer in whole or layer in nothing_left):
+        part, kronecker = _OF_LAYER.match(key), _KRONECKER.match(key)
+        if kronecker and kronecker["layer"] in of_original:
             raise EcoDiffError(
-                f"This LoKr was made for the original of this {name}: the product for {layer!r} cannot be cut. "
-                f"{_INSTEAD}"
+                f"This LoKr was made for the original of this {name}: the product for {kronecker['layer']!r} cannot be "
+                f"cut. {_INSTEAD}"
             )
-        if part and part["part"] == "lora_magnitude_vector" and 1 in removed and layer in whole:
+        if part is None:
+            continue
+        layer = part["layer"]
+        if part["part"] == "lora_magnitude_vector" and (layer, 1) in fit.whole:
             raise EcoDiffError(
                 f"This DoRA was made for the original of this {name}: it weighs whole rows of {layer!r}, which have "
                 f"lost columns. {_INSTEAD}"
             )
-        adds = part and part["part"] == "lora_B" and part["what"] == "bias" and bool(value.any())
-        if adds and layer in nothing_left and original.entries.get((layer, 0), torch.ones(1)).any():
+        adds = part["part"] == "lora_B" and part["what"] == "bias" and bool(value.any())
+        writes = (layer, 0) not in original.entries or bool(original.entries[layer, 0].any())
+        if adds and writes and layer in fit.nothing_left:
             raise EcoDiffError(
                 f"This LoRA adds to the bias of {layer!r}, which has no units left in this {name}. {_INSTEAD}"
             )
@@ -328,31 +359,30 @@ def _fits_ip_adapters(method):
         processors = method(original.model, *args, **kwargs)
         for name in present:
             place = (f"{name.removesuffix('.processor')}.to_k", 0)
-            layers = (
-                [layer for part, layer in processors[name].named_modules() if _makes_heads(part, layer)]
-                if isinstance(processors[name], nn.Module)
-                else []
-            )
+            layers = _layers_of_heads(processors[name])
             if place not in original.entries or not layers:
                 continue
             if place in original.unknown:
                 raise EcoDiffError(
                     f"This IP-Adapter was made for the original, and this {type(self).__name__} {_UNKNOWN}"
                 )
-            for layer in layers:
-                keep = original.entries[place]
-                layer.weight = nn.Parameter(
-                    layer.weight.detach()[_index(keep, layer.weight)], layer.weight.requires_grad
-                )
-                layer.out_features = len(layer.weight)
+            keep = original.entries[place]
+            for layer in layers.values():
+                weight = layer.weight.detach()[_index(keep, layer.weight)]
+                layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+                layer.out_features = len(weight)
         return {name: processors[name] for name in present}
 
     return convert
 
 
-def _makes_heads(part: str, layer: nn.Module) -> bool:
-    """Whether this is a layer of an attention processor whose output is split into heads."""
-    return isinstance(layer, nn.Linear) and any(_SPLIT_INTO_HEADS.match(piece) for piece in part.split("."))
+def _layers_of_heads(processor) -> dict[str, nn.Linear]:
+    """{name: layer} of those layers of an attention processor whose output is split into heads."""
+    layers = {}
+    for name, layer in processor.named_modules() if isinstance(processor, nn.Module) else ():
+        if isinstance(layer, nn.Linear) and any(_SPLIT_INTO_HEADS.match(piece) for piece in name.split(".")):
+            layers[name] = layer
+    return layers
 
 
 def _reads_as_the_original(method):
@@ -396,8 +426,8 @@ def _before_processors(model, processor, *args, **kwargs) -> None:
         if attention is None or not isinstance(one, nn.Module) or not hasattr(attention, "to_q"):
             continue
         width = attention.to_q.out_features
-        for part, layer in one.named_modules():
-            if _makes_heads(part, layer) and layer.out_features != width:
+        for part, layer in _layers_of_heads(one).items():
+            if layer.out_features != width:
                 raise EcoDiffError(
                     f"set_attn_processor: {part!r} of {type(one).__name__} for {name!r} gives {layer.out_features} "
                     f"channels, but the heads left there have {width}. {_INSTEAD}"
