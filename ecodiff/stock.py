@@ -140,13 +140,12 @@ _TOLD = {
 
 def tell_diffusers() -> None:
     """Have every module of diffusers that has to know of pruned models told, now or when it is imported."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
     for name, tell in _TOLD.items():
-        module = sys.modules.get(name)
-        if module is not None and not hasattr(module, "_knows_ecodiff"):
-            tell(module)
-            vars(module)["_knows_ecodiff"] = True
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        if name in sys.modules:
+            tell(sys.modules[name])
+    sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -183,7 +182,7 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module):
         """Run the module, then tell it."""
         self._loader.exec_module(module)
-        tell_diffusers()
+        _TOLD[module.__name__](module)
 
 
 class _Types(tuple):

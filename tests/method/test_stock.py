@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -143,3 +146,39 @@ def test_a_folder_of_an_earlier_version_is_read_by_the_stock_class(sd, tmp_path)
     sd[1].save_pretrained(tmp_path)
     older(tmp_path, "unet")
     assert same_weights(diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet"), sd[1].unet)
+
+
+OTHER_PROCESS = """
+import ecodiff
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+
+pipe = DiffusionPipeline.from_pretrained("me/small")
+unet = UNet2DConditionModel.from_pretrained("me/small", subfolder="unet")
+again = StableDiffusionPipeline.from_pretrained("me/small", unet=unet)
+assert type(pipe.unet) is type(again.unet) is ecodiff.PrunedUNet2DConditionModel
+save_file(ecodiff.mask_of(pipe), "mask.safetensors")
+save_file(dict(pipe.unet.state_dict()), "unet.safetensors")
+save_file(dict(unet.state_dict()), "stock.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_by_hub_id_in_a_new_process(sd, tmp_path):
+    from hub import hub
+    from safetensors.torch import load_file
+
+    sd[1].save_pretrained(tmp_path / "me" / "small")
+    with hub(tmp_path) as address:
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", OTHER_PROCESS], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for file in ("unet", "stock"):
+        fetched = load_file(tmp_path / f"{file}.safetensors")
+        assert all(torch.equal(value, fetched[name]) for name, value in sd[1].unet.state_dict().items())
+    mask = mask_of(sd[1])
+    fetched = load_file(tmp_path / "mask.safetensors")
+    assert fetched.keys() == mask.keys() and all(torch.equal(fetched[name], mask[name]) for name in mask)
