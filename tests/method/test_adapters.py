@@ -108,7 +108,7 @@ def check_exact(build, mask, weights):
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_flux])
 def test_a_lora_of_the_original_is_cut_exactly(build):
     pipe = build()
-    # diffusers fuses the text encoder of the dense FLUX inexactly, too (0.03 in latents), so its part is left out there.
+    # A fused text encoder of FLUX differs from a loaded one by 0.03 in the dense pipeline, too: left out there.
     check_exact(build, some_and_none(denoiser(pipe)), lora(pipe, text=build is tiny_sdxl))
 
 
