@@ -152,6 +152,7 @@ def test_the_saved_files_of_an_earlier_version_have_no_mask():
     saved = Path(__file__).parents[1] / "fixtures" / "saved" / "sdxl"
     pipe = ecodiff.load(saved / "pipeline")
     stored = load_file(saved / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(pipe.unet.state_dict()[name], value) for name, value in stored.items())
+    weights = pipe.unet.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in stored.items() if value.numel())
     with pytest.raises(EcoDiffError, match="prune the original again"):
         mask_of(pipe)
