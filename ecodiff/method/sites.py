@@ -8,7 +8,8 @@ A *site* is one module whose hidden units can go one by one without changing the
     modulation     one output channel   the adaLN linear               nothing: a missing channel is zero
 
 Further forms: projections that write queries, keys and values (FLUX.2: neurons, too) one after the other, output gates
-of heads, norms over all heads (Wan, LTX), and feed-forwards whose layers have other names (`ecodiff.method.roles`).
+of heads, norms over all heads (Wan, LTX), and feed-forwards whose layers have other names or are convolutions
+(`ecodiff.method.roles`), or stand in the block itself.
 
 Sites are recognised by the shapes of their layers, never by the name of a model. `skipped_modules` says what looked
 like a site and is not one, and why. Whether units can really go is tried on real

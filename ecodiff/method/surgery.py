@@ -63,8 +63,8 @@ def prune(pipe, mask: Mapping[str, Tensor]):
     excepted).
 
     Raises EcoDiffError for unknown sites, wrong lengths or dtypes, a denoiser with adapters or with other layers than
-    its class makes, weights that are not there (meta device), and for an attention whose processor is unknown here and
-    that would lose its last head.
+    its class makes, weights that are not there (meta device), and for a site that would lose its last unit where it is
+    not known what is left then.
     """
     denoiser = find_denoiser(pipe)
     smaller, missing = _smaller(denoiser, mask)
