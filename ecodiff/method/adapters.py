@@ -25,6 +25,7 @@ from ecodiff.errors import EcoDiffError
 
 from .emptied import EmptiedAttention
 from .kept import kept_entries, mask_of_config
+from .layers import EmptiedLayer
 from .sites import KINDS, find_sites
 
 _INSTEAD = "Use it with the original model, or train one for the pruned model."
@@ -332,17 +333,29 @@ def _fetched(source, kwargs: Mapping) -> tuple[Mapping[str, Tensor], Mapping | N
 
 
 def _before_new_adapter(model, adapter_config, *args, **kwargs) -> None:
-    scattered = [name for name, module in model.named_modules() if type(module).__name__ == "ScatteredLinear"]
-    if not scattered or not hasattr(adapter_config, "target_modules"):
+    if not hasattr(adapter_config, "target_modules"):
         return
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    for name in scattered:
+    modules = dict(model.named_modules())
+    _leave_out(adapter_config, [name for name, module in modules.items() if isinstance(module, EmptiedLayer)])
+    for name in (name for name, module in modules.items() if _scattered(module)):
         if check_target_module_exists(adapter_config, name):
             raise EcoDiffError(
                 f"add_adapter: some channels of {name!r} were removed, and peft has no adapters for what is left: "
                 "leave it out of target_modules."
             )
+
+
+def _leave_out(adapter_config, names: list[str]) -> None:
+    """Tell peft to pass layers over that have nothing left to adapt, and that it has no adapters for."""
+    excluded = getattr(adapter_config, "exclude_modules", None)
+    if not names:
+        return
+    if isinstance(excluded, str):  # a regular expression
+        adapter_config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    else:
+        adapter_config.exclude_modules = sorted({*(excluded or ()), *names})
 
 
 def _fits_ip_adapters(method):

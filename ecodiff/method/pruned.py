@@ -87,7 +87,7 @@ class PrunedMixin(_Model):
         super()._fix_state_dict_keys_on_load(state_dict)
         for name, module in self.named_modules():
             if isinstance(module, EmptiedLayer):
-                for part in ("weight", "bias"):
+                for part in ("weight", "bias", "index"):
                     tensor = state_dict.get(f"{name}.{part}")
                     if tensor is not None and not tensor.numel():
                         del state_dict[f"{name}.{part}"]
@@ -141,7 +141,10 @@ def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Te
             if not keep.any():
                 _replace(model, name, emptied(module, forms[name]))
         elif site.kind == "modulation":
-            _replace(model, f"{name}.linear", ScatteredLinear(module.linear, keep))
+            if keep.any():
+                _replace(model, f"{name}.linear", ScatteredLinear(module.linear, keep))
+            else:  # it writes zeros, as wide as ever
+                module.linear.out_features = keep.numel()
         else:
             owner = model.get_submodule(name.rpartition(".")[0])
             if isinstance(getattr(owner, "mlp_hidden_dim", None), int):  # some blocks split what is written by it
