@@ -1,0 +1,135 @@
+"""Tiny random denoisers and pipelines of diffusers' own classes, from the configurations in ``tiny.yaml``.
+
+``denoisers`` of that file: {class: {config, inputs}}.  ``parts``: {name: configuration} of everything else, where the
+name is a class, or a class and a number.  ``pipelines``: {class: {parts: {component: name of a part}, call: arguments}}.
+
+A value that stands for a tensor or an image is written as a text: "randn 1x16x4", "ones bool 1x12", "below 9 int64 2x3",
+"image 32x32"; small tensors as {values: [...], dtype: int64}.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+import yaml
+from torch import Tensor, nn
+
+from ecodiff.errors import EcoDiffError
+
+from .texts import tokenizer
+
+FILE = Path(__file__).with_name("tiny.yaml")
+_TENSOR = re.compile(r"(randn|ones|zeros|complex|below (?P<below>\d+))(?: (?P<dtype>\w+))? (?P<size>\d+(?:x\d+)*)$")
+_IMAGE = re.compile(r"image (?P<width>\d+)x(?P<height>\d+)$")
+
+
+@cache
+def configurations() -> dict[str, dict]:
+    """The content of ``tiny.yaml``."""
+    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+
+
+def denoiser(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny denoiser of a class, and the arguments of a call; raises EcoDiffError where no configuration is known."""
+    entry = configurations()["denoisers"].get(name)
+    if entry is None:
+        raise EcoDiffError("no tiny configuration of it in tiny.yaml")
+    torch.manual_seed(0)
+    network = trained(getattr(diffusers, name)(**entry["config"]))
+    return network, value(entry["inputs"], torch.Generator().manual_seed(1))
+
+
+def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline of a class, and the arguments of its call; raises EcoDiffError where no recipe is known."""
+    entry = configurations()["pipelines"].get(name)
+    if entry is None:
+        raise EcoDiffError("no tiny configuration of it in tiny.yaml")
+    components = {component: part(which) for component, which in entry["parts"].items()}
+    pipe = getattr(diffusers, name)(**components)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            trained(component)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cpu"), value(entry["call"], torch.Generator().manual_seed(1))
+
+
+def part(which: Any) -> Any:
+    """A component by its name in ``parts``, or by its class; what is no name is the component itself (None, a flag)."""
+    if isinstance(which, list):
+        return [part(one) for one in which]
+    if not isinstance(which, str):
+        return which
+    class_name = which.split(".")[0]
+    config = copy.deepcopy(configurations()["parts"].get(which, {}))
+    torch.manual_seed(0)
+    if class_name.endswith(("Tokenizer", "TokenizerFast")):
+        return tokenizer(class_name)
+    if hasattr(diffusers, class_name):
+        return getattr(diffusers, class_name)(**config)
+    cls = getattr(transformers, class_name, None)
+    if cls is None:
+        raise EcoDiffError(f"no tiny {class_name} can be made: neither diffusers nor transformers has this class.")
+    if issubclass(cls, transformers.PreTrainedModel):
+        return cls(cls.config_class(**config)).eval()
+    parts = {name: part(config.pop(name)) for name in list(config) if name in ("tokenizer", "image_processor")}
+    return cls(**parts, **config)
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """The network with random weights large enough that each unit matters, biases included.
+
+    Fresh models have many zeros: gates of blocks that start closed, output layers, biases.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        elif parameter.numel() and parameter.abs().max() == 0:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return network.eval()
+
+
+def value(given: Any, generator: torch.Generator) -> Any:
+    """What an entry of ``tiny.yaml`` stands for: a tensor, an image, or the same in lists and mappings."""
+    if isinstance(given, str):
+        return _from_text(given, generator)
+    if isinstance(given, Mapping):
+        if set(given) == {"values", "dtype"}:
+            return torch.tensor(given["values"], dtype=getattr(torch, given["dtype"]))
+        return {name: value(one, generator) for name, one in given.items()}
+    if isinstance(given, list):
+        return [value(one, generator) for one in given]
+    return given
+
+
+def _from_text(text: str, generator: torch.Generator) -> Any:
+    image = _IMAGE.match(text)
+    if image:
+        from PIL import Image
+
+        size = int(image["height"]), int(image["width"])
+        pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        return Image.fromarray(pixels.numpy())
+    tensor = _TENSOR.match(text)
+    return _tensor(tensor, generator) if tensor else text
+
+
+def _tensor(text: re.Match, generator: torch.Generator) -> Tensor:
+    size = [int(side) for side in text["size"].split("x")]
+    dtype = getattr(torch, text["dtype"] or "float32")
+    if text["below"]:
+        return torch.randint(0, int(text["below"]), size, generator=generator).to(dtype)
+    kind = text[1]
+    if kind == "randn":
+        return torch.randn(size, generator=generator).to(dtype)
+    if kind == "complex":
+        return torch.polar(torch.ones(size), torch.randn(size, generator=generator))
+    return torch.full(size, 1 if kind == "ones" else 0, dtype=dtype)
