@@ -159,7 +159,8 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
 
         if gradient_input is not None:
             # A trajectory begins at noise, which depends on no gate.
-            arguments[gradient_input].requires_grad_(not first)
+            for latents in tree_leaves(arguments[gradient_input]):  # some denoisers take a list, a sample each
+                latents.requires_grad_(not first)
         with running(watch, True, gates):
             with torch.autograd.graph.saved_tensors_hooks(remember, unchanged):
                 output = _first_tensor(getattr(model, method)(**arguments))

@@ -1,15 +1,17 @@
 """Tiny random denoisers and pipelines of diffusers' own classes, from the configurations in ``tiny.yaml``.
 
 ``denoisers`` of that file: {class: {config, inputs}}.  ``parts``: {name: configuration} of everything else, where the
-name is a class, or a class and a number.  ``pipelines``: {class: {parts: {component: name of a part}, call: arguments}}.
+name is a class, or a class and a number.  ``pipelines``: {class: {parts: {component: name of a part}, call:
+arguments}}. A class that has no entry is made from the entries of those that are most like it.
 
-A value that stands for a tensor or an image is written as a text: "randn 1x16x4", "ones bool 1x12", "below 9 int64 2x3",
-"image 32x32"; small tensors as {values: [...], dtype: int64}.
+A value that stands for a tensor or an image is written as a text: "randn 1x16x4", "ones bool 1x12", "below 9 int64
+2x3", "image 32x32"; small tensors as {values: [...], dtype: int64}.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -28,6 +30,7 @@ from .texts import tokenizer
 
 FILE = Path(__file__).with_name("tiny.yaml")
 _TENSOR = re.compile(r"(randn|ones|zeros|complex|below (?P<below>\d+))(?: (?P<dtype>\w+))? (?P<size>\d+(?:x\d+)*)$")
+IMAGE = "image 32x32"  # where a pipeline needs one and its entry has none
 _IMAGE = re.compile(r"image (?P<width>\d+)x(?P<height>\d+)$")
 
 
@@ -41,17 +44,51 @@ def denoiser(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny denoiser of a class, and the arguments of a call; raises EcoDiffError where no configuration is known."""
     entry = configurations()["denoisers"].get(name)
     if entry is None:
-        raise EcoDiffError("no tiny configuration of it in tiny.yaml")
+        return _in_a_pipeline(name)
     torch.manual_seed(0)
     network = trained(getattr(diffusers, name)(**entry["config"]))
     return network, value(entry["inputs"], torch.Generator().manual_seed(1))
 
 
+def _in_a_pipeline(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The denoiser of the first pipeline that has one of this class, and the arguments of its first call there."""
+    for owner, entry in configurations()["pipelines"].items():
+        for component, which in entry["parts"].items():
+            if isinstance(which, str) and which.split(".")[0] == name:
+                pipe, call = pipeline(owner)
+                network = pipe.components[component]
+                return network, _first_call(pipe, call, network)
+    raise EcoDiffError("no tiny configuration of it in tiny.yaml")
+
+
+class _Enough(Exception):
+    """Ends a sampling loop."""
+
+
+def _first_call(pipe, call: Mapping, network: nn.Module) -> dict[str, Any]:
+    """The arguments with which the sampling loop calls the network first, by name."""
+    calls: list[dict] = []
+
+    def note(module, args, kwargs):
+        calls.append(dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+        raise _Enough
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            pipe(**call)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    if not calls:
+        raise EcoDiffError("the sampling loop of the pipeline that has it does not call it")
+    return calls[0]
+
+
 def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
     """A tiny pipeline of a class, and the arguments of its call; raises EcoDiffError where no recipe is known."""
-    entry = configurations()["pipelines"].get(name)
-    if entry is None:
-        raise EcoDiffError("no tiny configuration of it in tiny.yaml")
+    entry = configurations()["pipelines"].get(name) or _derived(name)
     components = {component: part(which) for component, which in entry["parts"].items()}
     pipe = getattr(diffusers, name)(**components)
     for component in pipe.components.values():
@@ -59,6 +96,46 @@ def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
             trained(component)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cpu"), value(entry["call"], torch.Generator().manual_seed(1))
+
+
+def _derived(name: str) -> dict[str, dict]:
+    """An entry for a pipeline that has none: its components from the pipelines that are most like it.
+
+    Raises EcoDiffError where no other pipeline has such a component.
+    """
+    cls = getattr(diffusers, name)
+    entries = configurations()["pipelines"]
+    components = dict(inspect.signature(cls.__init__).parameters)
+    del components["self"]
+
+    def fits(component: str, which: Any) -> bool:
+        # The annotation is a class, a union of some, or a text.
+        return isinstance(which, str) and which.split(".")[0] in str(components[component].annotation)
+
+    def likeness(other: str) -> int:
+        parts = entries[other]["parts"]
+        return sum(component in components and fits(component, which) for component, which in parts.items())
+
+    others = sorted(entries, key=likeness, reverse=True)
+    parts: dict[str, Any] = {}
+    for component, parameter in components.items():
+        found = [entries[other]["parts"][component] for other in others if component in entries[other]["parts"]]
+        fitting = [which for which in found if fits(component, which)]
+        if fitting:
+            parts[component] = fitting[0]
+        elif parameter.default is inspect.Parameter.empty:
+            optional = "None" in str(parameter.annotation) or component in getattr(cls, "_optional_components", [])
+            if not optional and component not in ("safety_checker", "feature_extractor"):
+                raise EcoDiffError(
+                    f"no tiny configuration of it, and no other pipeline has a {component} of its class."
+                )
+            parts[component] = None
+    taken = inspect.signature(cls.__call__).parameters
+    call = {argument: given for argument, given in entries[others[0]]["call"].items() if argument in taken}
+    for argument, parameter in taken.items():
+        if "image" in argument and argument not in call and parameter.default is inspect.Parameter.empty:
+            call[argument] = IMAGE
+    return {"parts": parts, "call": call}
 
 
 def part(which: Any) -> Any:
@@ -106,6 +183,8 @@ def value(given: Any, generator: torch.Generator) -> Any:
             return torch.tensor(given["values"], dtype=getattr(torch, given["dtype"]))
         return {name: value(one, generator) for name, one in given.items()}
     if isinstance(given, list):
+        if given and all(isinstance(one, int) for one in given):
+            return tuple(given)  # a size
         return [value(one, generator) for one in given]
     return given
 

@@ -11,6 +11,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterable
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from ecodiff.storage.paths import data_dir, root
 
 SECONDS = 300.0  # a class may take so long; the slowest take a minute on an idle core
 DENOISER = re.compile(r"(Transformer|UNet|UVit|DiT)")
-NO_DENOISER = re.compile(r"(ControlNet|Control|Autoencoder|Adapter|Prior|Mixin|Output|Pipeline|Scheduler|Encoder)")
+NO_DENOISER = re.compile(
+    r"(Control|Autoencoder|Adapter|Prior|Mixin|Output|Pipeline|Scheduler|Encoder|Vae|TransformerTemporal)"
+)
 # Pipelines that are only put together from others, or run in other libraries.
 NO_PIPELINE = re.compile(r"(Onnx|Flax|Modular|^DiffusionPipeline$)")
 
@@ -55,14 +58,23 @@ def classes() -> dict[str, str]:
     return names
 
 
+def installed() -> str:
+    """The version of diffusers that is installed."""
+    return importlib.metadata.version("diffusers")
+
+
 def read() -> dict:
-    """What is recorded: {"diffusers": version, "rows": {class: row}}; empty rows where nothing is."""
+    """What is recorded: {"diffusers": version, "classes": {class: kind}, "rows": {class: row}}.
+
+    A class without a row has not been tried yet. All is empty where nothing is recorded.
+    """
     try:
         return json.loads(results_file().read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"diffusers": importlib.metadata.version("diffusers"), "rows": {}}
+        return {"diffusers": installed(), "classes": {}, "rows": {}}
 
 
+@cache
 def code() -> str:
     """A hash of what rows depend on: the library, the trials, and the tiny configurations."""
     package = root() / "ecodiff"
@@ -125,17 +137,16 @@ def _work(kind: str, name: str, there: Connection) -> None:
 def record(name: str, row: dict) -> None:
     """Put one row into the file of results; the rows of another version of diffusers are dropped."""
     recorded = read()
-    version = importlib.metadata.version("diffusers")
-    rows = recorded["rows"] if recorded["diffusers"] == version else {}
+    rows = recorded["rows"] if recorded["diffusers"] == installed() else {}
     rows[name] = row | {"code": code()}
-    content = {"diffusers": version, "rows": dict(sorted(rows.items()))}
+    content = {"diffusers": installed(), "classes": classes(), "rows": rows}
     write_whole(results_file(), (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def left(names: Iterable[str]) -> list[str]:
     """The classes without a row that was made with the code and the diffusers at hand."""
     recorded, now = read(), code()
-    rows = recorded["rows"] if recorded["diffusers"] == importlib.metadata.version("diffusers") else {}
+    rows = recorded["rows"] if recorded["diffusers"] == installed() else {}
     return [name for name in names if rows.get(name, {}).get("code") != now]
 
 

@@ -49,7 +49,7 @@ def try_denoiser(name: str) -> dict:
     """
     row: dict[str, Any] = {"kind": "denoiser", "stages": {}}
     row |= _counted(name)
-    network, inputs = _attempt(row, "build", partial(build.denoiser, name)) or (None, None)
+    network, inputs = attempt(row, "build", partial(build.denoiser, name)) or (None, None)
     if network is None:
         return row
 
@@ -57,9 +57,9 @@ def try_denoiser(name: str) -> dict:
         with torch.no_grad():
             return _floats(of(**_fresh(inputs)))
 
-    if _attempt(row, "runs", partial(outputs, network)) is None:
+    if attempt(row, "runs", partial(outputs, network)) is None:
         return row
-    sites = _attempt(row, "sites", partial(_removable, network, partial(outputs, network), row))
+    sites = attempt(row, "sites", partial(_removable, network, partial(outputs, network), row))
     if sites:
         _try_masks(row, network, sites, outputs, partial(prune_denoiser, network), _saved_denoiser, SAME)
     return row
@@ -68,27 +68,27 @@ def try_denoiser(name: str) -> dict:
 def try_pipeline(name: str) -> dict:
     """The row of a pipeline class: its denoiser, whether and how it can be learned through, and the stages."""
     row: dict[str, Any] = {"kind": "pipeline", "stages": {}}
-    pipe, call = _attempt(row, "build", partial(build.pipeline, name)) or (None, None)
+    pipe, call = attempt(row, "build", partial(build.pipeline, name)) or (None, None)
     if pipe is None:
         return row
-    network = _attempt(row, "denoiser", partial(find_denoiser, pipe))
+    network = attempt(row, "denoiser", partial(find_denoiser, pipe))
     if network is None:
         return row
     row["denoiser"] = ", ".join(dict.fromkeys(type(part).__name__ for part in experts(network)))
-    if _attempt(row, "runs", partial(_calls_of, pipe, call)) is None:
+    if attempt(row, "runs", partial(_calls_of, pipe, call)) is None:
         return row
-    sites = _attempt(row, "sites", partial(_removable, network, partial(_calls_of, pipe, call), row))
+    sites = attempt(row, "sites", partial(_removable, network, partial(_calls_of, pipe, call), row))
     if not sites:
         return row
     _try_learning(row, pipe, call)
     small = _try_masks(row, pipe, sites, partial(_calls_of, call=call), partial(prune, pipe), _saved_pipeline,
                        SAME_IN_A_LOOP)  # fmt: skip
     if small is not None:
-        _attempt(row, "retrain", partial(_retrained, small, call))
+        attempt(row, "retrain", partial(_retrained, small, call))
     return row
 
 
-def _attempt(row: dict, stage: str, do: Callable) -> Any:
+def attempt(row: dict, stage: str, do: Callable) -> Any:
     """What ``do`` returns, noted as True; or None, and the reason noted. `_Failed` and EcoDiffError are sentences."""
     try:
         with warnings.catch_warnings():
@@ -203,10 +203,10 @@ def _try_masks(row: dict, whole, sites, outputs, pruned, saved, tolerance: float
                     raise _Failed("what is loaded does not return what was saved")
         return True
 
-    small = _attempt(row, "removed", partial(removed, half))
-    _attempt(row, "emptied", partial(removed, least))
+    small = attempt(row, "removed", partial(removed, half))
+    attempt(row, "emptied", partial(removed, least))
     if small is not None:
-        _attempt(row, "saved", partial(loaded, small))
+        attempt(row, "saved", partial(loaded, small))
     return small
 
 
@@ -238,8 +238,8 @@ def _try_learning(row: dict, pipe, call: Mapping) -> None:
         config = LearnConfig(updates=1, batch_size=2, num_inference_steps=2, call=rest, save_every=1)
         config = LearnConfig(**(vars(config) | {"guidance_scale": rest.pop("guidance_scale", None)}))
         attempt: dict[str, Any] = {"stages": {}}
-        if _attempt(attempt, "gradient", partial(_exact, pipe, prompts, config)):
-            _attempt(attempt, "learn", partial(learn, pipe, prompts, config, progress=False))
+        if attempt(attempt, "gradient", partial(_exact, pipe, prompts, config)):
+            attempt(attempt, "learn", partial(learn, pipe, prompts, config, progress=False))
         stages = attempt["stages"]
         if set(stages.values()) == {True}:
             row["form"] = form
