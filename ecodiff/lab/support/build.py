@@ -30,6 +30,16 @@ from .texts import tokenizer
 
 FILE = Path(__file__).with_name("tiny.yaml")
 _TENSOR = re.compile(r"(randn|ones|zeros|complex|below (?P<below>\d+))(?: (?P<dtype>\w+))? (?P<size>\d+(?:x\d+)*)$")
+# Sizes of text and image encoders that have no configuration in ``tiny.yaml``.
+SMALL = {
+    **dict.fromkeys(("hidden_size", "d_model", "embed_dim", "image_size"), 32),
+    **dict.fromkeys(("intermediate_size", "d_ff"), 37),
+    **dict.fromkeys(("num_layers", "num_hidden_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("d_kv", "head_dim", "patch_size"), 8),
+    "vocab_size": 1103,
+    "max_position_embeddings": 514,
+}
 IMAGE = "image 32x32"  # where a pipeline needs one and its entry has none
 _IMAGE = re.compile(r"image (?P<width>\d+)x(?P<height>\d+)$")
 
@@ -155,9 +165,20 @@ def part(which: Any) -> Any:
     if cls is None:
         raise EcoDiffError(f"no tiny {class_name} can be made: neither diffusers nor transformers has this class.")
     if issubclass(cls, transformers.PreTrainedModel):
-        return cls(cls.config_class(**config)).eval()
+        return cls(cls.config_class(**config) if config else _small(cls.config_class())).eval()
     parts = {name: part(config.pop(name)) for name in list(config) if name in ("tokenizer", "image_processor")}
     return cls(**parts, **config)
+
+
+def _small(config: Any) -> Any:
+    """The default configuration of a model of transformers, with the sizes of `SMALL` where it has such."""
+    for name, size in SMALL.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, size)
+    for name in ("text_config", "vision_config"):
+        if hasattr(getattr(config, name, None), "to_dict"):
+            _small(getattr(config, name))
+    return config
 
 
 def trained(network: nn.Module) -> nn.Module:
