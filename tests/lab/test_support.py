@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-import yaml
 
 from ecodiff import EcoDiffError
 from ecodiff.__main__ import main
@@ -98,7 +97,7 @@ def test_an_unknown_class_is_one_sentence(capsys):
 
 
 def test_what_is_no_class_of_diffusers_is_not_configured():
-    known = yaml.safe_load(build.FILE.read_text(encoding="utf-8"))
+    known = build.configurations()
     names = run.classes()
     assert [name for name in (*known["denoisers"], *known["pipelines"]) if name not in names] == []
 

@@ -47,7 +47,8 @@ _IMAGE = re.compile(r"image (?P<width>\d+)x(?P<height>\d+)$")
 @cache
 def configurations() -> dict[str, dict]:
     """The content of ``tiny.yaml``."""
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
+    return yaml.load(FILE.read_text(encoding="utf-8"), Loader=loader)
 
 
 def denoiser(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("classes", nargs="*", metavar="CLASS", help="names of classes (default: all that are left)")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what the rest would take")
     parser.add_argument("--compare", action="store_true", help="record nothing; compare with what is recorded")
-    parser.add_argument("--seconds", type=float, default=300, help="time limit of a class (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit of a class (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

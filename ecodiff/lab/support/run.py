@@ -19,7 +19,6 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.storage.files import write_whole
 from ecodiff.storage.paths import data_dir, root
 
-SECONDS = 300.0  # a class may take so long; the slowest take a minute on an idle core
 DENOISER = re.compile(r"(Transformer|UNet|UVit|DiT)")
 NO_DENOISER = re.compile(
     r"(Control|Autoencoder|Adapter|Prior|Mixin|Output|Pipeline|Scheduler|Encoder|Vae|TransformerTemporal)"
@@ -84,15 +83,23 @@ def code() -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def measure(names: Iterable[str], seconds: float = SECONDS) -> Iterable[tuple[str, dict]]:
-    """Yield (class name, row) for each name. A class that hangs or ends its process gets a row that says so."""
+def measure(names: Iterable[str], seconds: float) -> Iterable[tuple[str, dict]]:
+    """Yield (class name, row) for each name.
+
+    A class that takes longer than so many seconds, or ends its process, gets a row that says so.
+    """
     kinds = classes()
     context = multiprocessing.get_context("forkserver")
     # The libraries are loaded once, in the process from which all others are forked.
     context.set_forkserver_preload(["ecodiff.lab.support.trying"])
+    names = list(names)
     for name in names:
         if name not in kinds:
             raise EcoDiffError(f"support: {name} is no denoiser and no pipeline class of the installed diffusers.")
+    warm = context.Process(target=_nothing)  # so that the first class does not wait for the libraries
+    warm.start()
+    warm.join()
+    for name in names:
         started = time.perf_counter()
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(kinds[name], name, there), daemon=True)
@@ -115,6 +122,10 @@ def _received(here: Connection, process, kind: str, seconds: float) -> dict:
     process.join()
     here.close()
     return row
+
+
+def _nothing() -> None:
+    pass
 
 
 def _work(kind: str, name: str, there: Connection) -> None:
