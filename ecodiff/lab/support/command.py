@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     # Imported here so that --help answers at once.
     from . import run as trial
-    from .page import totals
+    from .page import sentence, totals
 
     names = options.classes or list(trial.classes())
     if not options.compare and not options.classes:
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{different + len(gone)} of {len(names)} classes differ from what is recorded.")
         return DIFFERENT if different or gone else SAME
     print(totals(trial.read()))
+    print(f"README and book/how-to-use.md have to say: {sentence(trial.read())}")
     return SAME
 
 

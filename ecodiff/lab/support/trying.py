@@ -81,8 +81,8 @@ def try_pipeline(name: str) -> dict:
     if not sites:
         return row
     _try_learning(row, pipe, call)
-    small = _try_masks(row, pipe, sites, partial(_calls_of, call=call), partial(prune, pipe), _saved_pipeline,
-                       SAME_IN_A_LOOP)  # fmt: skip
+    outputs = partial(_calls_of, call=call)
+    small = _try_masks(row, pipe, sites, outputs, partial(prune, pipe), _saved_pipeline, SAME_IN_A_LOOP)
     if small is not None:
         attempt(row, "retrain", partial(_retrained, small, call))
     return row
@@ -235,12 +235,12 @@ def _try_learning(row: dict, pipe, call: Mapping) -> None:
     """The stages gradient (exact, through the whole loop) and learn: with images in `call`, else in each sample."""
     reasons = []
     for form, (prompts, rest) in _forms(pipe, call).items():
-        config = LearnConfig(updates=1, batch_size=2, num_inference_steps=2, call=rest, save_every=1)
-        config = LearnConfig(**(vars(config) | {"guidance_scale": rest.pop("guidance_scale", None)}))
-        attempt: dict[str, Any] = {"stages": {}}
-        if attempt(attempt, "gradient", partial(_exact, pipe, prompts, config)):
-            attempt(attempt, "learn", partial(learn, pipe, prompts, config, progress=False))
-        stages = attempt["stages"]
+        guidance = rest.pop("guidance_scale", None)
+        config = LearnConfig(updates=1, batch_size=2, num_inference_steps=2, guidance_scale=guidance, call=rest)
+        tried: dict[str, Any] = {"stages": {}}
+        if attempt(tried, "gradient", partial(_exact, pipe, prompts, config)):
+            attempt(tried, "learn", partial(learn, pipe, prompts, config, progress=False))
+        stages = tried["stages"]
         if set(stages.values()) == {True}:
             row["form"] = form
             row["stages"] |= stages
