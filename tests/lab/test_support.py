@@ -13,6 +13,7 @@ from ecodiff.storage.paths import root
 RECORDED = run.read()
 
 
+@pytest.mark.slow  # loads every module of diffusers
 def test_every_class_of_diffusers_is_recorded():
     if RECORDED["diffusers"] != run.installed():
         pytest.skip("recorded with another diffusers")
@@ -37,6 +38,7 @@ def test_the_page_names_every_class():
     assert [name for name in RECORDED["classes"] if f"`{name}`" not in text] == []
 
 
+@pytest.mark.slow
 def test_a_denoiser_of_each_form_passes_every_stage():
     for name in ("FluxTransformer2DModel", "WanTransformer3DModel"):
         row = trying.try_denoiser(name)
@@ -49,6 +51,12 @@ def test_a_pipeline_passes_as_recorded():
     row = trying.try_pipeline("StableDiffusionPipeline")
     assert page.holds(row), row
     assert run.differences(RECORDED["rows"]["StableDiffusionPipeline"], row) == []
+
+
+def test_a_tiny_denoiser_passes_every_stage(monkeypatch):
+    monkeypatch.setattr(trying, "counted", lambda name: {})  # at full size, which takes seconds
+    row = trying.try_denoiser("SD3Transformer2DModel")
+    assert page.holds(row), row
 
 
 def test_a_class_without_configuration_says_so(monkeypatch):
@@ -91,11 +99,13 @@ def test_differences_are_of_stages_and_shares_not_of_numbers_in_sentences():
     assert lines == ["reached by attention: 30.0% became 20.0%", "saved: yes became no (gone)"]
 
 
+@pytest.mark.slow  # loads every module of diffusers
 def test_an_unknown_class_is_one_sentence(capsys):
     assert main(["support", "NoSuchPipeline"]) == 2
     assert "NoSuchPipeline is no denoiser and no pipeline class" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # loads every module of diffusers
 def test_what_is_no_class_of_diffusers_is_not_configured():
     known = build.configurations()
     names = run.classes()

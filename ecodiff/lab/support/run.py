@@ -32,6 +32,7 @@ def results_file() -> Path:
     return data_dir() / "results" / "support.json"
 
 
+@cache
 def classes() -> dict[str, str]:
     """{class name: "denoiser" or "pipeline"} of the installed diffusers, in alphabetical order, denoisers first."""
     import diffusers

@@ -48,7 +48,7 @@ def try_denoiser(name: str) -> dict:
     reached ({kind: share of those}), skipped (reasons), stages.
     """
     row: dict[str, Any] = {"kind": "denoiser", "stages": {}}
-    row |= _counted(name)
+    row |= counted(name)
     network, inputs = attempt(row, "build", partial(build.denoiser, name)) or (None, None)
     if network is None:
         return row
@@ -112,7 +112,7 @@ def _short(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def _counted(name: str) -> dict:
+def counted(name: str) -> dict:
     """Parameters and shares, without weights: of the defaults of the class, else of the tiny configuration."""
     cls = getattr(diffusers, name)
     configurations = build.configurations()
