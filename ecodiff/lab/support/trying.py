@@ -225,8 +225,12 @@ def _saved_denoiser(small: nn.Module, folder: str) -> nn.Module:
 
 
 def _saved_pipeline(small, folder: str):
+    """The pipeline, saved and loaded. All but its denoiser is handed on: tiny tokenizers may not survive, which says
+    nothing of pruning."""
     small.save_pretrained(folder)
-    again = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    networks = experts(find_denoiser(small))
+    others = {name: part for name, part in small.components.items() if part is not None and part not in networks}
+    again = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **others)
     again.set_progress_bar_config(disable=True)
     return again
 
