@@ -12,6 +12,7 @@ from doit.tools import config_changed
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab.book import build
+from ecodiff.storage.paths import data_dir
 
 ROOT = Path(__file__).resolve().parent
 PROFILE = get_var("profile", "default")
@@ -53,6 +54,7 @@ def task_html():
     """build the HTML, warnings being errors"""
     pages = [OUT / "notebooks" / f"{source.stem}.ipynb" for source in build.sources(ROOT)]
     written = [p for p in (ROOT / "book").rglob("*") if p.is_file()]
+    written.append(data_dir() / "results" / "support.json")  # of which a page is made
     return {
         "actions": [(attempt, [build.build_html, OUT, ROOT])],
         "file_dep": [*pages, *sorted(written), ROOT / "_config.yml", ROOT / "environment.yml", *build.code(base=ROOT)],

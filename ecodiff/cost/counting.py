@@ -379,7 +379,8 @@ def _decoding(s: Subject, batch: int, g: presets.Geometry) -> tuple[int, int]:
         dtype = torch.float32  # the VAE of SDXL overflows in fp16, so its pipeline decodes in fp32
     channels = getattr(s.vae.config, "latent_channels", None) or s.vae.config.z_dim
     shape: tuple[int, ...] = (batch, channels, g.height, g.width)
-    if s.frames is not None:
+    # Some images are frames of a video autoencoder (Qwen-Image).
+    if s.frames is not None or "temperal_downsample" in s.vae.config:
         shape = (batch, channels, g.frames, g.height, g.width)
     decoded = trace(s.vae, {"z": shape, "return_dict": False}, dtype=dtype, method="decode")
     return parameters(s.vae) * dtype.itemsize, decoded.inputs + decoded.forward_peak

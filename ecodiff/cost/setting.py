@@ -163,7 +163,10 @@ def loop_of(s: Subject, batch: int, call: dict, explicit: dict) -> Loop:
         if s.guided == "calls":
             calls *= 2
     shapes, latents = presets.inputs(s.network, geometry(s, samples))
-    return Loop(shapes, latents, samples, calls)
+    # Which expert a step calls depends on the scheduler. Those of a preset are alike, so that it does not matter here.
+    networks = len(experts(s.network))
+    shares = tuple(calls // networks + (number < calls % networks) for number in range(networks))
+    return Loop(shapes, latents, samples, calls, shares=shares)
 
 
 def _shown(s: Subject, batch: int, call: dict, explicit: dict) -> Loop:
@@ -188,7 +191,8 @@ def geometry(s: Subject, samples: int) -> presets.Geometry:
     factor = _vae_factor(s.vae)
     frames = 1
     if s.frames is not None:
-        frames = (s.frames - 1) // 4 + 1  # video autoencoders keep the first frame and join four of the others
+        # Video autoencoders keep the first frame and join some of the others, most of them four.
+        frames = (s.frames - 1) // (getattr(s.vae, "temporal_compression_ratio", None) or 4) + 1
     return presets.Geometry(samples, s.size[0] // factor, s.size[1] // factor, frames, s.text_tokens)
 
 

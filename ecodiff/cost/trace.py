@@ -159,18 +159,19 @@ def _trace(network, mode, device, inputs, dtype, sites, gradient_input, inner, a
 
         if gradient_input is not None:
             # A trajectory begins at noise, which depends on no gate.
-            arguments[gradient_input].requires_grad_(not first)
+            for latents in tree_leaves(arguments[gradient_input]):  # some denoisers take a list, a sample each
+                latents.requires_grad_(not first)
         with running(watch, True, gates):
             with torch.autograd.graph.saved_tensors_hooks(remember, unchanged):
-                output = _first_tensor(getattr(model, method)(**arguments))
+                predictions = _predictions(getattr(model, method)(**arguments))
             held = watch.alive
             if backward:
-                output.backward(torch.ones_like(output))
+                torch.autograd.backward(predictions, [torch.ones_like(tensor) for tensor in predictions])
         return Backward(held, sum(saved.values()), watch.peak)
 
     watch = Watch(known, weights, layouts)
     with running(watch, False):
-        _first_tensor(getattr(model, method)(**arguments))
+        _predictions(getattr(model, method)(**arguments))
     update = nested = None
     first_held = 0
     if sites:
@@ -195,13 +196,16 @@ def _storages(values) -> dict[int, int]:
     return {storage_key(value): value.untyped_storage().nbytes() for value in values if isinstance(value, Tensor)}
 
 
-def _first_tensor(result) -> Tensor:
-    """The tensor in what a denoiser or a decoder returns: itself, or the first of a tuple or of an output's fields."""
-    if isinstance(result, Tensor):
-        return result
+def _predictions(result) -> list[Tensor]:
+    """The tensors in what a denoiser or a decoder returns: of a tuple or of an output's fields those of the first.
+
+    There is one, or where a denoiser takes a list of samples, one a sample.
+    """
     if isinstance(result, tuple):
-        return result[0]
-    return next(iter(result.values()))
+        result = result[0]
+    elif isinstance(result, Mapping):
+        result = next(iter(result.values()))
+    return tree_leaves(result)
 
 
 @contextmanager

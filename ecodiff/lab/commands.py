@@ -5,4 +5,5 @@ COMMANDS = {
     "zoo": "ecodiff.lab.zoo.command",
     "book": "ecodiff.lab.book.command",
     "benchmark": "ecodiff.lab.benchmarks.command",
+    "support": "ecodiff.lab.support.command",
 }

@@ -36,6 +36,16 @@ PARAMETERS = {
     "pixart-sigma": 610_856_096,
     "sana": 1_604_462_752,
     "wan-1.3b": 1_418_996_800,
+    "flux2-klein-4b": 3_875_544_576,
+    "wan2.2-5b": 4_999_787_712,
+    "z-image-turbo": 6_154_908_736,
+    "hunyuanvideo-1.5": 8_326_608_160,
+    "flux2-klein-9b": 9_078_581_248,
+    "krea-2": 12_820_073_036,
+    "ltx-2": 18_876_174_592,
+    "qwen-image": 20_430_401_088,
+    "wan2.2-14b": 28_576_983_168,
+    "flux2-dev": 32_223_281_152,
 }
 
 
@@ -66,11 +76,16 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert presets.preset(p.id) is not None
 
 
-SOURCED = {
-    path.stem: entry["source"]
-    for path in presets.FOLDER.glob("*.json")
-    if "source" in (entry := json.loads(path.read_text()))
-}
+SOURCES = {path.stem: json.loads(path.read_text()).get("source", {}) for path in presets.FOLDER.glob("*.json")}
+SOURCED = {name: source for name, source in SOURCES.items() if "weights" in source}
+ANNOUNCED = {name: source for name, source in SOURCES.items() if "published" in source}
+
+
+@pytest.mark.parametrize("name", ANNOUNCED)
+def test_presets_have_the_billions_that_are_announced(name):
+    printed = ANNOUNCED[name]["published"]
+    digits = len(printed.partition(".")[2])
+    assert f"{presets.preset(name).parameters / 1e9:.{digits}f}" == printed
 
 
 @pytest.mark.slow
@@ -83,6 +98,29 @@ def test_presets_fill_the_published_weights_file(name):
         assert 0 < source["weights_bytes"] - size < 150 * len(network.state_dict())
     else:  # printed to hundredths, each file on its own
         assert abs(sum(source["weights_gb"]) - size / 1e9) <= 0.005 * len(source["weights_gb"]) + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux2-klein-4b", "z-image-turbo", "krea-2", "qwen-image", "ltx-2", "wan2.2-5b"])
+def test_presets_of_2026_are_counted_and_pruned(name):
+    """Removing a fifth of the units removes parameters and operations of one call, and never more than a fifth."""
+    whole = cost(name, ratio=0.2, steps=1, guidance=0.0, inner=False)
+    small = whole.pruned
+    assert 0.8 <= small.parameters["total"] / whole.parameters["total"] < 0.95
+    assert 0.8 <= small.flops.total / whole.flops.total < 1.0
+    assert whole.flops.linear > 2 * whole.parameters["total"]  # each weight meets many tokens
+
+
+def test_two_experts_of_a_preset_are_counted_both(monkeypatch):
+    small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": 16}
+    p = presets.preset("wan2.2-14b")
+    one, two = (replace(p, config={**p.config, **small}, experts=count) for count in (1, 2))
+    counts = {}
+    for each in (one, two):
+        monkeypatch.setattr(presets, "preset", lambda name, each=each: each)
+        counts[each.experts] = cost("wan2.2-14b", size=64, frames=5, steps=2, inner=False)
+    assert counts[2].parameters["total"] == 2 * counts[1].parameters["total"]
+    assert counts[2].picture_flops == counts[1].picture_flops  # each step calls one of them
 
 
 def test_presets_are_all_tested():

@@ -3,9 +3,10 @@
 Each file has the denoiser's class and ``config`` as its ``config.json`` on the Hub has it, the parameter counts of the
 text encoders, the VAE's configuration, and the pipeline's own defaults of size, steps and guidance. `guided` says what
 guidance does: "batch" doubles the batch of each denoiser call, "calls" doubles the calls, "embedded" costs nothing.
-`source` in five of them names the published configuration that ours was compared with, and the size of the published
-weights, which the tests compare with the network built here: to the byte for PixArt and Sana, to the printed digits
-for SD3, SD3.5 and Wan. Some of these are copies in other repositories, since the original is behind a licence.
+`source` names the published configuration that ours was compared with, and what is published of its size: bytes of the
+weights, or billions of parameters, which the tests compare with the network built here to the printed digits. Some
+of these are copies in other repositories, since the original is behind a licence. No size of Krea 2 is published by its
+authors, so there its configuration alone is compared. ``experts`` counts networks of which each step calls one.
 Built on the meta device, a network of 12 billion parameters takes a second and no memory.
 """
 
@@ -22,6 +23,9 @@ import torch
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.parts import Experts, experts
+
+from ..trace import Given
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -53,10 +57,14 @@ class Preset(Setting):
     text_encoders: Mapping[str, int]  # {name: parameters}
     vae_class: str
     vae_config: Mapping
+    experts: int = 1
 
     def build(self) -> nn.Module:
-        """The denoiser on the meta device."""
-        return _build(self.denoiser_class, self.config)
+        """The denoiser on the meta device; of several experts, all of them."""
+        if self.experts == 1:
+            return _build(self.denoiser_class, self.config)
+        names = [self.component, *(f"{self.component}_{number}" for number in range(2, self.experts + 1))]
+        return Experts({name: _build(self.denoiser_class, self.config) for name in names})
 
     def build_vae(self) -> nn.Module:
         """The autoencoder on the meta device."""
@@ -120,7 +128,12 @@ class Geometry:
 
 def known(denoiser: nn.Module) -> bool:
     """Whether `inputs` knows the arguments of a denoiser of this class."""
-    return type(denoiser).__name__.removeprefix("Pruned") in INPUTS
+    return _class_name(denoiser) in INPUTS
+
+
+def _class_name(denoiser: nn.Module) -> str:
+    """The diffusers class of a denoiser or of its experts, pruned or not."""
+    return type(experts(denoiser)[0]).__name__.removeprefix("Pruned")
 
 
 def inputs(denoiser: nn.Module, geometry: Geometry) -> tuple[dict, str]:
@@ -128,7 +141,7 @@ def inputs(denoiser: nn.Module, geometry: Geometry) -> tuple[dict, str]:
 
     Raises EcoDiffError for a class whose arguments are not known here.
     """
-    name = type(denoiser).__name__.removeprefix("Pruned")
+    name = _class_name(denoiser)
     if not known(denoiser):
         raise EcoDiffError(
             f"The arguments of {name} are not known here: pass a loaded pipeline, whose call shows them."
@@ -199,6 +212,65 @@ def _wan(c, g: Geometry):
     }, "hidden_states"
 
 
+def _flux2(c, g: Geometry):
+    image = (g.height // 2) * (g.width // 2)
+    shapes = {
+        "hidden_states": (g.samples, image, c.in_channels),
+        "encoder_hidden_states": (g.samples, g.text_tokens, c.joint_attention_dim),
+        "timestep": (g.samples,),
+        "img_ids": (g.samples, image, 4),
+        "txt_ids": (g.samples, g.text_tokens, 4),
+    }
+    if c.guidance_embeds:
+        shapes["guidance"] = ((g.samples,), torch.float32)
+    return shapes, "hidden_states"
+
+
+def _qwen_image(c, g: Geometry):
+    height, width = g.height // 2, g.width // 2
+    return {
+        "hidden_states": (g.samples, height * width, c.in_channels),
+        "encoder_hidden_states": (g.samples, g.text_tokens, c.joint_attention_dim),
+        "timestep": (g.samples,),
+        "img_shapes": Given([[(1, height, width)]] * g.samples),
+    }, "hidden_states"
+
+
+def _z_image(c, g: Geometry):
+    return {
+        "x": [(c.in_channels, 1, g.height, g.width)] * g.samples,
+        "t": ((g.samples,), torch.float32),
+        "cap_feats": [(g.text_tokens, c.cap_feat_dim)] * g.samples,
+    }, "x"
+
+
+def _krea2(c, g: Geometry):
+    image = (g.height // 2) * (g.width // 2)
+    return {
+        "hidden_states": (g.samples, image, c.in_channels),
+        "encoder_hidden_states": (g.samples, g.text_tokens, c.num_text_layers, c.text_hidden_dim),
+        "timestep": (g.samples,),
+        "position_ids": ((g.text_tokens + image, 3), torch.float32),
+    }, "hidden_states"
+
+
+def _ltx2(c, g: Geometry):
+    # A clip has 24 frames a second, and 25 tokens of sound; its autoencoder joins eight frames into one.
+    audio = round((8 * (g.frames - 1) + 1) / 24 * 25)
+    return {
+        "hidden_states": (g.samples, g.frames * g.height * g.width, c.in_channels),
+        "audio_hidden_states": (g.samples, audio, c.audio_in_channels),
+        "encoder_hidden_states": (g.samples, g.text_tokens, c.caption_channels),
+        "audio_encoder_hidden_states": (g.samples, g.text_tokens, c.caption_channels),
+        "timestep": (g.samples,),
+        "num_frames": g.frames,
+        "height": g.height,
+        "width": g.width,
+        "fps": 24.0,
+        "audio_num_frames": audio,
+    }, "hidden_states"
+
+
 INPUTS: dict[str, Callable] = {
     "UNet2DConditionModel": _unet,
     "FluxTransformer2DModel": _flux,
@@ -206,5 +278,10 @@ INPUTS: dict[str, Callable] = {
     "PixArtTransformer2DModel": _pixart,
     "SanaTransformer2DModel": _sana,
     "WanTransformer3DModel": _wan,
+    "Flux2Transformer2DModel": _flux2,
+    "QwenImageTransformer2DModel": _qwen_image,
+    "ZImageTransformer2DModel": _z_image,
+    "Krea2Transformer2DModel": _krea2,
+    "LTX2VideoTransformer3DModel": _ltx2,
 }
 """Argument shapes by class of the denoiser. Other classes need a loaded pipeline, whose own call shows them."""

@@ -375,6 +375,10 @@ def build_html(out: Path, base: Path | None = None) -> Path:
     if terms:
         (source / "_static" / "glossary.js").write_text(glossary.script(terms), encoding="utf-8")
     (source / "_status.md").write_text(status(pages))
+    if (source / "support.md").exists():
+        from ecodiff.lab.support import page  # here, since a chapter is run without it
+
+        (source / "_support.md").write_text(page.page())
     symbols = source / "notation.yaml"
     if symbols.exists():
         (source / "_notation.md").write_text(notation.page(symbols, {page.stem[3:]: page.name for page in pages}))
