@@ -9,6 +9,10 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.lab.openmoji.drawing import is_heldout
 from ecodiff.lab.openmoji.moving import MOTIONS, clip_caption
+from ecodiff.lab.studies.cell import Cell, describe_cell
+from ecodiff.lab.studies.images import judge_pictures, similarity
+from ecodiff.lab.studies.protocol import Protocol
+from ecodiff.pipelines.identity import Identity
 
 
 def of_motion(motion, colour="green"):
@@ -36,7 +40,7 @@ def test_an_object_stays_inside_its_clip():
 
 def test_the_judge_sees_what_real_clips_show():
     """On 300 clips it is right in all three facts in each; here on fewer of them."""
-    clips = list(openmoji.clips("seen", 24, start=500))
+    clips = list(openmoji.clips("seen", 8, start=500))
     shown = openmoji.clip_verdicts(openmoji.videos(clips), clips)
     assert all(hits.all() for hits in shown.values())
 
@@ -88,3 +92,29 @@ def test_captions_name_object_motion_and_colour():
     assert clip_caption("apple", "red", "left") == "an apple that moves left on a red background"
     captions = {clip_caption("cat", "orange", motion, wording) for motion in MOTIONS for wording in range(3)}
     assert len(captions) == 18
+
+
+CALL = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
+
+
+def test_a_cell_of_a_model_of_clips_has_their_captions_and_their_judge():
+    model = Identity("WanPipeline", "weights", "vae", {}, {})
+    cell = Cell(protocol=Protocol(call=CALL, pictures=3), prompts=4)
+    assert cell.captions() == [clip.caption for clip in openmoji.clips("train", 4)]
+    assert cell.protocol.scenes() == list(openmoji.clips("seen", 3))
+    assert describe_cell(model, cell)["judge"] == "clips, version 1"
+    of_images = Cell(protocol=Protocol(pictures=3), prompts=4)
+    assert of_images.captions() == openmoji.prompts("train", 4)
+
+
+def test_clips_are_judged_and_compared_as_a_study_records_them():
+    clips = list(openmoji.clips("seen", 3))
+    videos = openmoji.videos(clips)
+    assert judge_pictures(videos, clips) == dict.fromkeys(("object", "colour", "motion", "facts"), [1, 1, 1])
+    backwards = judge_pictures(videos.flip(1), clips)
+    assert backwards["object"] == [1, 1, 1] and backwards["motion"] == backwards["facts"] == [0, 0, 0]
+    assert similarity(videos, videos) == [1.0, 1.0, 1.0]
+    one_frame = videos.clone()
+    one_frame[1, 4] = 0
+    first, second, third = similarity(one_frame, videos)
+    assert first == third == 1.0 and 8 / 9 <= second < 0.95
