@@ -33,7 +33,7 @@ from ecodiff.lab.claims import memory, on_full_size
 from ecodiff.lab.identities import identity
 from ecodiff.lab.studies import measure, metric_checks, redrawn, redundancy
 from ecodiff.lab.studies.cell import Cell, describe_cell
-from ecodiff.lab.studies.plan import DEV, SDXL
+from ecodiff.lab.studies.plan import DEV, SDXL, WAN
 from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.lab.studies.results import gates_file
 from ecodiff.lab.studies.run import seeds_of
@@ -125,11 +125,16 @@ def keys_of_quality() -> dict[str, str]:
     return dict(zip(("halves", "known sets", "judged sets"), keys, strict=True))
 
 
+def of_images() -> list[str]:
+    """The embedded pipelines that generate images."""
+    return [model for model in embedded() if model != WAN]
+
+
 def keys_of_redundancy() -> dict[str, str]:
     """Single removals of each embedded pipeline, as the models in detail ask for them."""
     asks = build.parameters(chapter("model_cards"))
     found = {}
-    for model in embedded():
+    for model in of_images():
         with asked() as keys:
             redundancy.measure(
                 load_once(model),
@@ -215,7 +220,7 @@ def keys_of_generation() -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", threads(2))
         patch.setattr(records, "machine", two_cores)
-        for model in embedded():
+        for model in of_images():
             with asked() as keys:
                 rows = list(generation.rows(model, options))
             for row, one in zip(rows, keys, strict=True):

@@ -16,8 +16,8 @@ TEXTS = sorted(
     for path in root().glob(pattern)
     if path.is_file()
 )  # fmt: skip
-NO_NAMES = {"ecodiff.gates", "ecodiff.Pruned"}
-"""The format of a gates file, and the beginning of every pruned class."""
+NO_NAMES = {"ecodiff.gates", "ecodiff.images", "ecodiff.Pruned"}
+"""The formats of gates and of folders of images, and the beginning of every pruned class."""
 
 
 def is_there(dotted: str) -> bool:

@@ -28,6 +28,7 @@ from ecodiff.lab.studies.protocol import Protocol
 from ecodiff.lab.studies.redundancy import in_bf16
 from ecodiff.lab.zoo import store
 from ecodiff.lab.zoo.card import SECONDS_FOR_512
+from ecodiff.lab.zoo.recipes import VIDEO
 from ecodiff.method.generate import generate
 from ecodiff.pipelines.contents import weights_hash
 from ecodiff.pipelines.parts import denoiser
@@ -78,7 +79,10 @@ def run(options: argparse.Namespace) -> int:
     """The command ``python -m ecodiff benchmark generation``."""
     models = options.models
     if not models:
-        models = [name for name in store.stored_ids() if not store.is_judge(store.recipe_of(name)["recipe"])]
+        models = []
+        for name in store.stored_ids():
+            if store.recipe_of(name)["recipe"]["pipeline"] not in ("CLIPModel", VIDEO):
+                models.append(name)
     if options.pictures < 1:
         raise EcoDiffError(f"--pictures {options.pictures}: at least one image must be generated.")
     if options.dry:

@@ -1,4 +1,5 @@
-"""OpenMoji scenes: images with captions that are drawn here without end, and what tells whether an image shows them."""
+"""OpenMoji scenes and clips: images and videos with captions, drawn here without end, and what tells whether a
+generated one shows what its caption says."""
 
 from ecodiff.lazy import names_of
 
@@ -21,6 +22,18 @@ _HOMES = {
         "render",
         "scene",
         "scenes",
+    ),
+    "motion": ("clip_facts", "clip_verdicts"),
+    "moving": (
+        "CLIP_OBJECTS",
+        "CLIP_SIZE",
+        "FRAMES",
+        "MOTIONS",
+        "Clip",
+        "clip",
+        "clip_caption",
+        "clips",
+        "videos",
     ),
     "probe": ("ObjectProbe", "background_colour", "background_correct"),
 }

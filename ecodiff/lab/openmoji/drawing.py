@@ -89,7 +89,7 @@ def is_heldout(first: str, second: str) -> bool:
 
 
 @cache
-def _sprite(name: str) -> Image.Image:
+def sprite(name: str) -> Image.Image:
     """The art of an object, cut to its own extent and centred in a square."""
     # Imported here: reading captions alone must not need the SVG renderer.
     import resvg_py
@@ -109,13 +109,20 @@ def render(objects: tuple[str, ...], colour: str, boxes: tuple[tuple[int, int, i
     """Draw objects at their boxes (left, top, size) on the named background: uint8 [64, 64, 3]."""
     picture = Image.new("RGB", (SIZE, SIZE), COLOURS[colour])
     for name, (left, top, size) in zip(objects, boxes, strict=True):
-        sprite = _sprite(name).resize((size, size), Image.Resampling.BOX, reducing_gap=None).convert("RGBA")
-        picture.paste(sprite, (left, top), sprite)
+        art = sprite(name).resize((size, size), Image.Resampling.BOX, reducing_gap=None).convert("RGBA")
+        picture.paste(art, (left, top), art)
     return np.asarray(picture)
 
 
-def _noun(name: str) -> str:
+def noun(name: str) -> str:
+    """An object with its article, such as "a cat"."""
     return f"{object_table()[name]['article']} {name}"
+
+
+def background_phrase(colour: str, wording: int) -> str:
+    """How a caption names the background; ``wording`` is 0, 1 or 2."""
+    article = "an" if colour[0] in "aeiou" else "a"
+    return (f"on {article} {colour} background", f"on {colour}", f"in front of {article} {colour} background")[wording]
 
 
 def caption(objects: tuple[str, ...], colour: str, relation: str = "", wording: int = 0) -> str:
@@ -127,16 +134,14 @@ def caption(objects: tuple[str, ...], colour: str, relation: str = "", wording: 
     for value, known in words:
         if value not in known:
             raise EcoDiffError(f"{value!r} is no word of the OpenMoji scenes: take one of {', '.join(known)}.")
-    nouns = [_noun(name) for name in objects]
+    nouns = [noun(name) for name in objects]
     if len(nouns) == 1:
         subject = nouns[0]
     elif relation:
         subject = f"{nouns[0]} {relation} {nouns[1]}"
     else:
         subject = f"{', '.join(nouns[:-1])} and {nouns[-1]}"
-    article = "an" if colour[0] in "aeiou" else "a"
-    ending = (f"on {article} {colour} background", f"on {colour}", f"in front of {article} {colour} background")
-    return f"{subject} {ending[wording]}"
+    return f"{subject} {background_phrase(colour, wording)}"
 
 
 def _layout(rng: np.random.Generator, count: int, relation: str) -> tuple[tuple[int, int, int], ...]:

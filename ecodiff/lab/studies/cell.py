@@ -9,6 +9,7 @@ from functools import lru_cache
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.lab.identities import identity, judge_hash
+from ecodiff.lab.openmoji.moving import JUDGE_VERSION
 from ecodiff.method.config import LearnConfig
 from ecodiff.pipelines.identity import Identity, describe_run
 from ecodiff.retraining.config import RetrainConfig
@@ -49,13 +50,22 @@ class Cell:
 
     def captions(self) -> list[str]:
         """The captions that learning or calibration sees."""
-        return list(_captions(self.split, self.prompts))
+        return list(_captions(self.split, self.prompts, self.protocol.of_clips))
 
 
 @lru_cache(maxsize=16)
-def _captions(split: str, number: int) -> tuple[str, ...]:
+def _captions(split: str, number: int, of_clips: bool) -> tuple[str, ...]:
     """Made once: pages describe hundreds of cells."""
+    if of_clips:
+        return tuple(clip.caption for clip in openmoji.clips(split, number))
     return tuple(openmoji.prompts(split, number))
+
+
+def _judge_of(protocol: Protocol) -> str | None:
+    """What names the judge of a protocol in keys: the weights of the embedded one, or the version of that of clips."""
+    if protocol.of_clips:
+        return f"clips, version {JUDGE_VERSION}"
+    return judge_hash()
 
 
 UNSEEING = ("random", "magnitude", "sparse24")  # methods that look at no image: their rows depend on no captions
@@ -99,7 +109,7 @@ def describe_cell(model: Identity, cell: Cell) -> dict:
         "weights": model.denoiser,
         "vae": model.vae,
         "conditions": key(model.conditions),
-        "judge": judge_hash(),
+        "judge": _judge_of(cell.protocol),
         "method": cell.method,
         "ratio": 0.0 if base == "original" else cell.ratio,
         "scope": cell.scope,

@@ -16,8 +16,23 @@ from ecodiff.storage.cache import cache_folder
 from .protocol import Protocol
 
 
-def judge_pictures(drawn: Tensor, scenes: Sequence[openmoji.Scene], features: bool = True) -> dict[str, list | float]:
-    """What `measure.run` returns about images uint8 [N, 3, 64, 64] of scenes, without a reference."""
+def similarity(drawn: Tensor, original: Tensor) -> list[float]:
+    """SSIM of each image to that of the original, or of each clip: the mean over its frames."""
+    per_clip = drawn.shape[1] if drawn.dim() == 5 else 1
+    values = metrics.ssim(drawn.reshape(-1, *drawn.shape[-3:]), original.reshape(-1, *original.shape[-3:]))
+    return [round(value, 4) for value in values.view(-1, per_clip).mean(1).tolist()]
+
+
+def judge_pictures(drawn: Tensor, scenes: Sequence, features: bool = True) -> dict[str, list | float]:
+    """What `measure.run` returns about images uint8 [N, 3, 64, 64] of scenes, without a reference.
+
+    Of clips, uint8 [N, 9, 3, 32, 32], it is ``object``, ``colour``, ``motion`` and ``facts``, which is all three; they
+    have no features.
+    """
+    if drawn.dim() == 5:
+        shown = openmoji.clip_verdicts(drawn, scenes)
+        shown["facts"] = shown.pop("all")
+        return {name: [int(hit) for hit in each] for name, each in shown.items()}
     hits = {"colour": openmoji.background_correct(drawn, [scene.colour for scene in scenes], openmoji.COLOURS)}
     numbers = {}
     if features:
@@ -40,13 +55,14 @@ def judge_pictures(drawn: Tensor, scenes: Sequence[openmoji.Scene], features: bo
 
 def draw(
     pipe,
-    scenes: Sequence[openmoji.Scene],
+    scenes: Sequence,
     seed: int,
     protocol: Protocol,
     keep: bool = True,
     anew: bool = False,
 ) -> Tensor:
-    """Images uint8 [N, 3, 64, 64] of the scenes' captions; the noise of each is fixed by ``seed`` and its scene.
+    """Images uint8 [N, 3, 64, 64] of the scenes' captions, or clips [N, 9, 3, 32, 32]; the noise of each is fixed by
+    ``seed`` and its scene.
 
     ``keep``: look for them in ``data/.cache`` first, and leave them there. ``anew``: only those count that this process
     generated (see ``cache_folder``).

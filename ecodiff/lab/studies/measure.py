@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ecodiff import metrics
 from ecodiff.baselines import blocks
 from ecodiff.baselines.deepcache import deepcache
 from ecodiff.cost.watch import flops_while
@@ -39,7 +38,7 @@ from ecodiff.storage import records
 from ecodiff.storage.cache import cache_folder, cached
 
 from .cell import BLOCKS, Cell, apart, calibration, describe_cell, sampling_of
-from .images import draw, judge_pictures
+from .images import draw, judge_pictures, similarity
 from .plan import SEEDS
 from .protocol import Protocol
 from .results import as_it_is, chosen, describe_removed, describe_sparing, file_of_gates
@@ -63,8 +62,8 @@ def run(cell: Cell, pipe=None, *, recompute: bool = False, identity: Identity | 
     (1 where the background has the named colour); with ``protocol.features`` also ``object`` (1 where the probe names
     the one object) and the numbers ``fid`` and ``kid`` to the real scenes of the same captions; with a trained judge
     ``clip`` (100 times the cosine with the caption), ``found`` (1 where all objects are there) and ``facts`` (1 where
-    all that the caption says is); and the denoiser's number of ``parameters`` and its ``gflop`` for an image
-    (``picture_gflop``).
+    all that the caption says is); of clips ``motion`` (1 where the object moves as it should); and the denoiser's
+    number of ``parameters`` and its ``gflop`` for an image (``picture_gflop``).
 
     Args:
         cell: what is measured.
@@ -296,7 +295,7 @@ def _judged(pipe, smaller, cell: Cell, kept: Kept = Kept()) -> dict:
     return {
         "parameters": sum(p.numel() for p in denoiser(smaller).parameters()),
         "gflop": gflop,
-        "ssim": [round(value, 4) for value in metrics.ssim(drawn, original).tolist()],
+        "ssim": similarity(drawn, original),
         **judge_pictures(drawn, scenes, features=protocol.features),
     }
 

@@ -33,6 +33,7 @@ from .protocol import Protocol, recommended
 
 SEEDS = 3
 SD2, SDXL, DEV, SCHNELL = "openmoji-sd2", "openmoji-sdxl", "openmoji-flux-dev", "openmoji-flux-schnell"
+WAN = "openmoji-wan"
 METHODS = (  # the slowest last, so that the others do not wait for it
     *("learned", "random", "magnitude", "wanda", "taylor", "diff-pruning", "fisher", "gauss-newton"),
     *("obs", "obs+compensation", "occlusion"),
@@ -277,6 +278,15 @@ def _retraining(model: str) -> dict[str, Cell]:
     return rows
 
 
+def _video(model: str) -> dict[str, Cell]:
+    """The main table of a model of clips, and masks learned with other step counts than they are used with."""
+    methods = ("learned", "learned+compensation", "gauss-newton", "obs", "magnitude", "random")
+    cells = {"original": base(model, method="original")} | _at_ratios(model, methods, (0.2, 0.1, 0.3))
+    for steps in (4, 12):
+        cells[f"learned in {steps} steps, 20%"] = learning(base(model), num_inference_steps=steps, keep_last=steps)
+    return {name: judging(cell, pictures=100, features=False) for name, cell in cells.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """A table of this project: what varies, what the rows are compared with, and where the paper has the like.
@@ -299,6 +309,7 @@ class Study:
     without Inception (no FID, KID or probe), which takes longer than all the rest of such a cell."""
     against: Mapping[str, str] = field(default_factory=dict)
     dead: Mapping[str, str] = field(default_factory=dict)
+    of_clips: bool = False  # a study of models that generate clips; all others are of images
 
     def reference_of(self, row: str, rows: Collection[str]) -> str | None:
         """The row that ``row`` is compared with among these; None for a reference itself, or where it is not there."""
@@ -499,14 +510,25 @@ STUDIES = {  # in the order of measuring: the tables and figures of the paper fi
         ("learned, 20%",),
         plan={DEV: 1},
     ),
+    "video": Study(
+        "A model of clips: every ratio, and other step counts",
+        "a reviewer's question",
+        _video,
+        (*METHOD, "config.num_inference_steps", "config.keep_last"),
+        ("original",),
+        plan={WAN: 1},
+        of_clips=True,
+    ),
 }
 
 
 def planned(study: str, model: str) -> int:
-    """Number of seeds that the plan has of a study for a model, 0 for none; of every study for a model that is in no
-    plan, such as one from the Hub."""
+    """Number of seeds that the plan has of a study for a model, 0 for none; of every study of images, or of clips, for
+    a model that is in no plan, such as one from the Hub."""
     if any(model in known.plan for known in STUDIES.values()):
         return STUDIES[study].plan.get(model, 0)
+    if STUDIES[study].of_clips != Protocol.of(model).of_clips:
+        return 0
     return SEEDS
 
 

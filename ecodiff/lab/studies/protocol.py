@@ -19,6 +19,8 @@ from ecodiff.storage.paths import data_dir
 class Protocol:
     """How a model is judged: prompts of one split, a noise of its own for each prompt and seed.
 
+    Of a model that generates clips, prompts and ``pictures`` are those of clips.
+
     ``count`` is the number of objects a prompt names. ``features`` also runs Inception (about ten pictures a second on
     two cores), for the object probe (one object), FID and KID. What the judge finds is there once it is trained.
     """
@@ -48,8 +50,15 @@ class Protocol:
         given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {**{name: value for name, value in given.items() if value is not None}, **self.call}
 
-    def scenes(self) -> list[openmoji.Scene]:
-        """The scenes whose captions are drawn."""
+    @property
+    def of_clips(self) -> bool:
+        """Whether what is generated and judged are clips."""
+        return "num_frames" in self.call
+
+    def scenes(self) -> list[openmoji.Scene] | list[openmoji.Clip]:
+        """The scenes whose captions are drawn, or the clips."""
+        if self.of_clips:
+            return list(openmoji.clips(self.split, self.pictures))
         return list(openmoji.scenes(self.split, self.pictures, count=self.count))
 
 

@@ -150,6 +150,7 @@ MEASURES = {  # column of a table -> what of a cell, scale, digits
     "SSIM to the original": ("ssim", 1, 3),
     "object named (%)": ("object", 100, 1),
     "all objects found (%)": ("found", 100, 1),
+    "motion right (%)": ("motion", 100, 1),
     "all facts right (%)": ("facts", 100, 1),
     "background right (%)": ("colour", 100, 0),
     "CLIP score": ("clip", 1, 1),
@@ -170,7 +171,12 @@ def table(rows: Mapping[str, Sequence[dict]], measures: Sequence[str]) -> list[d
     return lines
 
 
-PAIRED = {"ssim": ("SSIM", 1, 3), "facts": ("facts right", 100, 1), "object": ("objects named", 100, 1)}
+PAIRED = {
+    "ssim": ("SSIM", 1, 3),
+    "facts": ("facts right", 100, 1),
+    "object": ("objects named", 100, 1),
+    "motion": ("motions right", 100, 1),
+}
 """Measures that are compared image by image -> words, scale, digits.
 
 SSIM to the original is close to what learning optimises; the facts are what an image is asked to show."""

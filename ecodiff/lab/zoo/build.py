@@ -18,6 +18,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -26,7 +28,7 @@ from ecodiff.lab import openmoji
 from ecodiff.metrics.clip import Judge
 from ecodiff.pipelines.loading import align
 
-from .recipes import trained_folder
+from .recipes import VIDEO, trained_folder
 from .stages import pixels
 from .tokens import clip_tokenizer, t5_tokenizer
 
@@ -198,6 +200,25 @@ def fold_guidance(transformer, scale: float):
     return folded.eval()
 
 
+def _wan(recipe: dict, models: Path | None):
+    tokenizer = t5_tokenizer(recipe)
+    words = UMT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **recipe["text_encoder"])
+    channels = recipe["vae"]["config"]["z_dim"]
+    # Mean and standard deviation of the latents are known once the VAE is trained.
+    unscaled = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    vae = diffusers.AutoencoderKLWan(**unscaled, **recipe["vae"]["config"])
+    with torch.no_grad():  # a posterior as wide as at random would drown for long what the encoder begins to say
+        vae.quant_conv.bias[channels:] = -6.0
+        vae.decoder.conv_out.weight *= 0.1  # the decoder clamps to -1 … 1: a pixel beyond them would have no gradient
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(words),
+        vae=vae,
+        transformer=diffusers.WanTransformer3DModel(**recipe["denoiser"]["config"]),
+        scheduler=_scheduler(recipe),
+    )
+
+
 def _judge(recipe: dict, models: Path | None):
     tokenizer = clip_tokenizer(recipe)
     text = {**_clip_words(tokenizer), **recipe["text"]}
@@ -216,5 +237,6 @@ _ASSEMBLE = {
     "StableDiffusionPipeline": _sd,
     "StableDiffusionXLPipeline": _sdxl,
     "FluxPipeline": _flux,
+    VIDEO: _wan,
     "CLIPModel": _judge,
 }

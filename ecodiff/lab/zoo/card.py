@@ -14,7 +14,7 @@ from ecodiff.lab import openmoji
 from ecodiff.storage import provenance
 from ecodiff.storage.paths import data_dir
 
-from .recipes import is_judge
+from .recipes import VIDEO
 
 PROBE_IMAGES = 12  # real one-object scenes a class
 
@@ -105,6 +105,9 @@ def fit_probe() -> float:
     return probe.ceiling
 
 
+_TEMPLATES = {"CLIPModel": "judge.md", VIDEO: "video.md"}
+
+
 def _template(name: str) -> Template:
     return Template((resources.files(__package__) / "templates" / name).read_text(encoding="utf-8"))
 
@@ -114,7 +117,7 @@ def write_card(folder: Path, trained: dict, measured: dict[str, str]) -> None:
     recipe, log = trained["recipe"], trained["log"]
     # The log also holds the machine and the commit.
     stages = {name: entry for name, entry in log.items() if isinstance(entry, dict) and "seconds" in entry}
-    template = "judge.md" if is_judge(recipe) else "pipeline.md"
+    template = _TEMPLATES.get(recipe["pipeline"], "pipeline.md")
     text = _template(template).substitute(
         {key: recipe[key] for key in ("id", "pipeline", "stands_for", "seed")},
         about=" ".join(recipe.get("about", "").split()),

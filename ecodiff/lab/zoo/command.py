@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("evaluate", help="measure what the model card states, and write the card")
     evaluate.add_argument("id")
     evaluate.add_argument("--prompts", type=int, default=500, help="captions an evaluation set (default: 500)")
-    evaluate.add_argument("--seeds", type=int, default=3, help="noises a caption (default: 3)")
+    evaluate.add_argument(
+        "--seeds", type=int, default=3, help="noises per prompt; clips: so many times the prompts (default: 3)"
+    )
     check = commands.add_parser("check", help="verify checksums, load plainly, generate one fixed image each")
     check.add_argument("id", nargs="?", help="only this model")
 

@@ -9,7 +9,7 @@ import torch
 
 from ecodiff.retraining.losses import noised
 
-from .fit import fit
+from .fit import fit, undrawn_scenes
 from .stages import compiled, conditioning, encode
 
 
@@ -82,4 +82,4 @@ def train_distil(pipe, recipe: dict, folder: Path, name: str) -> dict:
             x = (x - stretch * velocity).detach()
         return loss
 
-    return fit(name, [student], loss_of, options, folder, recipe["seed"], images=False)
+    return fit(name, [student], loss_of, options, folder, recipe["seed"], draw=undrawn_scenes)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 
-SAVE_EVERY = 250  # steps between checkpoints
+SAVE_EVERY = 250  # steps between checkpoints, where a stage's options do not say ``save_every``
 MEASURED = 5  # first steps whose time tells what the rest will cost
 
 
@@ -111,26 +111,50 @@ def _learning(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
     return learning
 
 
+def drawn_scenes(start: int, n: int) -> list[openmoji.Scene]:
+    """``n`` training scenes from ``start`` on, with their images, which the scenes keep."""
+    batch = undrawn_scenes(start, n)
+    openmoji.images(batch)
+    return batch
+
+
+def undrawn_scenes(start: int, n: int) -> list[openmoji.Scene]:
+    """``n`` training scenes from ``start`` on, for a loss that reads captions alone."""
+    return list(openmoji.scenes("train", n, start=start))
+
+
+def drawn_clips(start: int, n: int) -> list[openmoji.Clip]:
+    """``n`` training clips from ``start`` on, with their frames, which the clips keep."""
+    batch = undrawn_clips(start, n)
+    openmoji.videos(batch)
+    return batch
+
+
+def undrawn_clips(start: int, n: int) -> list[openmoji.Clip]:
+    """``n`` training clips from ``start`` on, for a loss that reads captions alone."""
+    return list(openmoji.clips("train", n, start=start))
+
+
 def fit(
     name: str,
     modules: list[torch.nn.Module],
-    loss_of: Callable[[list[openmoji.Scene], torch.Generator], torch.Tensor],
+    loss_of: Callable[[list, torch.Generator], torch.Tensor],
     options: dict,
     folder: Path,
     seed: int,
     encoders: list[torch.nn.Module] = (),
-    images: bool = True,
+    draw: Callable[[int, int], list] = drawn_scenes,
 ) -> dict:
     """Train ``modules`` on ``loss_of(scenes, generator)`` and leave their moving averages in them.
 
-    ``encoders`` are the text encoders among them, which may have a learning rate of their own. ``images``: draw those
-    of the next scenes meanwhile; a loss that reads captions alone needs none.
+    ``encoders`` are the text encoders among them, which may have a learning rate of their own. ``draw(start, n)`` gives
+    the ``n`` scenes from number ``start`` on that a step reads; it runs in another thread, a step ahead.
 
     Training has the optimizers of the options (``optimizers_of``), warm-up and cosine decay, gradients clipped to norm
-    1, and an exponential moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``SAVE_EVERY``
-    steps (to a temporary name, then renamed) and picked up again. After the first ``MEASURED`` steps a line says how
-    long the rest takes on this machine. Returns the seconds spent, the mean loss of the last hundred steps, and the
-    precision. Raises EcoDiffError for a checkpoint of other options.
+    1, and an exponential moving average of the weights. A checkpoint ``folder/name.pt`` is written every ``save_every``
+    steps of the options, else every ``SAVE_EVERY`` (to a temporary name, then renamed) and picked up again. After the
+    first ``MEASURED`` steps a line says how long the rest takes on this machine. Returns the seconds spent, the mean
+    loss of the last hundred steps, and the precision. Raises EcoDiffError for a checkpoint of other options.
     """
     from accelerate import Accelerator
 
@@ -177,12 +201,8 @@ def fit(
         torch.save(content, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
-    def scenes_of(step: int) -> list[openmoji.Scene]:
-        start = options.get("first_scene", 0) + step * options["batch_size"]
-        batch = list(openmoji.scenes("train", options["batch_size"], start=start))
-        if images:
-            openmoji.images(batch)  # drawn here, in the other thread, and kept in the scenes
-        return batch
+    def scenes_of(step: int) -> list:
+        return draw(options.get("first_scene", 0) + step * options["batch_size"], options["batch_size"])
 
     bar = tqdm(total=options["steps"], initial=state["step"], desc=name, unit="step", mininterval=5)
     stage, took = sum(map(ord, name)), []  # a number for the stage, the same in every process: hash(name) is not
@@ -210,7 +230,7 @@ def fit(
             bar.set_postfix(loss=f"{sum(state['losses']) / len(state['losses']):.4f}", refresh=False)
             if len(took) == MEASURED:
                 bar.write(estimate(name, options["steps"] - step - 1, took))
-            if (step + 1) % SAVE_EVERY == 0 and step + 1 < options["steps"]:
+            if (step + 1) % options.get("save_every", SAVE_EVERY) == 0 and step + 1 < options["steps"]:
                 save()
     bar.close()
     save()

@@ -45,6 +45,14 @@ def is_judge(recipe: dict) -> bool:
     return recipe["pipeline"] == "CLIPModel"
 
 
+VIDEO = "WanPipeline"  # class of the pipelines of the family that generate clips
+
+
+def is_video(pipe) -> bool:
+    """Whether a pipeline of the family generates clips and no images."""
+    return type(pipe).__name__ == VIDEO
+
+
 def needs(recipe: dict) -> list[str]:
     """Ids of the trained models that a recipe starts from: those that lend a VAE or a text encoder, the teacher."""
     lenders = [recipe.get(part, {}).get("from") for part in ("vae", "text_encoder", "text_encoder_2")]

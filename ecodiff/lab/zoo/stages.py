@@ -6,6 +6,9 @@ that the recipe has under the stage's name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import diffusers
@@ -17,17 +20,27 @@ from ecodiff.pipelines.conditioning import encode as encode_with_vae
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.retraining import losses
 
-from .fit import fit
+from .fit import drawn_clips, drawn_scenes, fit, generator, undrawn_clips, undrawn_scenes
+from .recipes import is_video
 
 
-def pixels(scenes: list[openmoji.Scene], device) -> Tensor:
-    """Images of scenes as a VAE reads them: float [N, 3, 64, 64] in -1 … 1."""
-    return openmoji.images(scenes).to(device).float() / 127.5 - 1
+def pixels(scenes: list, device) -> Tensor:
+    """Scenes as a VAE reads them, in -1 … 1: images float [N, 3, 64, 64], clips float [N, 3, 9, 32, 32]."""
+    if isinstance(scenes[0], openmoji.Clip):
+        drawn = openmoji.videos(scenes).movedim(1, 2)
+    else:
+        drawn = openmoji.images(scenes)
+    return drawn.to(device).float() / 127.5 - 1
 
 
 def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
-    """Train the VAE by absolute plus squared error and a slight KL term; then set its scaling factor to 1/std."""
-    vae, options = pipe.vae.to(memory_format=torch.channels_last), recipe[name]["train"]
+    """Train the VAE by absolute plus squared error and a slight KL term; then set its scaling factor to 1/std.
+
+    A VAE of clips states mean and standard deviation of each latent channel in the place of one factor.
+    """
+    vae, options, draw = pipe.vae, recipe[name]["train"], drawn_clips
+    if not is_video(pipe):
+        vae, draw = vae.to(memory_format=torch.channels_last), drawn_scenes
 
     def loss_of(scenes, generator):
         x = pixels(scenes, vae.device)
@@ -36,10 +49,15 @@ def train_vae(pipe, recipe: dict, folder: Path, name: str) -> dict:
         error = vae.decode(posterior.mean + posterior.std * noise).sample - x
         return error.abs().mean() + error.square().mean() + options["kl"] * posterior.kl().mean()
 
-    result = fit(name, [vae], loss_of, options, folder, recipe["seed"])
+    result = fit(name, [vae], loss_of, options, folder, recipe["seed"], draw=draw)
     with torch.no_grad():
-        latents = vae.encode(pixels(list(openmoji.scenes("train", 256)), vae.device)).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+        latents = vae.encode(pixels(draw(0, 256), vae.device)).latent_dist.mean
+    if is_video(pipe):
+        each = latents.transpose(0, 1).flatten(1)
+        mean, std = each.mean(1).tolist(), each.std(1).tolist()
+        vae.register_to_config(latents_mean=[round(x, 4) for x in mean], latents_std=[round(x, 4) for x in std])
+    else:
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return result
 
 
@@ -68,6 +86,9 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
     The pipeline's own ``encode_prompt`` makes the conditioning, so that training and sampling cannot differ. With
     ``drop_pooled`` in the options that share of captions is given as a sequence of tokens alone: a pooled vector that
     says enough of a simple caption leaves the attention to its tokens unlearned.
+
+    Of clips, ``pool`` in the options is how many there are: their latents are computed once. Their text encoder stays
+    as the stage before has left it.
     """
     options, model = recipe[name]["train"], denoiser(pipe)
     pipe.vae.requires_grad_(False).eval()
@@ -75,10 +96,19 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
     if hasattr(pipe, "unet"):
         model.to(memory_format=torch.channels_last)  # convolutions are about a tenth faster so
     forward = compiled(model, options)
-    loss = losses.training_loss(pipe.scheduler, shift=options.get("shift", 1.0))
+    # Pipelines tell the time in units of their own: FLUX in 0 … 1, Wan in 0 … 1000.
+    time = 1000.0 if is_video(pipe) else 1.0
+    loss = losses.training_loss(pipe.scheduler, time=time, shift=options.get("shift", 1.0))
+    draw: Callable[[int, int], list] = drawn_scenes
+    if is_video(pipe):
+        pipe.text_encoder.requires_grad_(False).eval()
+        draw = pooled(pipe, options, folder, recipe["seed"])
 
     def loss_of(scenes, generator):
-        latents = encode(pipe, scenes)
+        if is_video(pipe):
+            latents = torch.stack([scene.latents for scene in scenes]).to(pipe.vae.device)
+        else:
+            latents = encode(pipe, scenes)
         keep = torch.rand(len(scenes), generator=generator) >= options["drop_condition"]
         pooled = keep
         if "drop_pooled" in options:
@@ -87,35 +117,83 @@ def train_denoiser(pipe, recipe: dict, folder: Path, name: str) -> dict:
         return loss(forward, latents, condition, generator)
 
     encoders = [getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)]
-    return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"], encoders)
+    return fit(name, [model, *encoders], loss_of, options, folder, recipe["seed"], encoders, draw=draw)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A caption and the latents of its clip, as the denoiser sees them."""
+
+    caption: str
+    latents: Tensor
+
+
+def pooled(pipe, options: dict, folder: Path, seed: int) -> Callable[[int, int], list[Encoded]]:
+    """What draws training samples from ``pool`` clips, in another order in each round; their latents are kept in
+    ``folder``, named by the weights that made them, so that a run that goes on finds them."""
+    number = options["pool"]
+    path = folder / f"latents-{number}-{options['origin'][:16]}.pt"
+    items = undrawn_clips(0, number)
+    if path.is_file():
+        latents = torch.load(path, weights_only=True)
+    else:
+        latents = torch.cat([encode(pipe, items[start : start + 32]).cpu() for start in range(0, number, 32)])
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(latents, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    @lru_cache(maxsize=2)
+    def order(turn: int) -> list[int]:
+        return torch.randperm(number, generator=generator(seed, turn)).tolist()
+
+    def draw(start: int, n: int) -> list[Encoded]:
+        drawn = []
+        for position in range(start, start + n):
+            turn, place = divmod(position, number)
+            at = order(turn)[place]
+            drawn.append(Encoded(items[at].caption, latents[at]))
+        return drawn
+
+    return draw
 
 
 def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
     """Train a new T5 encoder on captions alone: it restores the words of captions of which some are hidden.
 
     T5 itself was trained so (Raffel et al. 2020), with a decoder in the place of the linear layer here. Published
-    pipelines, too, start from trained text encoders. The encoder sees padding, as FLUX shows it to it.
+    pipelines, too, start from trained text encoders. The encoder sees padding where its pipeline shows it: FLUX does,
+    Wan does not.
     """
-    options, tokenizer = recipe[name]["train"], pipe.tokenizer_2
+    part, tokenizer, draw = "text_encoder_2", getattr(pipe, "tokenizer_2", None), undrawn_scenes
+    if is_video(pipe):
+        part, tokenizer, draw = "text_encoder", pipe.tokenizer, undrawn_clips
+    options, config = recipe[name]["train"], getattr(pipe, part).config
     torch.manual_seed(recipe["seed"])
-    encoder = type(pipe.text_encoder_2)(pipe.text_encoder_2.config)
-    head = torch.nn.Linear(encoder.config.d_model, len(tokenizer))
-    pipe.register_modules(text_encoder_2=encoder)
+    encoder = type(getattr(pipe, part))(config)
+    head = torch.nn.Linear(config.d_model, len(tokenizer))
+    pipe.register_modules(**{part: encoder})
 
     def loss_of(scenes, generator):
         captions = [scene.caption for scene in scenes]
         words = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         hidden = (torch.rand(words.shape, generator=generator) < options["hide"]) & (words != tokenizer.pad_token_id)
         shown = words.masked_fill(hidden, tokenizer.unk_token_id).to(pipe.vae.device)
-        logits = head(encoder(shown).last_hidden_state)
+        mask = (words != tokenizer.pad_token_id).to(shown.device) if is_video(pipe) else None
+        logits = head(encoder(shown, attention_mask=mask).last_hidden_state)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), words.flatten().to(logits.device))
 
-    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"], images=False)
+    return fit(name, [encoder, head], loss_of, options, folder, recipe["seed"], draw=draw)
 
 
-def encode(pipe, scenes: list[openmoji.Scene]) -> Tensor:
-    """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]."""
-    return encode_with_vae(pipe, pixels(scenes, pipe.vae.device))
+@torch.no_grad()
+def encode(pipe, scenes: list) -> Tensor:
+    """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]; for clips
+    [N, 32, 3, 4, 4], each channel with mean 0 and standard deviation 1."""
+    if not is_video(pipe):
+        return encode_with_vae(pipe, pixels(scenes, pipe.vae.device))
+    latents, config = pipe.vae.encode(pixels(scenes, pipe.vae.device)).latent_dist.mean, pipe.vae.config
+    mean, std = latents.new_tensor(config.latents_mean), latents.new_tensor(config.latents_std)
+    return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
 
 
 def compiled(model, options: dict):
@@ -146,6 +224,10 @@ def conditioning(pipe, captions: list[str], keep: Tensor, keep_pooled: Tensor | 
     def told(keep: Tensor) -> list[str]:
         return [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
 
+    if is_video(pipe):
+        length = pipe.tokenizer.model_max_length
+        embeds, _ = pipe.encode_prompt(told(keep), do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"encoder_hidden_states": embeds}
     if not hasattr(pipe, "transformer"):
         embeds, _ = pipe.encode_prompt(told(keep), device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}

@@ -21,12 +21,13 @@ from ecodiff.pipelines.loading import load
 from ecodiff.storage.paths import data_dir
 from ecodiff.storage.saving import replaced_files
 
-from .recipes import is_judge
+from .recipes import is_judge, is_video
 
 MANIFEST = "checksums.sha256"
 # What ``evaluate`` writes about one model.
 EVALUATED = ("README.md", "measured.json", "fixed.png", "fixed.json", identities.FILE)
 FIXED = {"prompt": "a cat and a pizza on a green background", "seed": 0}
+FIXED_CLIP = "a cat that moves left on a green background"
 
 
 def stored_ids() -> list[str]:
@@ -117,10 +118,16 @@ def changed_files(folder: str = "") -> list[str]:
 
 
 def fixed_picture(pipe, sampling: dict) -> np.ndarray:
-    """The image that tells whether a stored pipeline still generates what it did: uint8 [64, 64, 3]."""
+    """The image that tells whether a stored pipeline still generates what it did: uint8 [64, 64, 3].
+
+    Of a pipeline that generates clips, it is the frames of one side by side: uint8 [32, 9 · 32, 3].
+    """
     from ecodiff.method.generate import generate
 
-    images = generate(pipe, [FIXED["prompt"]], [FIXED["seed"]], progress=False, **sampling)
+    prompt = FIXED_CLIP if is_video(pipe) else FIXED["prompt"]
+    images = generate(pipe, [prompt], [FIXED["seed"]], progress=False, **sampling)
+    if is_video(pipe):
+        images = images.movedim(1, -2).flatten(-2)
     return images[0].permute(1, 2, 0).numpy()
 
 

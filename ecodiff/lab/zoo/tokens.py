@@ -12,11 +12,15 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from ecodiff.lab import openmoji
 
+from .recipes import VIDEO
+
 FIRST_CAPTION = 10_000_000  # tokenizers read captions of scenes that no model is trained on
 
 
 def _texts(recipe: dict) -> list[str]:
     """Every object and colour by name, then running captions for the small words and their frequencies."""
+    if recipe["pipeline"] == VIDEO:  # captions of clips name few objects and are soon complete
+        return [clip.caption for clip in openmoji.clips("train", recipe["tokenizer"]["captions"], start=FIRST_CAPTION)]
     names = [f"{row['article']} {name}" for name, row in openmoji.object_table().items()]
     captions = openmoji.prompts("train", recipe["tokenizer"]["captions"], start=FIRST_CAPTION)
     return names * 20 + list(openmoji.COLOURS) * 20 + captions
