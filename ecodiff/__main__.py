@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         if processes.count() > 1:
             _refuse_many(options.command)
         found = options.run(options)
-        processes.leave()
         if isinstance(found, int):
             return found
         if not processes.is_first():
@@ -137,4 +136,7 @@ def commands() -> dict[str, ModuleType]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == DONE:
+        processes.leave()
+    sys.exit(code)

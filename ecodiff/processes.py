@@ -105,7 +105,23 @@ def state():
                 "frozen and each process holds the whole pipeline: launch without it. For a denoiser that no GPU "
                 "holds, see the page 'More than one machine'."
             )
-    return PartialState(timeout=_PATIENCE)
+    # Without being told so, accelerate does not look for other processes on a CPU.
+    made = PartialState(cpu=_on_cpu(), timeout=_PATIENCE)
+    if made.num_processes != count():
+        raise EcoDiffError(
+            f"The launcher started {count()} processes, and accelerate's PartialState was made earlier for "
+            f"{made.num_processes}: make it with PartialState(cpu=True), or leave that to the functions here."
+        )
+    return made
+
+
+def _on_cpu() -> bool:
+    """Whether the processes compute on CPUs."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return True
+    return not (torch.accelerator if hasattr(torch, "accelerator") else torch.cuda).is_available()
 
 
 def leave() -> None:

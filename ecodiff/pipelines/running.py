@@ -33,6 +33,8 @@ def on_device(pipe, caller: str, many: bool = False):
     placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
     # Between calls the components of an offloaded pipeline are on the CPU; it knows itself where they compute.
     device = pipe._execution_device if placed else state.device
+    if device.type == "cpu":
+        device = torch.device("cpu")  # with several processes accelerate numbers it
     if processes.count() > 1 and placed:
         _refuse_shared(pipe, device, state.device, caller)
     moved = not placed and device != home
