@@ -31,7 +31,7 @@ from ecodiff.pipelines.running import in_words, not_half, on_device
 from ecodiff.progress import progress_bar, say
 
 from . import resume
-from .carried import refuse_elsewhere
+from .carried import refuse_elsewhere, refuse_streamed
 from .checkpointing import undisturbed
 from .config import RAMP, LearnConfig
 from .exact import SAME_GRADIENT, SLOPE, measure
@@ -94,6 +94,7 @@ def learn(
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
     refuse_elsewhere(network, "learn")
+    refuse_streamed(network, "learn")
     check_prunable(network, "learn")
     not_half(network, "learn")
     sites = sites_but(network, config.kinds, exclude)

@@ -15,6 +15,7 @@ import ecodiff
 from ecodiff import processes
 from ecodiff.__main__ import WRONG, main
 from ecodiff.errors import EcoDiffError
+from ecodiff.method.carried import _group, refuse_streamed
 from ecodiff.method.gates import Gates
 from ecodiff.method.learn import Task, _optimizer
 from ecodiff.method.sites import find_sites
@@ -103,6 +104,7 @@ def test_gradients_of_the_processes_add_up_to_that_of_one(name, tasks, as_proces
     assert losses == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_that_do_not_join_are_dealt_out_as_one_process_runs_them(tasks, as_process, monkeypatch):
     """The whole batch decides, also where what one process would run of it joins."""
     tasks(QUICK)  # the teacher's samples join
@@ -168,6 +170,18 @@ def test_functions_that_share_no_work_and_sharding_say_so(as_process, monkeypatc
     with pytest.raises(EcoDiffError, match="told to use FSDP.*each process holds the whole pipeline"):
         with on_device(tiny_sd(), "learn", many=True):
             pass
+
+
+def test_weights_that_leave_before_backward_are_refused():
+    pipe = tiny_sd()
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    refuse_streamed(pipe.unet, "learn")  # they stay where they are
+    for module in pipe.unet.modules():
+        if _group(module) is not None:
+            _group(module).onload_device = torch.device("cuda")
+    with pytest.raises(EcoDiffError, match="learn needs gradients, and group offload takes the weights"):
+        ecodiff.learn(pipe, PROMPTS, QUICK, progress=False)
 
 
 def test_a_process_that_works_alone_forgets_the_launcher(as_process):
