@@ -241,7 +241,9 @@ def test_two_processes_do_what_one_does(tmp_path, monkeypatch, capsys):
     ]
     Path("calls.json").write_text(json.dumps(calls))
     Path("worker.py").write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # --multi_gpu is how accelerate starts several processes on one machine, also where they then find no GPU.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
         [*launcher, "worker.py", "calls.json"],
         env=os.environ | {"PYTHONPATH": str(Path(ecodiff.__file__).parents[1]), "OMP_NUM_THREADS": "1"},

@@ -26,15 +26,20 @@ STAND_INS = {
 """What stands in a text where a command has a value -> such a value."""
 
 
+def filled(text: str) -> str:
+    """A text with values in the places of its placeholders."""
+    for placeholder, value in STAND_INS.items():
+        text = re.sub(rf"(?<!\w){re.escape(placeholder)}(?!\w)", value, text)
+    return text
+
+
 def printed() -> list[str]:
     """The arguments of each command in README, pages, chapters, cards, docstrings and error messages."""
     commands = set()
     for path in TEXTS:
         if "tests" in path.parts:
             continue
-        text = path.read_text(encoding="utf-8")
-        for placeholder, value in STAND_INS.items():
-            text = re.sub(rf"(?<!\w){re.escape(placeholder)}(?!\w)", value, text)
+        text = filled(path.read_text(encoding="utf-8"))
         for arguments in re.findall(r"(?:python|\$\(PY\)|(?:accelerate launch|torchrun) .*) -m ecodiff (.*)", text):
             # A command ends with its quotes, its sentence, a comment, the next command, or the next column.
             commands.add(re.split(r"[`\"')|]|\.$|\. | # | && |  ", arguments)[0].strip())
@@ -51,9 +56,7 @@ def launches() -> list[str]:
     """What texts give to ``accelerate launch``: its own arguments, and the module."""
     found = set()
     for path in TEXTS:
-        text = path.read_text(encoding="utf-8")
-        for placeholder, value in STAND_INS.items():
-            text = text.replace(placeholder, value)
+        text = filled(path.read_text(encoding="utf-8"))
         found |= set(re.findall(r"accelerate launch (--.* -m ecodiff) ", text))
     return sorted(found)
 
