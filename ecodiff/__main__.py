@@ -15,9 +15,11 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Collection
 from types import ModuleType
 
+from . import processes
 from .commands.options import with_settings_file
 from .errors import EcoDiffError
 
@@ -34,6 +36,9 @@ LIBRARY = {
 }
 LAB = "ecodiff.lab.commands"
 
+SHARE_WORK = ("learn", "generate", "evaluate", "study")
+"""Commands that a launcher may start in several processes, which then share the work."""
+
 DONE, WRONG, INTERRUPTED = 0, 2, 130  # exit codes; argparse also ends with 2 where it understands no argument
 
 
@@ -45,12 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
         if command in LIBRARY:
             arguments = [command, *with_settings_file(arguments[1:], command)]
         options = make_parser([command]).parse_args(arguments)
+        if processes.count() > 1:
+            _refuse_many(options.command)
         found = options.run(options)
         if isinstance(found, int):
             return found
+        if not processes.is_first():
+            return DONE
         print(json.dumps(found, indent=1) if options.json else in_lines(found))
     except EcoDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if processes.is_first() else f" in process {processes.rank()}"
+        print(f"error{where}: {error}", file=sys.stderr)
         return WRONG
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Python flushes standard output once more at exit, which must not
@@ -60,6 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted: the same command goes on where it can", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def _refuse_many(command: str) -> None:
+    """EcoDiffError in a run of several processes for a command that does not share its work among them."""
+    if command not in SHARE_WORK:
+        raise EcoDiffError(
+            f"{command} runs in one process, not in {processes.count()}: start it without a launcher. "
+            f"Work is shared by {', '.join(SHARE_WORK)}."
+        )
+    if not processes.is_first():
+        warnings.simplefilter("ignore")  # the first process warns for all
 
 
 def make_parser(names: Collection[str | None] | None = None) -> argparse.ArgumentParser:
@@ -115,4 +136,7 @@ def commands() -> dict[str, ModuleType]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == DONE:
+        processes.leave()
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""What long work tells its user: lines, and bars where somebody looks at them."""
+"""What long work tells its user: lines, and bars where somebody looks at them. Of many processes the first tells."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from . import processes
+
 
 def say(text: str) -> None:
     """One line on standard error, above any bar."""
-    tqdm.write(text, file=sys.stderr)
+    if processes.is_first():
+        tqdm.write(text, file=sys.stderr)
 
 
 def progress_bar(work: Iterable | None = None, *, progress: bool = True, **settings) -> tqdm:
     """A bar of tqdm, with its settings, that shows on a terminal and in a notebook, and stays quiet in a log."""
     seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(work, disable=not (progress and seen), **settings)
+    return tqdm(work, disable=not (progress and seen and processes.is_first()), **settings)

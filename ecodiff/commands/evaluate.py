@@ -1,6 +1,7 @@
 """Measure how close images of a pruned pipeline are to those of the original one.
 
-Both are pipelines, or folders of images that `generate` wrote for the same prompts and seeds.
+Both are pipelines, or folders of images that `generate` wrote for the same prompts and seeds. Processes that a launcher
+starts (accelerate launch -m ecodiff evaluate ...) share the images.
 
 example: python -m ecodiff evaluate openmoji-sdxl-20 openmoji-sdxl --prompts prompts.txt --steps 8
 """
@@ -9,13 +10,20 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 
 from . import options as shared
 from .generate import add_sampling, images_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ecodiff.comparison.result import Comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,24 +45,61 @@ def run(options: argparse.Namespace) -> dict:
     from ecodiff import metrics
     from ecodiff.comparison.compare import of_images
 
+    # Each process measures its own images; what it found is gathered in the order of all images.
     sets = both(options)
-    comparison = of_images((sets.first, sets.second), sets.prompts, sets.seeds, judge=options.clip)
-    found: dict = {"images": len(sets.prompts)}
+    own = None
+    equal: list[bool] = []
+    if sets.prompts:
+        own = of_images((sets.first, sets.second), sets.prompts, sets.seeds, judge=options.clip)
+        equal = (sets.first == sets.second).flatten(1).all(1).tolist()
+    comparison = gathered(own)
+    found: dict = {"images": len(comparison.prompts)}
     for name, interval in comparison.intervals().items():
         found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    found["equal images"] = int((sets.first == sets.second).flatten(1).all(1).sum())
+    found["equal images"] = sum(processes.gathered(equal))
     if options.fid:
-        features = [metrics.inception_features(images) for images in (sets.second, sets.first)]
-        found["FID"] = metrics.fid(*features)
-        found["KID"], found["KID, standard deviation"] = metrics.kid(*features)
+        features = [features_of(images) for images in (sets.second, sets.first)]
+        found["FID"] = processes.of_first(partial(metrics.fid, *features))
+        found["KID"], found["KID, standard deviation"] = processes.of_first(partial(metrics.kid, *features))
     if options.each:
         found["each"] = {"SSIM": comparison.ssim, "PSNR in dB": comparison.psnr}
     return found
 
 
+def gathered(own: Comparison | None) -> Comparison:
+    """The measures of the images of all processes, from those of this process's own (None where it has none)."""
+    if own is not None and processes.count() == 1:
+        return own
+    import torch
+
+    from ecodiff.comparison.result import Comparison
+
+    measures: dict[str, Any] = {}
+    for name in ("prompts", "seeds", "ssim", "psnr"):
+        measures[name] = processes.gathered(getattr(own, name) if own else [])
+    scores = processes.gathered(list(zip(*own.clip, strict=True)) if own and own.clip else [])
+    if scores:
+        measures["clip"] = tuple(list(each) for each in zip(*scores, strict=True))
+    nothing = torch.empty(0)
+    return Comparison(names=("first", "second"), images=(nothing, nothing), **measures)
+
+
+def features_of(images) -> Tensor:
+    """Inception features of the images of all processes; ``images`` are this process's own (None where it has none)."""
+    import torch
+
+    from ecodiff import metrics
+
+    own = [] if images is None else [row.clone() for row in metrics.inception_features(images)]
+    return torch.stack(processes.gathered(own))
+
+
 @dataclass(frozen=True)
 class Sets:
-    """Images of the first and of the second, uint8 [N, 3, height, width], with what they show."""
+    """This process's images of the first and of the second, uint8 [N, 3, height, width], with what they show.
+
+    They are None in a process that has none, because there are more processes than images.
+    """
 
     first: Any
     second: Any
@@ -64,11 +109,12 @@ class Sets:
 
 
 def both(options: argparse.Namespace) -> Sets:
-    """The images of both; they are generated where a pipeline is given.
+    """The images of both, of many processes each its own; they are generated where a pipeline is given.
 
     Raises EcoDiffError where they are not of the same prompts and seeds.
     """
     from ecodiff.comparison.compare import cost_of
+    from ecodiff.pipelines.running import on_device
     from ecodiff.storage.images import ABOUT, read_about, read_images
 
     names = [options.first, options.second]
@@ -84,13 +130,19 @@ def both(options: argparse.Namespace) -> Sets:
     for folder, about in zip(folders, abouts, strict=True):
         if (about.prompts, about.seeds) != (prompts, seeds):
             raise EcoDiffError(f"{folder}: its images are of other prompts or seeds than those of {folders[0]}.")
-    sets, costs = [], []
+    sets: list[Any] = []
+    costs: list[dict] = []
+    numbers = processes.own(range(len(prompts)))
+    prompts, seeds = list(processes.own(prompts)), list(processes.own(seeds))
     for name in names:
-        if name in folders:
-            sets.append(read_images(name)[0])
+        if not prompts:
+            sets.append(None)
+        elif name in folders:
+            sets.append(read_images(name, numbers)[0])
         else:
             pipe = shared.load_model(options, name)
-            sets.append(images_of(pipe, prompts, seeds, options))
+            with on_device(pipe, "evaluate", many=True):
+                sets.append(images_of(pipe, prompts, seeds, options))
             costs.append(cost_of(pipe))
     both_costs = (costs[0], costs[1]) if len(costs) == 2 else ({}, {})
     return Sets(sets[0], sets[1], prompts, seeds, both_costs)

@@ -1,6 +1,7 @@
 """Generate one image for each prompt, into a folder.
 
-Image i comes from prompt i and the noise of seed SEED + i. An interrupted run goes on where it was.
+Image i comes from prompt i and the noise of seed SEED + i. An interrupted run goes on where it was. Processes that a
+launcher starts (accelerate launch -m ecodiff generate ...) share the prompts.
 
 example: python -m ecodiff generate openmoji-sdxl --prompts prompts.txt --steps 8 --out images
 """
@@ -8,7 +9,10 @@ example: python -m ecodiff generate openmoji-sdxl --prompts prompts.txt --steps 
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 
 from . import options as shared
@@ -31,27 +35,39 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
-    from ecodiff.storage.fingerprint import canonical
-    from ecodiff.storage.images import About, ImageFolder, digest
+    from ecodiff.pipelines.running import on_device
 
     out = shared.check_target(options.out, folder=True)
     prompts = shared.read(options)
     pipe = shared.load_model(options)
     seeds = list(range(options.seed, options.seed + len(prompts)))
-    settings = settings_of(options)
+    folder = processes.of_first(partial(_folder, out, pipe, prompts, seeds, options))
+    missing = processes.of_first(folder.missing)
+    mine = processes.own(missing)
+    with on_device(pipe, "generate", many=True):
+        for start in range(0, len(mine), options.batch_size):
+            numbers = mine[start : start + options.batch_size]
+            images = images_of(pipe, [prompts[n] for n in numbers], [seeds[n] for n in numbers], options)
+            for number, image in zip(numbers, images, strict=True):
+                folder.write(number, image)
+    processes.wait()
+    lost = processes.of_first(folder.missing)
+    if lost:
+        raise EcoDiffError(f"{out}: {len(lost)} images are not there: give a folder that all machines see.")
+    return {"folder": str(out), "images": len(prompts), "generated now": len(missing)}
+
+
+def _folder(out: Path, pipe, prompts: list[str], seeds: list[int], options: argparse.Namespace):
+    """The folder of the images, which knows what they show."""
+    from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
+    from ecodiff.storage.fingerprint import canonical
+    from ecodiff.storage.images import About, ImageFolder, digest
+
     try:
         weights = digest(canonical(describe(of_pipeline(pipe))))
     except Undescribed:
         weights = None
-    folder = ImageFolder(out, About(prompts, seeds, settings, options.model, weights))
-    missing = folder.missing()
-    for start in range(0, len(missing), options.batch_size):
-        numbers = missing[start : start + options.batch_size]
-        images = images_of(pipe, [prompts[n] for n in numbers], [seeds[n] for n in numbers], options)
-        for number, image in zip(numbers, images, strict=True):
-            folder.write(number, image)
-    return {"folder": str(out), "images": len(prompts), "generated now": len(missing)}
+    return ImageFolder(out, About(prompts, seeds, settings_of(options), options.model, weights))
 
 
 def settings_of(options: argparse.Namespace) -> dict:

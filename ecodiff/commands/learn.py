@@ -1,6 +1,7 @@
 """Learn a mask through the whole denoising process, and save its gates.
 
-An interrupted run goes on where it was, when the same command is given again.
+An interrupted run goes on where it was, when the same command is given again. Processes that a launcher starts
+(accelerate launch -m ecodiff learn ...) share the work.
 
 example: python -m ecodiff learn openmoji-sdxl --prompts prompts.txt --updates 60 --out gates.safetensors
 """
@@ -9,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
+
+from ecodiff import processes
 
 from . import options as shared
 
@@ -32,7 +36,7 @@ def run(options: argparse.Namespace) -> dict:
     from ecodiff.method.config import LearnConfig
     from ecodiff.method.learn import learn
 
-    out = shared.check_target(options.out)
+    out = processes.of_first(partial(shared.check_target, options.out))
     if options.preset:
         config = LearnConfig.paper(options.preset, **shared.given_fields(options, LearnConfig))
     else:
@@ -40,9 +44,10 @@ def run(options: argparse.Namespace) -> dict:
     prompts = shared.read(options)
     folder = options.resume_dir or out.with_name(out.name + ".run")
     gates = learn(shared.load_model(options), prompts, config, resume_dir=folder, exclude=options.exclude)
-    gates.save(out)
-    if options.resume_dir is None:
-        shutil.rmtree(folder, ignore_errors=True)
+    if processes.is_first():
+        gates.save(out)
+        if options.resume_dir is None:
+            shutil.rmtree(folder, ignore_errors=True)
     last = gates.history[-1]
     found: dict = {"gates": str(out), "updates": len(gates.history), "loss": last["loss"]}
     for name, value in last.items():

@@ -21,6 +21,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 
 CALL = "further arguments of the pipeline's call, such as height=1024 width=1024 max_sequence_length=256"
@@ -41,7 +42,7 @@ def load_model(options: argparse.Namespace, name: str | None = None):
 
     from ecodiff.pipelines.loading import load
 
-    if not sys.stderr.isatty():  # a log stays quiet
+    if not sys.stderr.isatty() or not processes.is_first():  # a log stays quiet
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     arguments = {}

@@ -115,6 +115,19 @@ def refuse_elsewhere(model: nn.Module, caller: str) -> None:
         )
 
 
+def refuse_streamed(model: nn.Module, caller: str) -> None:
+    """Raise EcoDiffError for a model whose weights are on the device only while its forward runs (group offload).
+
+    Backward needs the weights once more, and hooks of the forward do not bring them back.
+    """
+    groups = [_group(module) for module in model.modules()]
+    if any(group is not None and group.onload_device.type != group.offload_device.type for group in groups):
+        raise EcoDiffError(
+            f"{caller} needs gradients, and group offload takes the weights of this {type(model).__name__} away before "
+            "backward. Load the pipeline again and take enable_model_cpu_offload(), or a score without gradients."
+        )
+
+
 def carry_over(old: nn.Module, new: nn.Module) -> list[str]:
     """Give ``new``, freshly built from ``old``'s config, what ``old`` has beside config and weights.
 

@@ -43,7 +43,10 @@ class LearnConfig:
     micro_batch_size: int | None = None
     """Samples that run together (None: all). Smaller needs less memory. It also changes which gates are drawn, and so
     λ: with gate_draw="call" (the default) all draws of an update come from one stream, in the order of the calls, and
-    with gate_draw="trajectory" the gradient is averaged over more gate samples. gate_draw="sample" is not affected."""
+    with gate_draw="trajectory" the gradient is averaged over more gate samples. gate_draw="sample" is not affected.
+    Processes of a launcher share the samples that run together: of 8 on 4 processes each runs 2, with the gates that
+    one process would draw, so their number does not change λ. With objective="step", whose loss is relative to the
+    variance of samples that run together, these stay in one process, and a smaller size gives the others some."""
     num_inference_steps: int = 8
     guidance_scale: float | None = None
     """None: the pipeline's own default. Guidance runs both halves through the gated denoiser."""

@@ -6,7 +6,7 @@ A gate z in [0, 1] multiplies one unit. Its distribution is a stretched and clip
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -118,15 +118,19 @@ class Gates:
         return gates
 
 
-def fresh_gates(gates: Gates, samples: int) -> Callable[[str], Tensor]:
+def fresh_gates(gates: Gates, samples: int, rows: Sequence[int] | None = None) -> Callable[[str], Tensor]:
     """A function that draws gates [samples, units] for the site of a name: ``values`` for `apply_gates`.
 
     So each sample of the batch has gates of its own, drawn anew each time a site's module runs (as published), from
-    torch's own CPU random state, which checkpointing can restore.
+    torch's own CPU random state, which checkpointing can restore. ``rows``: the samples that run here (None: all); the
+    gates of the others are drawn and left out, so that those of a sample do not depend on who runs the others.
     """
 
     def draw(name: str) -> Tensor:
         value = gates.log_alpha[name]
-        return gates.distribution.sample(value, torch.rand(samples, *value.shape).to(value.device))
+        uniform = torch.rand(samples, *value.shape)
+        if rows is not None:
+            uniform = uniform[rows]
+        return gates.distribution.sample(value, uniform.to(value.device))
 
     return draw

@@ -12,14 +12,17 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial, wraps
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.batches import Form, form_of_samples, in_batches
+from ecodiff.pipelines.batches import Form, form_of_samples, in_batches, joins
 from ecodiff.pipelines.forward_hooks import Hooks, hooked, never_ran, replaced_forward
 from ecodiff.pipelines.identity import Identity, describe_run
 from ecodiff.pipelines.parts import denoiser as find_denoiser
@@ -28,7 +31,7 @@ from ecodiff.pipelines.running import in_words, not_half, on_device
 from ecodiff.progress import progress_bar, say
 
 from . import resume
-from .carried import refuse_elsewhere
+from .carried import refuse_elsewhere, refuse_streamed
 from .checkpointing import undisturbed
 from .config import RAMP, LearnConfig
 from .exact import SAME_GRADIENT, SLOPE, measure
@@ -55,6 +58,9 @@ def learn(
     Text encoders run once a prompt, the unmasked model once a sample. Everything random is a function of
     ``config.seed`` and the number of the update, so an interrupted run continues from ``resume_dir`` to the same λ,
     bit for bit.
+
+    In a run of several processes (``accelerate launch``) each learns from its part of an update's samples, and all have
+    the λ of one process, up to rounding. The first process alone reads and writes ``resume_dir``.
 
     Before that, one call of the denoiser shows of each kind of site whether its units can be removed
     (`ecodiff.method.trial`); sites that fail get no gates, and a warning names one. One sample and two steps show
@@ -88,6 +94,7 @@ def learn(
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
     refuse_elsewhere(network, "learn")
+    refuse_streamed(network, "learn")
     check_prunable(network, "learn")
     not_half(network, "learn")
     sites = sites_but(network, config.kinds, exclude)
@@ -100,7 +107,7 @@ def learn(
     for sentence in config.zero_at_start():
         warnings.warn(sentence, stacklevel=2)
 
-    with on_device(pipe, "learn") as device, undisturbed(device):
+    with on_device(pipe, "learn", many=True) as device, undisturbed(device):
         task = Task(encoding_once(pipe), prompts, config, device)
         folder, learned = None, None
         if resume_dir is not None:
@@ -140,7 +147,7 @@ def _removable(network: nn.Module, sites: Mapping[str, Site], run: Callable) -> 
 
     Raises EcoDiffError where none is left.
     """
-    failing = failing_sites(network, sites, run)
+    failing = processes.of_first(partial(failing_sites, network, sites, run))
     left = {name: site for name, site in sites.items() if name not in failing}
     if failing:
         name, why = next(iter(failing.items()))
@@ -155,7 +162,7 @@ def _refuse_inexact(task: Task, sites: Mapping[str, Site]) -> None:
     """Raise EcoDiffError where the gradient through the loop is not that of the loss (`ecodiff.method.exact`)."""
     name, config = type(task.pipe).__name__, task.config
     try:
-        found = measure(task, sites)
+        found = processes.of_first(partial(measure, task, sites))
     except torch.OutOfMemoryError:
         warnings.warn("learn: no memory is left to try whether the gradient is exact; learning goes on.", stacklevel=3)
         return
@@ -217,6 +224,14 @@ def _descend(task: Task, gates: Gates, optimizer, done: int, folder: resume.Fold
                 folder.save_state(gates, optimizer)
 
 
+@dataclass
+class Seen:
+    """How many samples of an update have been dealt out, and in how many parts."""
+
+    samples: int = 0
+    parts: int = 0
+
+
 class Task:
     """The samples, their teacher latents, and the gradient of one update."""
 
@@ -232,12 +247,21 @@ class Task:
         self.prompts = prompts
         self.teacher: Tensor | None = None
         self.seconds_a_sample = 0.0
+        self.drawn = 0
+        """Random numbers drawn for gates so far, with gate_draw="call"."""
+        self.drawn_a_sample: int | None = None
+        """How many of them one sample takes in one update."""
 
     @cached_property
     def form(self) -> Form:
         """How samples are given to the pipeline: one by one where it treats a batch otherwise than single samples."""
         wanted = self.config.micro_batch_size or self.config.batch_size
         return form_of_samples(wanted, self.pipe, self.prompts, **self.call)
+
+    @property
+    def size_here(self) -> int:
+        """How many samples run together in this process, at most: its part of those that run together in all."""
+        return math.ceil(self.form.size / processes.count())
 
     @property
     def call(self) -> dict:
@@ -284,7 +308,7 @@ class Task:
         if stored is None:
             stored = self._timed_teacher(progress, sites)
         self._check_finite(stored[0])
-        again = self._comes_out_again(stored[0])
+        again = processes.of_first(partial(self._comes_out_again, stored[0]))
         if not again and self.form.size > 1:
             warnings.warn(
                 f"learn: what {type(self.pipe).__name__} makes of a sample depends on its place in the batch, so "
@@ -294,7 +318,7 @@ class Task:
             self.form = Form(1, self.form.bare)
             if fresh:
                 stored = self._timed_teacher(progress, sites)
-            again = self._comes_out_again(stored[0])
+            again = processes.of_first(partial(self._comes_out_again, stored[0]))
         if not again:
             raise EcoDiffError(
                 f"learn: {type(self.pipe).__name__} makes something else of the same sample each time: pass what it "
@@ -325,7 +349,8 @@ class Task:
         image for each generator, compares a student with the teacher of another noise. The difference is then of the
         size of the latents themselves, and rounding is far below a tenth of that.
         """
-        numbers = list(range(len(self.samples)))[: self.form.size][::-1]
+        size = min(self.form.size, max(2, self.size_here))
+        numbers = list(range(len(self.samples)))[:size][::-1]
         again = self.latents(numbers, gradients=False).to(teacher.device)
         difference = (again - teacher[numbers]).square().mean()
         return bool(difference <= 0.1 * teacher.var())
@@ -341,9 +366,15 @@ class Task:
                 parts.append(self.latents(numbers, gradients=False))
             bar.update(len(numbers))
 
-        with progress_bar(total=len(self.samples), desc="teacher", progress=progress) as bar:
-            in_batches(range(len(self.samples)), self.form.size, run)
-        return torch.cat(parts)
+        numbers = processes.own(range(len(self.samples)))
+        with progress_bar(total=len(numbers), desc="teacher", progress=progress) as bar:
+            in_batches(numbers, self.size_here, run)
+        if processes.count() == 1:
+            return torch.cat(parts)
+        # A process with few samples may not have seen that they run one by one.
+        self.form = min(processes.gathered([self.form]), key=attrgetter("size"))
+        rows = [row.cpu().clone() for part in parts for row in part]
+        return torch.stack(processes.gathered(rows))
 
     def cost(self, updates: int) -> str:
         """One line that says how long so many updates will take, judging by the time that the teacher took."""
@@ -362,27 +393,29 @@ class Task:
         optimizer.zero_grad(set_to_none=True)
         batch = epoch_batch(len(self.samples), config.batch_size, config.seed, update)
         generator = torch.Generator().manual_seed(mix(config.seed, update))
-        reconstruction = 0.0
+        reconstruction, seen = 0.0, Seen()
 
         def add(part: list[int]) -> None:
             nonlocal reconstruction
-            values = self.gate_values(gates, generator, len(part))
-            share = len(part) / len(batch)
-            if config.objective == "step":
-                reconstruction += self.stepwise(part, values, gates, share)
-                return
-            # Backward runs checkpointed calls again, so it belongs inside, where the gates are still applied.
-            with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
-                student = self.latents(part, gradients=True)
-                assert self.teacher is not None
-                loss = self.reconstruction(student, self.teacher[part]) * len(part) / len(batch)
-                loss.backward()
-            reconstruction += loss.item()
+            rows = self._rows_here(len(part), seen)
+            if 1 < len(part) != len(rows) and not joins(self.pipe, self.form, self._prompts_of(part), self.call):
+                self.gate_values(gates, generator, len(part), [])  # drawn as the process draws that has them all
+                raise NotJoined("samples that do not run together do so in no process")
+            if rows:
+                reconstruction += self.gradient_of(part, rows, gates, generator, len(batch))
+            else:
+                self._pass_over(part, gates, generator)
+            seen.samples += len(part)
+            seen.parts += 1
 
         # Gates drawn inside the denoiser use torch's own random state, which checkpointing can restore.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(mix(config.seed, update))
             in_batches(batch, self.form.size, add)
+
+        if processes.count() > 1:
+            _sum_gradients(gates)
+            reconstruction = sum(processes.gathered([reconstruction]))
 
         # Eq. 2: the loss is the reconstruction plus β times the regulariser. Gradients of both add up in λ.
         prices = prices_of_open_gates(gates, config.regulariser)
@@ -401,15 +434,84 @@ class Task:
             "seconds": time.perf_counter() - started,
         }
 
+    def gradient_of(
+        self, part: list[int], rows: list[int], gates: Gates, generator: torch.Generator, samples: int
+    ) -> float:
+        """Add to λ the gradient of some samples that run together; returns their part of the update's loss.
+
+        ``rows``: which of ``part`` run in this process, all where it is the only one; ``samples``: of the whole update.
+        """
+        here = [part[row] for row in rows]
+        share = len(here) / samples
+        before = self.drawn
+        values = self.gate_values(gates, generator, len(part), rows)
+        if self.config.objective == "step":
+            loss = self.stepwise(here, values, gates, share)
+            drawn = self.drawn - before
+        else:
+            # Backward runs checkpointed calls again, so it belongs inside, where the gates are still applied.
+            with apply_gates(self.denoiser, values, gates.sites, gates.log_alpha.values()):
+                student = self.latents(here, gradients=True)
+                drawn = self.drawn - before
+                assert self.teacher is not None
+                total = self.reconstruction(student, self.teacher[here]) * len(here) / samples
+                total.backward()
+            loss = total.item()
+            if self.config.recompute == "redraw":  # else what backward drew is not gone from the random state
+                drawn = self.drawn - before
+        a_sample = drawn // len(part)
+        if processes.count() > 1 and self.drawn_a_sample not in (None, a_sample):
+            raise EcoDiffError(
+                f"learn: {type(self.pipe).__name__} calls its denoiser more often for some samples than for others, so "
+                'gates cannot be dealt out to processes: take gate_draw="sample", or one process.'
+            )
+        self.drawn_a_sample = a_sample
+        return loss
+
     def gate_values(
-        self, gates: Gates, generator: torch.Generator, samples: int
+        self, gates: Gates, generator: torch.Generator | None, samples: int, rows: list[int]
     ) -> Mapping[str, Tensor] | Callable[[str], Tensor]:
-        """The gates of samples that run together, as `apply_gates` takes them, in the form that ``gate_draw`` says."""
+        """The gates of samples that run together, as `apply_gates` takes them, in the form that ``gate_draw`` says.
+
+        Gates are drawn for all ``samples``, and those of ``rows`` are returned.
+        """
         if self.config.gate_draw == "call":  # as published: anew at each call of the denoiser
-            return fresh_gates(gates, samples)
+            draw = fresh_gates(gates, samples, None if len(rows) == samples else rows)
+
+            def counted(name: str) -> Tensor:
+                self.drawn += samples * gates.sites[name].units
+                return draw(name)
+
+            return counted
         if self.config.gate_draw == "trajectory":  # one draw for all samples and steps
             return gates.sample(generator)
-        return gates.sample(generator, samples)
+        values = gates.sample(generator, samples)
+        if len(rows) == samples:
+            return values
+        return {name: value[rows] for name, value in values.items()}
+
+    def _rows_here(self, samples: int, seen: Seen) -> list[int]:
+        """Which of so many samples that run together run in this process."""
+        everywhere = list(range(samples))
+        if self.config.objective == "step":  # its loss is relative to the variance of all that run together
+            return everywhere if seen.parts % processes.count() == processes.rank() else []
+        return [row for row in everywhere if (seen.samples + row) % processes.count() == processes.rank()]
+
+    def _prompts_of(self, part: list[int]) -> list:
+        return [self.samples[number][0] for number in part]
+
+    def _pass_over(self, part: list[int], gates: Gates, generator: torch.Generator) -> None:
+        """Leave the random numbers as they are after samples that run in other processes."""
+        if self.config.gate_draw != "call":
+            self.gate_values(gates, generator, len(part), [])
+            return
+        if self.drawn_a_sample is None:  # known once a sample has run, so one runs whose gradient goes nowhere
+            copies = {name: value.detach().clone().requires_grad_() for name, value in gates.log_alpha.items()}
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                self.gradient_of(part[:1], [0], Gates(gates.sites, copies, gates.distribution), generator, 1)
+        assert self.drawn_a_sample is not None
+        for _ in part:
+            torch.rand(self.drawn_a_sample)
 
     def weights(self, gates: Gates, update: int) -> dict[str, float]:
         """β of each kind in update number ``update``.
@@ -440,7 +542,8 @@ class Task:
         leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
         gated: Mapping[str, Tensor] | Callable[[str], Tensor] = leaves
         if callable(values):
-            gated = fresh_gates(Gates(gates.sites, leaves, gates.distribution), len(part))
+            copies = Gates(gates.sites, leaves, gates.distribution)
+            gated = self.gate_values(copies, None, len(part), list(range(len(part))))
         losses = []
 
         def wrap(forward):
@@ -484,6 +587,15 @@ def _watch(hooks: Hooks, sites: Mapping[str, Site]) -> None:
     for name, site in sites.items():
         for span in site.gated:
             hooks.before(span.layer, seen, site=name)
+
+
+def _sum_gradients(gates: Gates) -> None:
+    """Add up what the samples of each process left in λ; a process that had none left nothing."""
+    tensors = list(gates.log_alpha.values())
+    gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in tensors]
+    total = processes.summed(torch.cat(gradients))
+    for value, gradient in zip(tensors, total.split([len(value) for value in tensors]), strict=True):
+        value.grad = gradient.clone()
 
 
 def _by_kind(gates: Gates) -> dict[str, list[Tensor]]:
@@ -534,7 +646,8 @@ def _diverged(gates: Gates, last_good, update: int, row: dict, folder) -> EcoDif
         "The last good λ is in this error's .gates"
     )
     if folder is not None:
-        gates.save(folder.path / "last_good.safetensors")
+        if processes.is_first():
+            gates.save(folder.path / "last_good.safetensors")
         message += f" and in {folder.path / 'last_good.safetensors'}"
     error = EcoDiffError(message + ".")
     vars(error)["gates"] = gates

@@ -6,6 +6,7 @@
 
 All files are safetensors, written under a temporary name and renamed. Random states need no saving: a draw is a
 function of the seed and the number of the update. Each file names the run it belongs to; a folder never mixes two.
+Of many processes the first reads and writes, so that no other needs to see the folder.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage import fingerprint
 from ecodiff.storage.files import write_whole
@@ -30,6 +33,9 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike, run: dict):
         self.path, self.run = Path(path), run
+        processes.of_first(self._make)
+
+    def _make(self) -> None:
         try:
             (self.path / "snapshots").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -47,6 +53,8 @@ class Folder:
 
     def save_state(self, gates, optimizer: torch.optim.Optimizer) -> None:
         """Write λ, optimiser state and history as one file, and snapshots that are not there yet."""
+        if not processes.is_first():
+            return
         for update, values in gates.snapshots.items():
             if not (self.path / _snapshot(update)).exists():
                 self._write(_snapshot(update), values, {})
@@ -79,11 +87,14 @@ class Folder:
             return 0
         gates.history = metadata["history"]
         for update in range(len(gates.history) + 1):
-            if (self.path / _snapshot(update)).exists():
-                gates.snapshots[update] = self._read(_snapshot(update))[0]
+            snapshot, _ = self._read(_snapshot(update))
+            if snapshot:
+                gates.snapshots[update] = snapshot
         return len(gates.history)
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict) -> None:
+        if not processes.is_first():
+            return
         path = self.path / name
         contents = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         try:
@@ -96,6 +107,9 @@ class Folder:
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict]:
         """Tensors and metadata of a file, ({}, {}) where it does not exist."""
+        return processes.of_first(partial(self._read_here, name))
+
+    def _read_here(self, name: str) -> tuple[dict[str, Tensor], dict]:
         path = self.path / name
         if not path.exists():
             return {}, {}

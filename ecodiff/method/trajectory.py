@@ -28,6 +28,7 @@ from ecodiff.pipelines.parts import denoiser as find_denoiser
 from ecodiff.pipelines.parts import sampling_loop
 from ecodiff.pipelines.running import frozen, private_copy
 
+from .carried import refuse_streamed
 from .checkpointing import Settings, frozen_inside, kept, recomputed
 from .hooks import OpenGates
 
@@ -92,6 +93,8 @@ def final_latents(
         raise EcoDiffError(
             f"keep_last={keep_last} is negative: give the number of last steps that keep their activations."
         )
+    if gradients:
+        refuse_streamed(find_denoiser(pipe), "final_latents")
     call = sampling_loop(pipe)
     doubled = sorted({"output_type", "return_dict"} & call_kwargs.keys())
     if doubled:

@@ -146,6 +146,7 @@ def clip_score(images: Tensor, captions: Sequence[str], model: str | os.PathLike
     """
     check_same_number(images, captions, "captions")
     metric = clip_score_metric(model)
+    metric.sync_on_compute = False  # all images are here, whatever other processes a launcher started
     # In batches, since the metric keeps only a sum, and a processor would resize all images at once.
     for first in range(0, len(images), _BATCH):
         metric.update(images[first : first + _BATCH], list(captions[first : first + _BATCH]))

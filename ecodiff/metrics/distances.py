@@ -95,11 +95,14 @@ def _feature_sets(real: Tensor, fake: Tensor, feature_settings: dict) -> list[Te
 
 
 def distance(metric, real: Tensor, fake: Tensor, **settings):
-    """A metric of torchmetrics that has seen both sets of features."""
+    """A metric of torchmetrics that has seen both sets of features.
+
+    The sets are whole in this process, so nothing is added of other processes that a launcher started.
+    """
     # The warning is about the memory that features take; here they are in memory already.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer", category=UserWarning)
-        metric = metric(feature=_Given(real.shape[1]), **settings)
+        metric = metric(feature=_Given(real.shape[1]), sync_on_compute=False, **settings)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return metric

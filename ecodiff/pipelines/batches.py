@@ -138,6 +138,15 @@ def _first_call(runner, form: Form, prompts: list, seeds: list[int], call: Mappi
     return None
 
 
+def joins(runner, form: Form, prompts: list, call: Mapping) -> bool:
+    """Whether these prompts make one batch; the pipeline's call is stopped at the denoiser's first call."""
+    try:
+        _first_call(private_copy(runner), form, prompts, list(range(len(prompts))), {"output_type": "latent", **call})
+    except NotJoined:
+        return False
+    return True
+
+
 def _same_samples(a, b, both) -> bool:
     """Whether ``both``, which is given for two samples, is for each what is given for it alone, ``a`` and ``b``.
 

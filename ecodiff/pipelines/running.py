@@ -8,28 +8,35 @@ from contextlib import contextmanager
 from functools import wraps
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 
 from .parts import experts
 
 
 @contextmanager
-def on_device(pipe, caller: str):
+def on_device(pipe, caller: str, many: bool = False):
     """Inside, the pipeline is on accelerate's device, unless it was placed by its user; then it stays where it is.
 
     Placed are those with offloading or a device map, and those that are not on the CPU. An offloaded one has its
     components off the device again afterwards.
+
+    Raises EcoDiffError in a run of several processes, unless ``many`` says that the caller shares its work among them;
+    then for a pipeline that was placed on the device of another process.
     """
-    state = PartialState()
-    if state.num_processes > 1:
-        raise EcoDiffError(f"{caller} runs in one process, not in {state.num_processes}: start it without a launcher.")
+    if processes.count() > 1 and not many:
+        raise EcoDiffError(f"{caller} runs in one process, not in {processes.count()}: start it without a launcher.")
+    state = processes.state()
     home = pipe.device
     placed = getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None) or home.type != "cpu"
     # Between calls the components of an offloaded pipeline are on the CPU; it knows itself where they compute.
     device = pipe._execution_device if placed else state.device
+    if device.type == "cpu":
+        device = torch.device("cpu")  # with several processes accelerate numbers it
+    if processes.count() > 1 and placed:
+        _refuse_shared(pipe, device, state.device, caller)
     moved = not placed and device != home
     if moved:
         pipe.to(device)
@@ -40,6 +47,22 @@ def on_device(pipe, caller: str):
             pipe.to(home)
         elif getattr(pipe, "_all_hooks", None):
             pipe.maybe_free_model_hooks()
+
+
+def _refuse_shared(pipe, device: torch.device, own: torch.device, caller: str) -> None:
+    """EcoDiffError for a pipeline that its user placed where other processes have theirs."""
+    if getattr(pipe, "hf_device_map", None) or any(
+        len(set(getattr(part, "hf_device_map", None) or {}.values())) > 1 for part in pipe.components.values()
+    ):
+        raise EcoDiffError(
+            f"{caller}: a device map spreads this {type(pipe).__name__} over the devices of all "
+            f"{processes.count()} processes: start one process, without a launcher."
+        )
+    if device.type == own.type == "cuda" and (device.index or 0) != (own.index or 0):
+        raise EcoDiffError(
+            f"{caller}: process {processes.rank()} has {own}, and its pipeline was placed on {device}: leave it on "
+            "the CPU, or offload it with gpu_id=accelerate.PartialState().local_process_index."
+        )
 
 
 def placed(function: Callable) -> Callable:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,14 +92,14 @@ def read_about(path: str | os.PathLike) -> About:
     return about
 
 
-def read_images(path: str | os.PathLike) -> tuple[Tensor, About]:
-    """The images of a folder, uint8 [N, 3, height, width], and what they show.
+def read_images(path: str | os.PathLike, numbers: Sequence[int] | None = None) -> tuple[Tensor, About]:
+    """The images of a folder, uint8 [N, 3, height, width], all or those of some numbers; and what all of them show.
 
     Raises EcoDiffError where an image is missing or damaged, or the images differ in size.
     """
     about = read_about(path)
     images = []
-    for number in range(len(about.prompts)):
+    for number in range(len(about.prompts)) if numbers is None else numbers:
         file = _file(Path(path), number)
         if not file.is_file():
             raise EcoDiffError(f"{path}: image {file.name} is missing: give the command that generates them again.")

@@ -136,7 +136,8 @@ def _read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        state = path.stat()
+        with path.open("rb") as file:  # network file systems look anew where a file is opened, and not for stat
+            state = os.fstat(file.fileno())
         return list(_parsed(path, state.st_ino, state.st_size, state.st_mtime_ns))
     except (OSError, UnicodeDecodeError) as error:
         raise EcoDiffError(f"{path} cannot be read ({error}): restore it, or delete it to measure again.") from error

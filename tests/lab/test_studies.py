@@ -440,6 +440,30 @@ def test_what_is_left_is_counted_by_the_plan(toy, monkeypatch):
     assert studies.progress({name: [{}] * 2 for name in ("original", "random", "learned")}, "toy", "tiny") == ""
 
 
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_share_all_cells_and_keep_those_of_one_mask_together(toy, monkeypatch, parts):
+    rows = {}
+    for ratio in (0.2, 0.5):
+        for method in ("random", "magnitude", "learned", "learned+compensation"):
+            rows[f"{method} {ratio}"] = Cell(method, ratio, protocol=SMALL, config=CONFIG, prompts=2)
+    only(monkeypatch, replace(plan.STUDIES["toy"], rows=lambda model: rows))
+    found = [[name for _, name, _ in run.missing({"toy": 1}, "tiny", part, parts)] for part in range(parts)]
+    assert sorted(sum(found, [])) == sorted(rows)
+    assert [sum("learned" in name for name in names) for names in found if any("learned" in n for n in names)] == [4]
+    # A cell that another job has recorded meanwhile moves none to another part.
+    monkeypatch.setattr(run, "find", lambda cell, of: {} if cell == rows["random 0.2"] else None)
+    for part, names in enumerate(found):
+        left = [name for _, name, _ in run.missing({"toy": 1}, "tiny", part, parts)]
+        assert left == [name for name in names if name != "random 0.2"]
+
+
+@pytest.mark.parametrize("part", ["0/8", "9/8", "2", "a/b", "1/0"])
+def test_the_command_names_a_part_that_is_none(part, capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "--part", part])
+    assert "is no part: write 2/8 for the second of eight" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_ends_when_its_time_is_up_and_goes_on_later(toy, monkeypatch, capsys):
     assert main(["study", "--model", "tiny", "--seeds", "1"]) == 0

@@ -3,6 +3,8 @@
 import getpass
 import json
 import platform
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -149,3 +151,26 @@ def test_bad_input_is_a_clear_error(config, values, name, message):
 def test_values_that_are_not_finite_survive():
     records.measure(CONFIG, lambda: {"psnr": float("inf")}, name="quality")
     assert records.measure(CONFIG, Counter(), name="quality")["values"] == {"psnr": float("inf")}
+
+
+def test_rows_of_two_clones_merge_by_git_and_by_key(tmp_path):
+    """Jobs with a clone of their own add rows at the same place of the same file."""
+
+    def add(folder: str, number: int) -> None:
+        config = {"number": number}
+        records.measure(config, lambda: {"value": number}, name="rows", folder=tmp_path / folder)
+
+    add("base", 0)
+    for folder, numbers in {"ours": (1, 2), "theirs": (2, 3)}.items():
+        shutil.copytree(tmp_path / "base", tmp_path / folder)
+        for number in numbers:
+            add(folder, number)
+    sides = {name: tmp_path / name / "rows.jsonl" for name in ("base", "ours", "theirs")}
+    attribute = subprocess.run(
+        ["git", "check-attr", "merge", "data/results/rows.jsonl"], cwd=root(), capture_output=True, text=True
+    )
+    assert attribute.stdout.strip().endswith("merge: union")
+    subprocess.run(["git", "merge-file", "--union", sides["ours"], sides["base"], sides["theirs"]], check=True)
+    for number in range(4):
+        found = records.find({"number": number}, name="rows", folder=tmp_path / "ours")
+        assert found["values"] == {"value": number}

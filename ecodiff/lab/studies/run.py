@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import studies
 from ecodiff.lab.identities import identity
@@ -43,21 +44,36 @@ def seeds_of(names: Sequence[str], model: str, most: int | None = None) -> dict[
     return seeds
 
 
-def missing(seeds: Mapping[str, int], model: str) -> list[tuple[str, str, Cell]]:
+def missing(seeds: Mapping[str, int], model: str, part: int = 0, parts: int = 1) -> list[tuple[str, str, Cell]]:
     """Cells of these studies, {study: seeds}, that are not recorded, (study, row, cell): seed 0 of all studies, then
-    seed 1, ... Each cell once."""
+    seed 1, ... Each cell once.
+
+    ``part``: one of so many ``parts``, from 0. Which cells are in a part does not depend on what is recorded, so that
+    jobs that begin at different times share the cells. Cells that need the same scores are in the same part.
+    """
     todo, known = [], set()
+    groups: dict[str, int] = {}
     of = identity(model)
     for seed in range(max(seeds.values(), default=0)):
         for study, number in seeds.items():
             if seed >= number:
                 continue
             for row, cell in cells(study, model, seed).items():
-                name = key(describe_cell(of, cell))
-                if name not in known and find(cell, of) is None:
+                described = describe_cell(of, cell)
+                name = key(described)
+                group = groups.setdefault(_scores_of(described), len(groups))
+                if group % parts == part and name not in known and find(cell, of) is None:
                     todo.append((study, row, cell))
                 known.add(name)
     return todo
+
+
+def _scores_of(described: Mapping) -> str:
+    """A name for the scores that a cell needs: made once, they serve all its ratios."""
+    if "learned" in described:
+        return key(described["learned"])
+    method, _ = apart(described["method"])
+    return key({name: described.get(name) for name in ("seed", "calibration", "scores of")} | {"method": method})
 
 
 def verify(pipe, names: Sequence[str], model: str, number: int, seed: int) -> list[dict]:
@@ -150,6 +166,11 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise EcoDiffError(f"--{name} {value:g}: give {least} or more.")
+    if options.verify and (options.part != (1, 1) or processes.count() > 1):
+        raise EcoDiffError("--verify draws cells of all parts: leave --part and the launcher out.")
+    number, of = options.part
+    rank, count = processes.work_alone()
+    part, parts = (number - 1) * count + rank, of * count
     names, end = options.studies, time.monotonic() + 60 * options.minutes
     models = [options.model]
     if options.model == "all":
@@ -169,11 +190,12 @@ def run(options: argparse.Namespace) -> int:
     todo, seconds = [], 0.0
     for model in models:
         seeds = seeds_of(names, model, options.seeds)
-        left = missing(seeds, model)
+        left = missing(seeds, model, part, parts)
         if options.list:
             _list(seeds, left)
         took = estimate(left)
-        print(f"{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
+        whose = f"part {part + 1}/{parts}, " if parts > 1 else ""
+        print(f"{whose}{model}: {len(left)} cells to go, about {took / 60:.0f} minutes", flush=True)
         todo, seconds = todo + left, seconds + took
     if len(models) > 1:
         print(f"together {len(todo)} cells, about {seconds / 3600:.1f} hours", flush=True)
