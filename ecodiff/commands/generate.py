@@ -44,13 +44,13 @@ def run(options: argparse.Namespace) -> dict:
         weights = digest(canonical(describe(of_pipeline(pipe))))
     except Undescribed:
         weights = None
-    folder = ImageFolder(out, About(prompts, seeds, settings, options.model, weights))
-    missing = folder.missing()
-    for start in range(0, len(missing), options.batch_size):
-        numbers = missing[start : start + options.batch_size]
-        images = images_of(pipe, [prompts[n] for n in numbers], [seeds[n] for n in numbers], options)
-        for number, image in zip(numbers, images, strict=True):
-            folder.write(number, image)
+    with ImageFolder(out, About(prompts, seeds, settings, options.model, weights)) as folder:
+        missing = folder.missing()
+        for start in range(0, len(missing), options.batch_size):
+            numbers = missing[start : start + options.batch_size]
+            images = images_of(pipe, [prompts[n] for n in numbers], [seeds[n] for n in numbers], options)
+            for number, image in zip(numbers, images, strict=True):
+                folder.write(number, image)
     return {"folder": str(out), "images": len(prompts), "generated now": len(missing)}
 
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import align
+from ecodiff.pipelines.endings import FAULTS
+from ecodiff.pipelines.loading import align, check_counts
 from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
@@ -46,7 +48,15 @@ class PrunedMixin(_Model):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
         told = {name: config.pop(name) for name in ("pruned_units", "kept_units") if name in config}
-        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        check_counts(config, "config.json")
+        try:
+            model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:  # of a value that the class cannot be made with
+            raise EcoDiffError(
+                f"config.json: no {cls.__name__} can be made of it ({error}); was it changed?"
+            ) from error
         sites = find_sites(model, KINDS)
         mask, _ = mask_of_config(told, sites)
         cut_units(model, sites, {name: mask[name] for name in told.get("pruned_units", {})})

@@ -5,7 +5,8 @@
     snapshots/000010.safetensors   λ after 10 updates
 
 All files are safetensors, written under a temporary name and renamed. Random states need no saving: a draw is a
-function of the seed and the number of the update. Each file names the run it belongs to; a folder never mixes two.
+function of the seed and the number of the update. Each file names the run it belongs to; a folder never mixes two, and
+one process at a time writes to it.
 """
 
 from __future__ import annotations
@@ -22,18 +23,29 @@ from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage import fingerprint
-from ecodiff.storage.files import write_whole
+from ecodiff.storage.files import alone_in, write_whole
 
 
 class Folder:
-    """One run's folder. Raises EcoDiffError for files of another run, damaged files, and where it cannot write."""
+    """One run's folder, a context in which no other process has it.
+
+    Raises EcoDiffError for files of another run, damaged files, where it cannot write, and while another run is on.
+    """
 
     def __init__(self, path: str | os.PathLike, run: dict):
         self.path, self.run = Path(path), run
         try:
             (self.path / "snapshots").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
             raise EcoDiffError(f"resume_dir {self.path} cannot be made ({error}): choose another folder.") from error
+        self._lock = alone_in(self.path)
+
+    def __enter__(self) -> Folder:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.__exit__(*error)
 
     def save_teacher(self, latents: Tensor, seconds_a_sample: float) -> None:
         self._write("teacher.safetensors", {"latents": latents}, {"seconds_a_sample": seconds_a_sample})

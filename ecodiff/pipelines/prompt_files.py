@@ -102,7 +102,7 @@ def _sorted_out(entries: Iterable[Any]) -> tuple[list[str], Counter]:
 def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
         raise EcoDiffError(f"{path}: prompts cannot be read ({error}): give a text file, one prompt a line.") from error
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:

@@ -12,6 +12,7 @@
     seconds    what it took
     date       UTC
     added      in some rows: names of values that were measured later, at which commit and when
+    checksum   SHA-256 over all the rest of the row; rows of earlier versions have none
 
 ``measure`` reads the row where the configuration is the same, and computes it otherwise. Environment variables:
 ECODIFF_RECOMPUTE=1 ignores what is recorded (and replaces it); ECODIFF_RECORDS=off neither reads nor writes rows
@@ -20,6 +21,7 @@ ECODIFF_RECOMPUTE=1 ignores what is recorded (and replaces it); ECODIFF_RECORDS=
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -86,6 +88,7 @@ def measure(
         "seconds": round(time.perf_counter() - started, 3),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+    row["checksum"] = _checksum(row)
     if enabled():
         _write(path, row)
     return row | {"recorded": False}
@@ -155,7 +158,8 @@ def _parsed(path: Path, number: int, size: int, changed: int) -> list[dict]:
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and row.keys() >= _FIELDS and row["key"] == key(row["config"])
-        except ValueError:
+            whole = whole and row.get("checksum") in (None, _checksum(row))
+        except (ValueError, RecursionError):
             whole = False
         if not whole:
             raise EcoDiffError(
@@ -182,6 +186,12 @@ def _write(path: Path, row: dict) -> None:
         raise failed from error
 
 
+def _checksum(row: Mapping) -> str:
+    """SHA-256 over all of a row but its checksum, the same before it is written and after it is read."""
+    rest = {name: value for name, value in row.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()  # NaN and infinities have a form, too
+
+
 def _values(values, name: str) -> dict:
     """Measured values as JSON can hold them. NaN and infinities stay (as Python's json writes them)."""
     if not isinstance(values, Mapping):
@@ -193,7 +203,9 @@ def _values(values, name: str) -> dict:
         raise TypeError(f"{type(value).__name__} is no plain value")
 
     try:
-        return json.loads(json.dumps(dict(values), default=plain))
+        text = json.dumps(dict(values), default=plain, ensure_ascii=False)
+        text.encode()  # half of a surrogate pair has no bytes
+        return json.loads(text)
     except (TypeError, ValueError) as error:
         raise EcoDiffError(
             f"{name}: the measured values cannot be recorded ({error}): return numbers, texts and lists."

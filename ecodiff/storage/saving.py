@@ -34,14 +34,7 @@ from pathlib import Path
 
 from ecodiff.errors import EcoDiffError
 
-from .files import sync
-
-# Folders themselves are locked, not a file beside them as filelock would: nothing may stay in a user's folder, and a
-# lock must end with its process, so that a killed save is known.
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nobody is kept from saving to one folder twice at once
-    fcntl = None  # type: ignore[assignment]
+from .files import locked, sync
 
 _PREFIX = ".ecodiff-save-"
 
@@ -92,7 +85,7 @@ def finish_interrupted(folder: str | os.PathLike) -> None:
     for place in (here, above):
         with suppress(OSError):
             if _stagings(place):
-                with _locked(place, wait=False) as alone:
+                with locked(place, wait=False) as alone:
                     if alone:
                         _settle_the_dead(place)
 
@@ -161,7 +154,7 @@ def _staging(place: Path) -> Iterator[Path]:
     before = place.stat()
     staging.mkdir()  # not by tempfile: after a kill others must be able to read the files in it
     try:
-        with _locked(staging, wait=True):
+        with locked(staging, wait=True):
             (staging / "new").mkdir()
             yield staging
     except BaseException:
@@ -186,7 +179,7 @@ def _appears(new: Path, target: Path) -> bool:
 
 def _replace(target: Path, staging: Path, outdated: Collection[str], main: bool) -> None:
     """Put the files of `staging` in their places in the folder `target`, all or none."""
-    with _locked(target, wait=True) as alone:
+    with locked(target, wait=True) as alone:
         if alone:
             _settle_the_dead(target)
         if staging.parent != target:  # two processes saved to the same new folder
@@ -262,7 +255,7 @@ def _settle_or_leave(staging: Path) -> None:
 def _settle_the_dead(place: Path) -> None:
     """Settle the saves into the folder `place` whose processes have ended; the caller has locked `place`."""
     for staging in _stagings(place):
-        with _locked(staging, wait=False) as dead:
+        with locked(staging, wait=False) as dead:
             if dead:
                 _settle(staging)
 
@@ -416,26 +409,3 @@ def _sync_tree(folder: Path) -> None:
 def _sync_folders(target: Path, names: Collection[str]) -> None:
     for folder in sorted({(target / name).parent for name in names}):
         sync(folder)
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has the folder for itself. The system frees the lock when the process ends, however it ends.
-
-    With `wait` until others are done; False where the file system has no locks.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = fcntl is not None
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)

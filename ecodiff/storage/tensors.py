@@ -40,7 +40,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:  # a path that is none, or too deep a header
         raise EcoDiffError(f"{path}: not a readable safetensors file ({error}); save it again.") from error
     if "sha256" not in metadata:
         raise EcoDiffError(
