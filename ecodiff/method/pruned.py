@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.pipelines.endings import FAULTS
-from ecodiff.pipelines.loading import align, check_counts
+from ecodiff.pipelines.loading import align, check_counts, check_dtypes
 from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
@@ -81,12 +81,18 @@ class PrunedMixin(_Model):
             finish_interrupted(place)
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            # diffusers has no class for this error: only its words tell it from others, which pass as they are.
-            if isinstance(error, EcoDiffError) or not re.search("shape|size mismatch", str(error)):
+        except (EcoDiffError, torch.OutOfMemoryError):
+            raise
+        except (OSError, *FAULTS) as error:
+            # diffusers has no class for weights of other shapes: only its words tell this error from others.
+            if re.search("shape|size mismatch", str(error)):
+                raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+            if not os.path.isdir(place):  # of the Hub, such as a name that is not there
                 raise
-            raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+            said = " ".join(str(error).split())
+            raise EcoDiffError(f"{place}: no {cls.__name__} can be loaded from this folder ({said})."[:1000]) from error
         _check_loaded(place, model, info, kwargs)
+        check_dtypes(place, model)
         align(model)
         if output_loading_info:
             return model, info

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
@@ -59,6 +60,7 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
             left = [weight for weight, tensor in tensors if tensor.is_meta]
             if left and from_pretrained_kwargs.get("device_map") is None:
                 raise EcoDiffError(f"{name}: {_lacking(component, left)}")
+            check_dtypes(os.path.join(source, component), part)
             align(part)
     return pipe
 
@@ -102,6 +104,25 @@ def _lacking(what: str, missing: list[str]) -> str:
         f"the files of {what} lack {len(missing)} of its tensors, such as {missing[0]!r}, which would be random; save "
         "it again, or fetch the folder anew."
     )
+
+
+def check_dtypes(folder: str | os.PathLike, model: nn.Module) -> None:
+    """Raise EcoDiffError where a weight file in the folder says that a weight of the model is whole numbers.
+
+    Libraries convert those to fractions without a word. A folder that is not there has no such file.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    fractions = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        except (OSError, SafetensorError):  # a variant that nobody has loaded
+            continue
+        for name, dtype in dtypes.items():
+            if name in fractions and re.match("[IU]|BOOL", dtype):
+                raise EcoDiffError(f"{file}: {name} is of dtype {dtype}, as no weight is; fetch the file anew.")
 
 
 _COUNTS = re.compile("layers|blocks|depth|timesteps")
