@@ -147,8 +147,8 @@ def left(folder: Path, log: Path, run: Run) -> dict:
         name = str(path.relative_to(folder))
         if path.is_symlink():
             contents[name] = f"a link to {os.readlink(path)}"
-        elif path.name == "gates.safetensors" or path.parent.name == "gates":
-            # Beside λ such a file holds how long each update took.
+        elif path.suffix == ".safetensors":
+            # Without metadata: they are in any order, and those of gates tell how long each update took.
             contents[name] = {key: value.tolist() for key, value in load_file(path).items()}
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().split("\n") if line]
@@ -237,7 +237,8 @@ class Faults:
         run, interrupted = RUNS[name], 0
         expected = self.uninterrupted(name)
         for number in range(times):
-            after = self.draw.uniform(0, self.seconds[name])
+            # The later of two moments, as most is written towards the end.
+            after = self.seconds[name] * max(self.draw.random(), self.draw.random())
             folder = self.folder()
 
             def check(folder=folder, after=after) -> str | None:

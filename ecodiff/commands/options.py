@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.storage.paths import checked_path
 
 CALL = "further arguments of the pipeline's call, such as height=1024 width=1024 max_sequence_length=256"
 
@@ -111,9 +112,9 @@ def read_mask(options: argparse.Namespace, pipe) -> dict:
 
 def check_target(path: str | os.PathLike, folder: bool = False) -> Path:
     """The path of a result; raises EcoDiffError, before any work, where it could not be written."""
-    path = Path(path)
+    path = checked_path(path, "--out")
     parent = path.parent
-    # os.path, since a Path raises for names that are too long and where nobody may look.
+    # os.path, since a Path raises where nobody may look.
     if not os.path.isdir(parent):
         raise EcoDiffError(f"--out {path}: there is no folder {parent}; make it first.")
     if folder and os.path.exists(path) and not os.path.isdir(path):
@@ -126,15 +127,9 @@ def check_target(path: str | os.PathLike, folder: bool = False) -> Path:
         # longer name than the result's, since it is written under such a one first.
         with tempfile.NamedTemporaryFile(dir=place, prefix=f".{path.name}.{30 * '0'}."):
             pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise EcoDiffError(f"--out {_short(path)}: cannot be written to ({reason}); choose another place.") from error
+    except OSError as error:
+        raise EcoDiffError(f"--out {path}: cannot be written to ({error.strerror}); choose another place.") from error
     return path
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def add_fields(parser: argparse.ArgumentParser, cls: type, leave_out: Sequence[str] = ()) -> None:
@@ -211,6 +206,8 @@ def with_settings_file(arguments: list[str], command: str) -> list[str]:
 
     try:
         text = Path(known.settings).read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:  # the library's time grows with the square of the depth
+            raise ValueError("it nests too deep")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has aliases, which can stand for any amount of text")
         content = yaml.safe_load(text)
@@ -236,6 +233,9 @@ def with_settings_file(arguments: list[str], command: str) -> list[str]:
     except (TypeError, ValueError, RecursionError) as error:  # a date in the arguments of a call, say
         raise EcoDiffError(f"{known.settings}: a value has no form on the command line ({error}).") from error
 
+
+MOST_BRACKETS = 200
+"""Brackets in a settings file: it holds a handful of lists, and the arguments of a call."""
 
 POSITIONAL = ("method", "model", "first", "second")
 """Names of positional arguments of all commands, in the order in which a command takes them."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,7 @@ from torch import Tensor
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage import fingerprint
 from ecodiff.storage.files import alone_in, write_whole
+from ecodiff.storage.paths import checked_path
 
 
 class Folder:
@@ -33,10 +33,10 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike, run: dict):
-        self.path, self.run = Path(path), run
+        self.path, self.run = checked_path(path, "resume_dir"), run
         try:
             (self.path / "snapshots").mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
+        except OSError as error:
             raise EcoDiffError(f"resume_dir {self.path} cannot be made ({error}): choose another folder.") from error
         self._lock = alone_in(self.path)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.paths import data_dir, embedded
+from ecodiff.storage.paths import checked_path, data_dir, embedded
 from ecodiff.storage.saving import finish_interrupted
 
 DTYPES = {
@@ -37,8 +37,7 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     for argument in ("dtype", "torch_dtype"):
         if argument in from_pretrained_kwargs:
             from_pretrained_kwargs[argument] = _dtype(from_pretrained_kwargs[argument])
-    if not isinstance(id_or_path, (str, os.PathLike)):
-        raise EcoDiffError(f"load: {id_or_path!r} is no name, folder or Hub id of a pipeline.")
+    checked_path(id_or_path, "load")
     name = os.fspath(id_or_path)
     source = _source(name)
     if isinstance(source, Path):
@@ -155,7 +154,7 @@ def _source(name: str) -> Path | str:
     """The folder that a name stands for, or the Hub id that it is; EcoDiffError where it is neither."""
     models = data_dir() / "models"
     is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
-    # os.path, since a Path raises for names that are too long.
+    # os.path, since a Path raises where nobody may look.
     if is_plain_name and os.path.isfile(models / name / "model_index.json"):
         return models / name
     if name and os.path.isdir(name):
@@ -167,13 +166,9 @@ def _source(name: str) -> Path | str:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name  # owner/name on the Hub
     raise EcoDiffError(
-        f"{_short(name)!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
+        f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
         "no folder and no Hub id (owner/name)."
     )
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 @lru_cache(maxsize=4)

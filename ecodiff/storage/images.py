@@ -15,6 +15,7 @@ from torch import Tensor
 from ecodiff.errors import EcoDiffError
 
 from .files import alone_in, write_whole
+from .paths import checked_path
 
 ABOUT = "images.json"
 FORMAT = "ecodiff.images.1"
@@ -45,10 +46,10 @@ class ImageFolder:
     """A folder that gets images one after the other, and knows which it has: an interrupted run goes on."""
 
     def __init__(self, path: str | os.PathLike, about: About):
-        self.path, self.about = Path(path), about
+        self.path, self.about = checked_path(path, "images"), about
         try:
             self.path.mkdir(exist_ok=True)
-        except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
+        except OSError as error:
             raise EcoDiffError(f"{path}: images cannot be written there ({error}).") from error
         self._lock = alone_in(self.path)
 
@@ -98,7 +99,7 @@ class ImageFolder:
 
 def read_about(path: str | os.PathLike) -> About:
     """What a folder of images says of itself. Raises EcoDiffError for a folder that no run wrote."""
-    file = Path(path) / ABOUT
+    file = checked_path(path, "images") / ABOUT
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:

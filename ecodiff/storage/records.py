@@ -37,7 +37,7 @@ from ecodiff.errors import EcoDiffError
 
 from .files import write_whole
 from .fingerprint import canonical, key
-from .paths import data_dir
+from .paths import checked_path, data_dir
 from .provenance import commit, machine, versions
 
 _FIELDS = {"key", "config", "values", "seed", "versions", "commit", "machine", "seconds", "date"}
@@ -130,13 +130,15 @@ def table(name: str, folder: str | os.PathLike | None = None) -> list[dict]:
 
 
 def _path(name: str, folder) -> Path:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise EcoDiffError(f"{name!r} cannot name a file of results: use letters, digits, '-', '_' and '.'.")
-    return Path(folder or data_dir() / "results") / f"{name}.jsonl"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,99}", name):
+        raise EcoDiffError(
+            f"{name!r} cannot name a file of results: use up to 100 letters, digits, '-', '_' and '.'."[:300]
+        )
+    return checked_path(folder or data_dir() / "results", name) / f"{name}.jsonl"
 
 
 def _read(path: Path) -> list[dict]:
-    if not path.exists():
+    if not os.path.exists(path):  # a Path raises where nobody may look
         return []
     try:
         state = path.stat()

@@ -35,6 +35,7 @@ from pathlib import Path
 from ecodiff.errors import EcoDiffError
 
 from .files import locked, sync
+from .paths import checked_path
 
 _PREFIX = ".ecodiff-save-"
 
@@ -53,6 +54,7 @@ def replaced_files(path: str | os.PathLike, outdated: Collection[str] = (), main
     Raises EcoDiffError where saving fails (disk full, no permission, a file where a folder should be); `path` is then
     as it was before.
     """
+    checked_path(path, "saving")
     if not os.fspath(path):
         raise EcoDiffError("Saving needs the name of a folder; '.' is the working directory.")
     try:
@@ -102,6 +104,7 @@ def whole(method: Callable) -> Callable:
 
     @wraps(method)
     def save_pretrained(self, save_directory, *args, **kwargs):
+        checked_path(save_directory, "save_pretrained")
         given = signature.bind(self, save_directory, *args, **kwargs)
         given.apply_defaults()
         named = {**given.arguments, **kwargs}
