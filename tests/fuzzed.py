@@ -160,7 +160,7 @@ def in_header(data: bytes, draw: random.Random, sentinel: Path) -> bytes:
 
 
 def in_signed(data: bytes, draw: random.Random, sentinel: Path) -> bytes:
-    """A safetensors file with a checksum, damaged anywhere. (In one of weights, a bit of a weight is nobody's to know.)"""
+    """A safetensors file with a checksum, damaged anywhere; where there is none, nobody can tell a flipped bit."""
     return draw.choice([in_bytes, in_header])(data, draw, sentinel)
 
 
