@@ -4,10 +4,12 @@ has changed; the HTML is built again when a page, a source or the settings have.
     doit profile=PROFILE out=OUT
 """
 
+import os
 from pathlib import Path
 
-from doit import get_var
+from doit import Globals, get_var
 from doit.exceptions import TaskFailed
+from doit.reporter import ConsoleReporter
 from doit.tools import config_changed
 
 from ecodiff.errors import EcoDiffError
@@ -17,7 +19,24 @@ from ecodiff.storage.paths import data_dir
 ROOT = Path(__file__).resolve().parent
 PROFILE = get_var("profile", "default")
 OUT = Path(get_var("out", "_build")).resolve()
+
+
+class Reporter(ConsoleReporter):
+    """Also writes down at once which chapter is done: doit does so as it ends, and a killed build would begin anew."""
+
+    def add_success(self, task):
+        super().add_success(task)
+        state = Globals.dep_manager.backend
+        place, state.name = state.name, f"{state.name}.new"
+        try:
+            state.dump()
+            os.replace(state.name, place)
+        finally:
+            state.name = place
+
+
 DOIT_CONFIG = {
+    "reporter": Reporter,
     "default_tasks": ["html"],
     "backend": "json",
     "dep_file": str(OUT / ".doit.json"),

@@ -9,9 +9,9 @@ example: python -m ecodiff evaluate openmoji-sdxl-20 openmoji-sdxl --prompts pro
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecodiff import processes
@@ -118,7 +118,7 @@ def both(options: argparse.Namespace) -> Sets:
     from ecodiff.storage.images import ABOUT, read_about, read_images
 
     names = [options.first, options.second]
-    folders = [name for name in names if (Path(name) / ABOUT).is_file()]
+    folders = [name for name in names if os.path.isfile(os.path.join(name, ABOUT))]
     abouts = [read_about(folder) for folder in folders]
     if abouts:
         prompts, seeds = abouts[0].prompts, abouts[0].seeds

@@ -9,8 +9,8 @@ example: python -m ecodiff generate openmoji-sdxl --prompts prompts.txt --steps 
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from ecodiff import processes
 from ecodiff.errors import EcoDiffError
@@ -36,38 +36,47 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict:
     from ecodiff.pipelines.running import on_device
+    from ecodiff.storage.images import ImageFolder
 
     out = shared.check_target(options.out, folder=True)
     prompts = shared.read(options)
     pipe = shared.load_model(options)
     seeds = list(range(options.seed, options.seed + len(prompts)))
-    folder = processes.of_first(partial(_folder, out, pipe, prompts, seeds, options))
-    missing = processes.of_first(folder.missing)
-    mine = processes.own(missing)
-    with on_device(pipe, "generate", many=True):
+    about = processes.of_first(partial(_about, pipe, prompts, seeds, options))
+    folder = ImageFolder(out, about)
+    with ExitStack() as stack:
+        stack.enter_context(on_device(pipe, "generate", many=True))
+        processes.of_first(partial(_enter, stack, folder))
+        missing = processes.of_first(folder.missing)
+        mine = processes.own(missing)
         for start in range(0, len(mine), options.batch_size):
             numbers = mine[start : start + options.batch_size]
             images = images_of(pipe, [prompts[n] for n in numbers], [seeds[n] for n in numbers], options)
             for number, image in zip(numbers, images, strict=True):
                 folder.write(number, image)
-    processes.wait()
+        processes.wait()
     lost = processes.of_first(folder.missing)
     if lost:
         raise EcoDiffError(f"{out}: {len(lost)} images are not there: give a folder that all machines see.")
     return {"folder": str(out), "images": len(prompts), "generated now": len(missing)}
 
 
-def _folder(out: Path, pipe, prompts: list[str], seeds: list[int], options: argparse.Namespace):
-    """The folder of the images, which knows what they show."""
+def _enter(stack: ExitStack, folder) -> None:
+    """Have the folder for this run until the end."""
+    stack.enter_context(folder)
+
+
+def _about(pipe, prompts: list[str], seeds: list[int], options: argparse.Namespace):
+    """What the images show, and how they are made."""
     from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
     from ecodiff.storage.fingerprint import canonical
-    from ecodiff.storage.images import About, ImageFolder, digest
+    from ecodiff.storage.images import About, digest
 
     try:
         weights = digest(canonical(describe(of_pipeline(pipe))))
     except Undescribed:
         weights = None
-    return ImageFolder(out, About(prompts, seeds, settings_of(options), options.model, weights))
+    return About(prompts, seeds, settings_of(options), options.model, weights)
 
 
 def settings_of(options: argparse.Namespace) -> dict:

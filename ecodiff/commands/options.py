@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 
 from ecodiff import processes
 from ecodiff.errors import EcoDiffError
+from ecodiff.storage.paths import checked_path
 
 CALL = "further arguments of the pipeline's call, such as height=1024 width=1024 max_sequence_length=256"
 
@@ -111,17 +113,23 @@ def read_mask(options: argparse.Namespace, pipe) -> dict:
 
 def check_target(path: str | os.PathLike, folder: bool = False) -> Path:
     """The path of a result; raises EcoDiffError, before any work, where it could not be written."""
-    path = Path(path)
+    path = checked_path(path, "--out")
     parent = path.parent
-    if not parent.is_dir():
+    # os.path, since a Path raises where nobody may look.
+    if not os.path.isdir(parent):
         raise EcoDiffError(f"--out {path}: there is no folder {parent}; make it first.")
-    if folder and path.exists() and not path.is_dir():
+    if folder and os.path.exists(path) and not os.path.isdir(path):
         raise EcoDiffError(f"--out {path}: this is a file, and a folder is written; choose another name.")
-    if not folder and path.is_dir():
+    if not folder and os.path.isdir(path):
         raise EcoDiffError(f"--out {path}: this is a folder, and a file is written; choose another name.")
-    place = path if path.is_dir() else parent
-    if not os.access(place, os.W_OK):
-        raise EcoDiffError(f"--out {path}: {place} cannot be written to; choose another place.")
+    place = path if os.path.isdir(path) else parent
+    try:
+        # Whether a file can be made is only known by trying: permissions do not tell of a read-only disk. Under a
+        # longer name than the result's, since it is written under such a one first.
+        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{path.name}.{30 * '0'}."):
+            pass
+    except OSError as error:
+        raise EcoDiffError(f"--out {path}: cannot be written to ({error.strerror}); choose another place.") from error
     return path
 
 
@@ -198,16 +206,37 @@ def with_settings_file(arguments: list[str], command: str) -> list[str]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(known.settings).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(known.settings).read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:  # the library's time grows with the square of the depth
+            raise ValueError("it nests too deep")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, which can stand for any amount of text")
+        content = yaml.safe_load(text)
+    # Beside its own errors, the library lets pass what Python raises for a value that is not of the type it names.
+    except (
+        OSError,
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise EcoDiffError(f"{known.settings}: these settings cannot be read as YAML: {error}") from error
     if not isinstance(content, Mapping):
         raise EcoDiffError(f"{known.settings}: write one `option: value` a line, such as `ratio: 0.2`.")
     content = {str(name).replace("_", "-"): value for name, value in content.items()}
     if content.pop("command", command) != command:
         raise EcoDiffError(f"{known.settings}: these are settings of another command; its line `command:` says which.")
-    return [*_as_arguments(content), *rest]
+    try:
+        return [*_as_arguments(content), *rest]
+    except (TypeError, ValueError, RecursionError) as error:  # a date in the arguments of a call, say
+        raise EcoDiffError(f"{known.settings}: a value has no form on the command line ({error}).") from error
 
+
+MOST_BRACKETS = 200
+"""Brackets in a settings file: it holds a handful of lists, and the arguments of a call."""
 
 POSITIONAL = ("method", "model", "first", "second")
 """Names of positional arguments of all commands, in the order in which a command takes them."""

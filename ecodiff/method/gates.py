@@ -107,14 +107,16 @@ class Gates:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise EcoDiffError(f"{path}: not written by Gates.save; for λ of another origin use Gates.from_tensors.")
-        for name, (kind, units) in json.loads(metadata["sites"]).items():
-            if tuple(tensors[name].shape) != (units,):
-                raise EcoDiffError(f"{path}: {name}: {list(tensors[name].shape)} λ for {units} units ({kind}).")
         try:
+            for name, (kind, units) in json.loads(metadata["sites"]).items():
+                if tuple(tensors[name].shape) != (units,):
+                    raise EcoDiffError(f"{name} has {list(tensors[name].shape)} λ for {units} units ({kind}).")
             gates = cls.from_tensors(tensors, denoiser, HardConcrete(**json.loads(metadata["distribution"])))
+            gates.history = json.loads(metadata["history"])
         except EcoDiffError as error:
             raise EcoDiffError(f"{path}: λ of another model: {error}") from error
-        gates.history = json.loads(metadata["history"])
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise EcoDiffError(f"{path}: its metadata are damaged ({error}); save the gates again.") from error
         return gates
 
 

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from operator import attrgetter
@@ -107,14 +107,16 @@ def learn(
     for sentence in config.zero_at_start():
         warnings.warn(sentence, stacklevel=2)
 
-    with on_device(pipe, "learn", many=True) as device, undisturbed(device):
+    with ExitStack() as stack:
+        device = stack.enter_context(on_device(pipe, "learn", many=True))
+        stack.enter_context(undisturbed(device))
         task = Task(encoding_once(pipe), prompts, config, device)
         folder, learned = None, None
         if resume_dir is not None:
             run = describe_run(Identity.of(pipe, vae=False), prompts, config)
             if exclude:  # absent where nothing is excluded: the folders of runs older than this argument stay valid
                 run = run | {"exclude": sorted(exclude)}
-            folder = resume.Folder(resume_dir, run)
+            folder = stack.enter_context(resume.Folder(resume_dir, run))
             learned = folder.site_names()
         if learned is None:
             sites = _removable(network, sites, partial(task.latents, [0], gradients=False))

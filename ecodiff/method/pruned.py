@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.loading import align
+from ecodiff.pipelines.endings import FAULTS
+from ecodiff.pipelines.loading import align, check_counts, check_dtypes
 from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
@@ -46,7 +48,15 @@ class PrunedMixin(_Model):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
         told = {name: config.pop(name) for name in ("pruned_units", "kept_units") if name in config}
-        model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        check_counts(config, "config.json")
+        try:
+            model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:  # of a value that the class cannot be made with
+            raise EcoDiffError(
+                f"config.json: no {cls.__name__} can be made of it ({error}); was it changed?"
+            ) from error
         sites = find_sites(model, KINDS)
         mask, _ = mask_of_config(told, sites)
         cut_units(model, sites, {name: mask[name] for name in told.get("pruned_units", {})})
@@ -71,12 +81,18 @@ class PrunedMixin(_Model):
             finish_interrupted(place)
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            # diffusers has no class for this error: only its words tell it from others, which pass as they are.
-            if isinstance(error, EcoDiffError) or not re.search("shape|size mismatch", str(error)):
+        except (EcoDiffError, torch.OutOfMemoryError):
+            raise
+        except (OSError, *FAULTS) as error:
+            # diffusers has no class for weights of other shapes: only its words tell this error from others.
+            if re.search("shape|size mismatch", str(error)):
+                raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+            if not os.path.isdir(place):  # of the Hub, such as a name that is not there
                 raise
-            raise EcoDiffError(_other_weights(place, cls, f"do not fit its config.json ({error})")) from error
+            said = " ".join(str(error).split())
+            raise EcoDiffError(f"{place}: no {cls.__name__} can be loaded from this folder ({said})."[:1000]) from error
         _check_loaded(place, model, info, kwargs)
+        check_dtypes(place, model)
         align(model)
         if output_loading_info:
             return model, info

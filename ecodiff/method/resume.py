@@ -5,8 +5,8 @@
     snapshots/000010.safetensors   λ after 10 updates
 
 All files are safetensors, written under a temporary name and renamed. Random states need no saving: a draw is a
-function of the seed and the number of the update. Each file names the run it belongs to; a folder never mixes two.
-Of many processes the first reads and writes, so that no other needs to see the folder.
+function of the seed and the number of the update. Each file names the run it belongs to; a folder never mixes two, and
+one run at a time writes to it. Of many processes the first reads and writes, so that no other needs to see the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,21 +24,37 @@ from torch import Tensor
 from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 from ecodiff.storage import fingerprint
-from ecodiff.storage.files import write_whole
+from ecodiff.storage.files import alone_in, write_whole
+from ecodiff.storage.paths import checked_path
 
 
 class Folder:
-    """One run's folder. Raises EcoDiffError for files of another run, damaged files, and where it cannot write."""
+    """One run's folder, a context in which no other process has it.
+
+    Raises EcoDiffError for files of another run, damaged files, where it cannot write, and while another run is on.
+    """
 
     def __init__(self, path: str | os.PathLike, run: dict):
-        self.path, self.run = Path(path), run
+        self.path, self.run = checked_path(path, "resume_dir"), run
         processes.of_first(self._make)
+        self._lock = alone_in(self.path)
 
     def _make(self) -> None:
         try:
             (self.path / "snapshots").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EcoDiffError(f"resume_dir {self.path} cannot be made ({error}): choose another folder.") from error
+
+    def __enter__(self) -> Folder:
+        processes.of_first(self._take)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if processes.is_first():
+            self._lock.__exit__(*error)
+
+    def _take(self) -> None:
+        self._lock.__enter__()
 
     def save_teacher(self, latents: Tensor, seconds_a_sample: float) -> None:
         self._write("teacher.safetensors", {"latents": latents}, {"seconds_a_sample": seconds_a_sample})

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.paths import data_dir, embedded
+from ecodiff.storage.paths import checked_path, data_dir, embedded
 from ecodiff.storage.saving import finish_interrupted
 
 DTYPES = {
@@ -31,30 +37,128 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     for argument in ("dtype", "torch_dtype"):
         if argument in from_pretrained_kwargs:
             from_pretrained_kwargs[argument] = _dtype(from_pretrained_kwargs[argument])
+    checked_path(id_or_path, "load")
     name = os.fspath(id_or_path)
     source = _source(name)
     if isinstance(source, Path):
         finish_interrupted(source)
+        for file in sorted(source.glob("*/*config.json")):
+            check_counts(_parsed(file), str(file))
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **from_pretrained_kwargs)
-    except EcoDiffError:
-        raise  # it is a ValueError, too
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EcoDiffError(f"{name}: the pipeline could not be loaded: {error}") from error
-    for part in pipe.components.values():
+        with _nothing_random():
+            pipe = DiffusionPipeline.from_pretrained(source, **from_pretrained_kwargs)
+    except EcoDiffError as error:
+        raise EcoDiffError(f"{name}: {error}") from error
+    except Exception as error:  # what the libraries raise for damaged files is of many classes
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise EcoDiffError(f"{name}: the pipeline could not be loaded: {said}"[:1000]) from error
+    for component, part in pipe.components.items():
         if isinstance(part, nn.Module):
+            # What an index of shards names but no file holds is none of diffusers' missing weights.
+            tensors = (*part.named_parameters(), *part.named_buffers())
+            left = [weight for weight, tensor in tensors if tensor.is_meta]
+            if left and from_pretrained_kwargs.get("device_map") is None:
+                raise EcoDiffError(f"{name}: {_lacking(component, left)}")
+            check_dtypes(os.path.join(source, component), part)
             align(part)
     return pipe
+
+
+_LOADING = threading.RLock()
+
+
+@contextmanager
+def _nothing_random() -> Iterator[None]:
+    """While this is open, a model whose files lack weights is an EcoDiffError.
+
+    Libraries give such weights random values and log a warning. They say which these are if they are asked, but a
+    pipeline does not ask for its components.
+    """
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    def strict(from_pretrained):
+        def from_files(cls, *args, output_loading_info=False, **kwargs):
+            model, info = from_pretrained(cls, *args, output_loading_info=True, **kwargs)
+            missing = sorted(info.get("missing_keys", ()))
+            if missing and getattr(model, "hf_quantizer", None) is None and not output_loading_info:
+                raise EcoDiffError(_lacking(type(model).__name__, missing))
+            return (model, info) if output_loading_info else model
+
+        return classmethod(from_files)
+
+    with _LOADING:
+        before = {cls: vars(cls)["from_pretrained"] for cls in (ModelMixin, PreTrainedModel)}
+        try:
+            for cls, method in before.items():
+                cls.from_pretrained = strict(method.__func__)
+            yield
+        finally:
+            for cls, method in before.items():
+                cls.from_pretrained = method
+
+
+def _lacking(what: str, missing: list[str]) -> str:
+    return (
+        f"the files of {what} lack {len(missing)} of its tensors, such as {missing[0]!r}, which would be random; save "
+        "it again, or fetch the folder anew."
+    )
+
+
+def check_dtypes(folder: str | os.PathLike, model: nn.Module) -> None:
+    """Raise EcoDiffError where a weight file in the folder says that a weight of the model is whole numbers.
+
+    Libraries convert those to fractions without a word. A folder that is not there has no such file.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    fractions = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        except (OSError, SafetensorError):  # a variant that nobody has loaded
+            continue
+        for name, dtype in dtypes.items():
+            if name in fractions and re.match("[IU]|BOOL", dtype):
+                raise EcoDiffError(f"{file}: {name} is of dtype {dtype}, as no weight is; fetch the file anew.")
+
+
+_COUNTS = re.compile("layers|blocks|depth|timesteps")
+MOST = 100_000
+"""More layers, blocks or training steps than any model has."""
+
+
+def check_counts(config: Any, where: str) -> None:
+    """Raise EcoDiffError for a config that asks for so many layers or steps that making them would not end."""
+    entries = [("", config)]
+    while entries:
+        name, value = entries.pop()
+        if isinstance(value, Mapping):
+            entries += [(str(key), each) for key, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            entries += [(name, each) for each in value]
+        elif isinstance(value, (int, float)) and value > MOST and _COUNTS.search(name):
+            raise EcoDiffError(f"{where}: {name} is {value}, more than any model has; was the file changed?")
+
+
+def _parsed(file: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read, which its reader says in its own words."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _source(name: str) -> Path | str:
     """The folder that a name stands for, or the Hub id that it is; EcoDiffError where it is neither."""
     models = data_dir() / "models"
     is_plain_name = name not in ("", ".", "..") and not {"/", os.sep} & set(name)
-    if is_plain_name and (models / name / "model_index.json").is_file():
+    # os.path, since a Path raises where nobody may look.
+    if is_plain_name and os.path.isfile(models / name / "model_index.json"):
         return models / name
-    if name and Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
+    if name and os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "model_index.json")):
             raise EcoDiffError(
                 f"{name}: this folder has no model_index.json; save a pipeline there with save_pretrained."
             )

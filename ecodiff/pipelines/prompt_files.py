@@ -20,6 +20,7 @@ from typing import Any
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.progress import say
+from ecodiff.storage.paths import checked_path
 
 COLUMNS = ("prompt", "caption", "text", "comment", "sentence", "raw")
 """Names of columns that hold prompts, whatever their case, the first that is there."""
@@ -54,7 +55,7 @@ def read_prompts(
     Entries without a prompt are skipped and counted, and one line on standard error says so. Raises EcoDiffError for a
     file that cannot be read, is in another encoding or form, or has too few prompts.
     """
-    name = os.fspath(source)
+    name = os.fspath(checked_path(source, "read_prompts"))
     entries: Iterable[Any]
     if name.startswith(HUB):
         entries = _of_data_set(name, column)

@@ -44,6 +44,8 @@ def checked_prompts(prompts, caller: str) -> list:
             raise EcoDiffError(
                 f"{caller}: prompt {number} is {prompt!r}, not a string (or a mapping of call arguments)."[:300]
             )
+        if isinstance(prompt, str) and not _has_bytes(prompt):
+            raise EcoDiffError(f"{caller}: prompt {number} is {prompt!r}, which no text file can hold."[:300])
     if not prompts or any(not prompt or (isinstance(prompt, str) and not prompt.strip()) for prompt in prompts):
         raise EcoDiffError(f"{caller} needs at least one prompt, and none may be empty.")
     forms = {frozenset(prompt) if isinstance(prompt, Mapping) else None for prompt in prompts}
@@ -52,6 +54,15 @@ def checked_prompts(prompts, caller: str) -> list:
             f"{caller} needs prompts of one form: all strings, or all mappings with the same call arguments."
         )
     return prompts
+
+
+def _has_bytes(text: str) -> bool:
+    """Whether a text can be written; half of a surrogate pair, from a wrongly decoded file, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def differ(a: str | Mapping, b: str | Mapping) -> bool:

@@ -18,7 +18,7 @@ from ecodiff.errors import EcoDiffError
 from . import records
 from .files import write_whole
 from .fingerprint import key, raw_bytes
-from .paths import data_dir
+from .paths import checked_path, data_dir
 
 
 def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, compute: Callable[[], Tensor]) -> Tensor:
@@ -31,8 +31,8 @@ def cached(folder: str | os.PathLike | None, kind: str, request: Mapping, comput
         return compute()
     name = key(request)
     # 20 hex digits tell files apart; the whole key is in the file and is compared when it is read.
-    path = Path(folder) / f"{kind}-{name[:20]}.safetensors"
-    if path.exists():
+    path = checked_path(folder, "cache") / f"{kind}-{name[:20]}.safetensors"
+    if os.path.exists(path):
         return _read(path, name)
     result = compute().detach().cpu().contiguous()
     metadata = {"request": name, "sha256": hashlib.sha256(raw_bytes(result)).hexdigest()}

@@ -1,11 +1,24 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and files and folders that one process has for itself."""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ecodiff.errors import EcoDiffError
+
+# Files and folders themselves are locked, not a file beside them as filelock would: nothing may stay in a user's
+# folder, and a lock must end with its process, so that one that was killed is known.
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody is kept from writing to one folder twice at once
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -13,20 +26,65 @@ def write_whole(path: Path, content: bytes) -> None:
 
     The content is on disk before the name leads to it. Where `path` is a link, the file that it leads to is written;
     a file that is replaced leaves its permissions to the new one. Raises OSError as the system does; nothing is left of
-    the attempt then.
+    the attempt then. What killed processes left of their attempts at the same file goes.
     """
     path = Path(os.path.realpath(path))
+    for left in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent, include_hidden=True):
+        with locked(path.parent / left, wait=False) as dead:
+            if dead:
+                with suppress(OSError):  # another process has tidied it meanwhile
+                    os.unlink(path.parent / left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        temporary.write_bytes(content)
-        if path.is_file():
-            shutil.copymode(path, temporary)
-        sync(temporary)
-        os.replace(temporary, path)
+        temporary.touch()
+        with locked(temporary, wait=True):
+            temporary.write_bytes(content)
+            if path.is_file():
+                shutil.copymode(path, temporary)
+            sync(temporary)
+            os.replace(temporary, path)
         sync(path.parent)
     finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is nothing after a rename, or nothing could be made
+            temporary.unlink()
+
+
+@contextmanager
+def locked(path: str | os.PathLike, wait: bool) -> Iterator[bool | None]:
+    """Whether this process has a file or folder for itself: True, or False where another one has it.
+
+    None where that cannot be told: the file system has no locks, or the path cannot be opened. With `wait` until others
+    are done. The system frees the lock when the process ends, however it ends.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        alone: bool | None = None
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep a folder for this process; raises EcoDiffError where a run of another one is writing there.
+
+    Where the file system has no locks, nobody is kept away.
+    """
+    with locked(folder, wait=False) as alone:
+        if alone is False:
+            raise EcoDiffError(f"{folder}: another run is writing there: wait until it ends, or give another folder.")
+        yield
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -28,12 +28,14 @@ def canonical(value) -> str:
     Raises EcoDiffError for what has no such text (a function, a NaN).
     """
     try:
-        return json.dumps(
+        text = json.dumps(
             value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
         )
+        text.encode()  # half of a surrogate pair has no bytes
+        return text
     except EcoDiffError:
         raise  # said by _plain; it is a ValueError, too
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise EcoDiffError(f"These settings have no unambiguous text form ({error}): use plain values.") from error
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
 
-from .files import write_whole
+from .files import alone_in, write_whole
+from .paths import checked_path
 
 ABOUT = "images.json"
 FORMAT = "ecodiff.images.1"
@@ -35,29 +36,51 @@ class About:
     """A digest of all that the images depend on; None where the pipeline has no description by value."""
 
     def as_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        return json.dumps({"format": FORMAT, **asdict(self), "sha256": self.checksum()}, indent=1) + "\n"
+
+    def checksum(self) -> str:
+        """SHA-256 of what is said here."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 class ImageFolder:
     """A folder that gets images one after the other, and knows which it has: an interrupted run goes on."""
 
     def __init__(self, path: str | os.PathLike, about: About):
-        self.path, self.about = Path(path), about
-        text = about.as_json()
+        self.path, self.about = checked_path(path, "images"), about
         try:
             self.path.mkdir(exist_ok=True)
-            earlier = self.path / ABOUT
-            if earlier.exists():
-                if about.weights is None or earlier.read_text(encoding="utf-8") != text:
-                    raise EcoDiffError(
-                        f"{path}: this folder holds images of another run (see its {ABOUT}); give another folder."
-                    )
-            elif any(self.path.iterdir()):
-                raise EcoDiffError(f"{path}: this folder is not empty; give another one.")
-            else:
-                write_whole(earlier, text.encode())
         except OSError as error:
             raise EcoDiffError(f"{path}: images cannot be written there ({error}).") from error
+        self._lock = alone_in(self.path)
+
+    def __enter__(self) -> ImageFolder:
+        """Begin to write; EcoDiffError where another process does, and for a folder that holds something else."""
+        self._lock.__enter__()
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.__exit__(*error)
+
+    def _begin(self) -> None:
+        earlier = self.path / ABOUT
+        try:
+            if earlier.exists():
+                if self.about.weights is None or read_about(self.path).checksum() != self.about.checksum():
+                    raise EcoDiffError(
+                        f"{self.path}: this folder holds images of another run (see its {ABOUT}); give another folder."
+                    )
+            elif any(not left.name.endswith(".tmp") for left in self.path.iterdir()):  # of a run that was killed
+                raise EcoDiffError(f"{self.path}: this folder is not empty; give another one.")
+            else:
+                write_whole(earlier, self.about.as_json().encode())
+        except OSError as error:
+            raise EcoDiffError(f"{self.path}: images cannot be written there ({error}).") from error
 
     def missing(self) -> list[int]:
         """Numbers of the images that are not there yet."""
@@ -77,17 +100,20 @@ class ImageFolder:
 
 def read_about(path: str | os.PathLike) -> About:
     """What a folder of images says of itself. Raises EcoDiffError for a folder that no run wrote."""
-    file = Path(path) / ABOUT
+    file = checked_path(path, "images") / ABOUT
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
+        signed = content.pop("sha256", None)  # folders of earlier versions have none
         about = About(**content)
         if len(about.prompts) != len(about.seeds):
             raise ValueError("it has not one seed a prompt")
+        if signed not in (None, about.checksum()):
+            raise ValueError("its contents do not fit their checksum")
     except OSError as error:
         raise EcoDiffError(f"{path}: no folder of images that `generate` wrote ({error}).") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise EcoDiffError(f"{file}: this file is damaged ({error}): generate the images again.") from error
     return about
 
@@ -116,8 +142,15 @@ def read_image(path: str | os.PathLike) -> Tensor:
 
     try:
         with Image.open(path) as image:
+            image.verify()  # checksums, which reading leaves out; it has to be opened anew after that
+        with Image.open(path) as image:
             array = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what PIL raises for damaged files
         raise EcoDiffError(f"{path}: this image cannot be read ({error}).") from error
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ecodiff.errors import EcoDiffError
 
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+def checked_path(path: Any, what: str) -> Path:
+    """The path of a file or folder that a user named; EcoDiffError for what no file system has.
+
+    ``what`` says in the error what the path was given for. Python has an error of another class for each of these.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise EcoDiffError(f"{what}: {path!r} is no path."[:300])
+    try:
+        content = os.fsencode(path)
+    except UnicodeEncodeError:
+        content = b"\0"
+    if b"\0" in content:
+        raise EcoDiffError(f"{what}: {os.fspath(path)!r} holds characters that no path can hold."[:300])
+    if len(content) > 4095 or any(len(part) > 255 for part in content.split(os.fsencode(os.sep))):
+        raise EcoDiffError(f"{what}: {os.fspath(path)[:100]!r}... is too long for a path.")
+    return Path(path)
 
 
 def root() -> Path:

@@ -12,6 +12,7 @@
     seconds    what it took
     date       UTC
     added      in some rows: names of values that were measured later, at which commit and when
+    checksum   SHA-256 over all the rest of the row; rows of earlier versions have none
 
 ``measure`` reads the row where the configuration is the same, and computes it otherwise. Environment variables:
 ECODIFF_RECOMPUTE=1 ignores what is recorded (and replaces it); ECODIFF_RECORDS=off neither reads nor writes rows
@@ -20,6 +21,7 @@ ECODIFF_RECOMPUTE=1 ignores what is recorded (and replaces it); ECODIFF_RECORDS=
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,7 +37,7 @@ from ecodiff.errors import EcoDiffError
 
 from .files import write_whole
 from .fingerprint import canonical, key
-from .paths import data_dir
+from .paths import checked_path, data_dir
 from .provenance import commit, machine, versions
 
 _FIELDS = {"key", "config", "values", "seed", "versions", "commit", "machine", "seconds", "date"}
@@ -86,6 +88,7 @@ def measure(
         "seconds": round(time.perf_counter() - started, 3),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+    row["checksum"] = _checksum(row)
     if enabled():
         _write(path, row)
     return row | {"recorded": False}
@@ -127,13 +130,15 @@ def table(name: str, folder: str | os.PathLike | None = None) -> list[dict]:
 
 
 def _path(name: str, folder) -> Path:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise EcoDiffError(f"{name!r} cannot name a file of results: use letters, digits, '-', '_' and '.'.")
-    return Path(folder or data_dir() / "results") / f"{name}.jsonl"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,99}", name):
+        raise EcoDiffError(
+            f"{name!r} cannot name a file of results: use up to 100 letters, digits, '-', '_' and '.'."[:300]
+        )
+    return checked_path(folder or data_dir() / "results", name) / f"{name}.jsonl"
 
 
 def _read(path: Path) -> list[dict]:
-    if not path.exists():
+    if not os.path.exists(path):  # a Path raises where nobody may look
         return []
     try:
         with path.open("rb") as file:  # network file systems look anew where a file is opened, and not for stat
@@ -156,7 +161,8 @@ def _parsed(path: Path, number: int, size: int, changed: int) -> list[dict]:
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and row.keys() >= _FIELDS and row["key"] == key(row["config"])
-        except ValueError:
+            whole = whole and row.get("checksum") in (None, _checksum(row))
+        except (ValueError, RecursionError):
             whole = False
         if not whole:
             raise EcoDiffError(
@@ -183,6 +189,12 @@ def _write(path: Path, row: dict) -> None:
         raise failed from error
 
 
+def _checksum(row: Mapping) -> str:
+    """SHA-256 over all of a row but its checksum, the same before it is written and after it is read."""
+    rest = {name: value for name, value in row.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()  # NaN and infinities have a form, too
+
+
 def _values(values, name: str) -> dict:
     """Measured values as JSON can hold them. NaN and infinities stay (as Python's json writes them)."""
     if not isinstance(values, Mapping):
@@ -194,7 +206,9 @@ def _values(values, name: str) -> dict:
         raise TypeError(f"{type(value).__name__} is no plain value")
 
     try:
-        return json.loads(json.dumps(dict(values), default=plain))
+        text = json.dumps(dict(values), default=plain, ensure_ascii=False)
+        text.encode()  # half of a surrogate pair has no bytes
+        return json.loads(text)
     except (TypeError, ValueError) as error:
         raise EcoDiffError(
             f"{name}: the measured values cannot be recorded ({error}): return numbers, texts and lists."

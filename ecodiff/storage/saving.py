@@ -34,14 +34,8 @@ from pathlib import Path
 
 from ecodiff.errors import EcoDiffError
 
-from .files import sync
-
-# Folders themselves are locked, not a file beside them as filelock would: nothing may stay in a user's folder, and a
-# lock must end with its process, so that a killed save is known.
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nobody is kept from saving to one folder twice at once
-    fcntl = None  # type: ignore[assignment]
+from .files import locked, sync
+from .paths import checked_path
 
 _PREFIX = ".ecodiff-save-"
 
@@ -60,6 +54,7 @@ def replaced_files(path: str | os.PathLike, outdated: Collection[str] = (), main
     Raises EcoDiffError where saving fails (disk full, no permission, a file where a folder should be); `path` is then
     as it was before.
     """
+    checked_path(path, "saving")
     if not os.fspath(path):
         raise EcoDiffError("Saving needs the name of a folder; '.' is the working directory.")
     try:
@@ -92,7 +87,7 @@ def finish_interrupted(folder: str | os.PathLike) -> None:
     for place in (here, above):
         with suppress(OSError):
             if _stagings(place):
-                with _locked(place, wait=False) as alone:
+                with locked(place, wait=False) as alone:
                     if alone:
                         _settle_the_dead(place)
 
@@ -109,6 +104,7 @@ def whole(method: Callable) -> Callable:
 
     @wraps(method)
     def save_pretrained(self, save_directory, *args, **kwargs):
+        checked_path(save_directory, "save_pretrained")
         given = signature.bind(self, save_directory, *args, **kwargs)
         given.apply_defaults()
         named = {**given.arguments, **kwargs}
@@ -161,7 +157,7 @@ def _staging(place: Path) -> Iterator[Path]:
     before = place.stat()
     staging.mkdir()  # not by tempfile: after a kill others must be able to read the files in it
     try:
-        with _locked(staging, wait=True):
+        with locked(staging, wait=True):
             (staging / "new").mkdir()
             yield staging
     except BaseException:
@@ -186,7 +182,7 @@ def _appears(new: Path, target: Path) -> bool:
 
 def _replace(target: Path, staging: Path, outdated: Collection[str], main: bool) -> None:
     """Put the files of `staging` in their places in the folder `target`, all or none."""
-    with _locked(target, wait=True) as alone:
+    with locked(target, wait=True) as alone:
         if alone:
             _settle_the_dead(target)
         if staging.parent != target:  # two processes saved to the same new folder
@@ -262,7 +258,7 @@ def _settle_or_leave(staging: Path) -> None:
 def _settle_the_dead(place: Path) -> None:
     """Settle the saves into the folder `place` whose processes have ended; the caller has locked `place`."""
     for staging in _stagings(place):
-        with _locked(staging, wait=False) as dead:
+        with locked(staging, wait=False) as dead:
             if dead:
                 _settle(staging)
 
@@ -416,26 +412,3 @@ def _sync_tree(folder: Path) -> None:
 def _sync_folders(target: Path, names: Collection[str]) -> None:
     for folder in sorted({(target / name).parent for name in names}):
         sync(folder)
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has the folder for itself. The system frees the lock when the process ends, however it ends.
-
-    With `wait` until others are done; False where the file system has no locks.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = fcntl is not None
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)

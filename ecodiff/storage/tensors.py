@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from ecodiff.errors import EcoDiffError
 
 from .files import write_whole
+from .paths import checked_path
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -22,7 +22,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     signed = {**metadata, "sha256": _digest(plain, metadata)}
-    path = Path(path)
+    path = checked_path(path, "saving")
     try:
         write_whole(path, save(plain, signed))
     except OSError as error:
@@ -36,11 +36,12 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     """
     from safetensors import SafetensorError, safe_open
 
+    path = checked_path(path, "reading")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # a path that is none, or too deep a header
         raise EcoDiffError(f"{path}: not a readable safetensors file ({error}); save it again.") from error
     if "sha256" not in metadata:
         raise EcoDiffError(

@@ -14,6 +14,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.gates import Gates, fresh_gates
 from ecodiff.method.hooks import apply_gates
 from ecodiff.method.learn import LearnConfig, Task, learn, prices_of_open_gates
+from ecodiff.method.resume import Folder
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.parts import denoiser
 from ecodiff.pipelines.prompts import encoding_once, epoch_batch
@@ -178,6 +179,12 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
     (tmp_path / "plain").write_text("")
     with pytest.raises(EcoDiffError, match="cannot be made"):
         quiet(pipe, config=config, resume_dir=tmp_path / "plain")
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
+    folder = Folder(tmp_path, {})
+    with folder, pytest.raises(EcoDiffError, match="another run is writing there"):
+        quiet(tiny_sd(), config=replace(QUICK, updates=1), resume_dir=tmp_path)
 
 
 @pytest.mark.slow

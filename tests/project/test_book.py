@@ -236,6 +236,15 @@ def test_after_a_failure_the_others_still_run_and_it_is_tried_again(project, sta
     assert stale() == ([], 0)
 
 
+def test_a_build_that_is_killed_does_not_run_again_what_it_had_done(project, stale, monkeypatch):
+    chapter(project, "01_a", "1")
+    chapter(project, "02_b", "2")
+    monkeypatch.setattr("doit.dependency.Dependency.close", lambda self: None)  # the end is not reached
+    assert stale()[0] == ["01_a", "02_b"]
+    chapter(project, "02_b", "3")
+    assert stale()[0] == ["02_b"]
+
+
 def test_what_one_chapter_makes_another_may_read(project, stale):
     made = project / "data" / "artifacts" / "default" / "gates.txt"
     name = "artifacts/{profile}/gates.txt"

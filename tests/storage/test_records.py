@@ -174,3 +174,18 @@ def test_rows_of_two_clones_merge_by_git_and_by_key(tmp_path):
     for number in range(4):
         found = records.find({"number": number}, name="rows", folder=tmp_path / "ours")
         assert found["values"] == {"value": number}
+
+
+def test_changed_values_are_named_and_rows_of_earlier_versions_have_no_checksum(tmp_path):
+    row = records.measure(CONFIG, Counter(), name="quality")
+    file = tmp_path / "results/quality.jsonl"
+    text = file.read_text()
+    assert json.loads(text)["checksum"] == row["checksum"]
+    file.write_text(text.replace('"ssim": 0.', '"ssim": 1.'))
+    assert file.read_text() != text
+    with pytest.raises(EcoDiffError, match="line 1, is no whole recorded row"):
+        records.rows("quality")
+    earlier = json.loads(text)
+    del earlier["checksum"]
+    file.write_text(json.dumps(earlier) + "\n")
+    assert records.find(CONFIG, name="quality")["values"] == row["values"]

@@ -635,6 +635,34 @@ def test_weights_that_are_not_in_the_files_are_an_error(pipes, tmp_path, slow):
     assert same_weights(model, half.unet) and not info["missing_keys"]
 
 
+def test_what_no_component_may_lack_is_named(pipes, tmp_path):
+    """Of stock classes, too: diffusers and transformers would make it random."""
+    pipes[0].save_pretrained(tmp_path)
+    for folder, name in (("unet", WEIGHTS), ("text_encoder", "model.safetensors")):
+        whole = (tmp_path / folder / name).read_bytes()
+        tensors = load_file(tmp_path / folder / name)
+        lost = sorted(tensors)[0]
+        save_file(
+            {key: value for key, value in tensors.items() if key != lost}, tmp_path / folder / name, {"format": "pt"}
+        )
+        with pytest.raises(EcoDiffError, match=f"lack 1 of its tensors, such as .*{lost.rpartition('.')[0][-8:]}"):
+            ecodiff.load(tmp_path)
+        (tmp_path / folder / name).write_bytes(whole)
+    header = whole.replace(b'"F32"', b'"I32"', 1)
+    (tmp_path / folder / name).write_bytes(header)
+    with pytest.raises(EcoDiffError, match="is of dtype I32"):
+        ecodiff.load(tmp_path)
+
+
+def test_a_config_that_would_never_end_is_named(pipes, tmp_path):
+    pipes[1].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config | {"layers_per_block": 10**9}))
+    for load in (ecodiff.load, lambda path: type(pipes[1].unet).from_pretrained(path / "unet")):
+        with pytest.raises(EcoDiffError, match="layers_per_block is 1000000000"):
+            load(tmp_path)
+
+
 def test_a_shard_that_lacks_what_its_index_names_is_an_error(pipes, tmp_path):
     half = pipes[1]
     half.unet.save_pretrained(tmp_path, max_shard_size="90KB")

@@ -1,0 +1,45 @@
+"""Files written whole, folders that one process has for itself, and paths that are none."""
+
+import os
+
+import pytest
+
+from ecodiff import EcoDiffError
+from ecodiff.storage.files import alone_in, locked, write_whole
+from ecodiff.storage.paths import checked_path
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_what_another_is_writing_stays(tmp_path):
+    dead, living = tmp_path / ".rows.jsonl.1.1.tmp", tmp_path / ".rows.jsonl.2.2.tmp"
+    other = tmp_path / ".images.json.1.1.tmp"
+    for path in (dead, living, other):
+        path.write_text("half")
+    with locked(living, wait=True):
+        write_whole(tmp_path / "rows.jsonl", b"all")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", living.name, other.name}
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"all"
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path):
+    with alone_in(tmp_path):
+        with pytest.raises(EcoDiffError, match="another run is writing there"):
+            with alone_in(tmp_path):
+                pass
+    with alone_in(tmp_path):  # it is free again
+        pass
+
+
+def test_without_locks_nobody_is_kept_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("ecodiff.storage.files.fcntl", None)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        write_whole(tmp_path / "a", b"all")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "path", [None, 3, b"folder", ["folder"], "a\0b", "x" * 300, "/".join(["x" * 200] * 30), "\ud800"]
+)
+def test_what_no_file_system_has_is_named(path):
+    with pytest.raises(EcoDiffError, match="^--out: ") as caught:
+        checked_path(path, "--out")
+    assert len(str(caught.value)) < 400
