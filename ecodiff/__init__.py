@@ -11,6 +11,7 @@ model class Xxx; with it and `ModelMixin` here, plain `DiffusionPipeline.from_pr
 
 from __future__ import annotations
 
+from . import stock as _stock
 from .lazy import names_of
 
 _HOMES = {
@@ -27,13 +28,15 @@ _HOMES = {
     "method.learn": ("learn",),
     "method.check": ("check",),
     "method.mask": ("make_mask",),
-    "method.surgery": ("prune", "save"),
+    "method.surgery": ("prune", "mask_of", "save"),
     "method.generate": ("generate",),
     "scores.compensation": ("prune_adapted",),
     "comparison.compare": ("compare",),
+    "method.published": ("published", "import_published"),
     "retraining.config": ("RetrainConfig",),
     "retraining.retrain": ("retrain",),
 }
+_stock.tell_diffusers()
 _named, __dir__, __all__ = names_of(__name__, _HOMES)
 
 

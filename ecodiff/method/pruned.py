@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
@@ -17,6 +16,7 @@ from ecodiff.pipelines.parts import plain_module
 from ecodiff.storage.saving import finish_interrupted, whole
 
 from .adapters import guard_flux_loader, guarded_methods
+from .kept import kept_entries, mask_of_config
 from .sites import (
     HEADS,
     KEY_HEADS,
@@ -44,20 +44,12 @@ class PrunedMixin(_Model):
         if not isinstance(config, dict):  # a folder or an id, which diffusers still takes
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
-        pruned_units = dict(config.pop("pruned_units", {}))
+        told = {name: config.pop(name) for name in ("pruned_units", "kept_units") if name in config}
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         sites = find_sites(model, KINDS)
-        mask = {}
-        for name, units in pruned_units.items():
-            whole = isinstance(units, int) and name in sites
-            if not (whole and sites[name].min_units <= units <= sites[name].units):
-                raise EcoDiffError(
-                    f"config.json: pruned_units: {name!r} cannot keep {units!r} units; was the file changed?"
-                )
-            # Which units does not matter here: the weights that are about to be loaded are cut already.
-            mask[name] = torch.arange(sites[name].units, device="cpu") < units
-        cut_units(model, sites, mask)
-        model.register_to_config(pruned_units=pruned_units)
+        mask, _ = mask_of_config(told, sites)
+        cut_units(model, sites, {name: mask[name] for name in told.get("pruned_units", {})})
+        model.register_to_config(**{"pruned_units": {}, **told})
         if return_unused_kwargs:
             return model, unused
         return model
@@ -119,15 +111,7 @@ def pruned_class(name: str) -> type:
 
 def cut_units(model: nn.Module, sites: Mapping[str, Site], mask: Mapping[str, Tensor]) -> None:
     """Remove the units whose mask is False from the model, in place; works on real and on meta tensors."""
-    kept: dict[tuple[str, int], Tensor] = {}  # (layer, dimension of its weight) -> which entries stay
-    # First over all sites, then cut once a layer: heads and neurons of FLUX's single blocks share their proj_out.
-    for name, keep in mask.items():
-        for dimension, spans in enumerate((sites[name].writers, sites[name].readers)):
-            for span in spans:
-                width = model.get_submodule(span.layer).weight.shape[dimension]
-                entries = kept.setdefault((span.layer, dimension), torch.ones(width, dtype=torch.bool, device="cpu"))
-                entries[span.offset : span.offset + keep.numel() * span.size] = keep.repeat_interleave(span.size)
-    for (layer, dimension), entries in kept.items():
+    for (layer, dimension), entries in kept_entries(model, sites, mask).items():
         _cut_linear(model.get_submodule(layer), dimension, entries)
 
     for name, keep in mask.items():
@@ -225,11 +209,15 @@ class NoHeads(nn.Module):
         return output, context if self.to_add_out is None else self.to_add_out(context)
 
 
-class ScatteredLinear(nn.Module):
-    """A linear layer with some output channels left, put back in their places; the others are zero."""
+class ScatteredLinear(nn.Linear):
+    """A linear layer with some output channels left, put back in their places; the others are zero.
+
+    Its weight has the rows that are left, and `out_features` counts all: what an adapter beside it adds is as wide as
+    what it returns.
+    """
 
     def __init__(self, linear: nn.Linear, keep: Tensor):
-        super().__init__()
+        nn.Module.__init__(self)  # no weights are made
         self.in_features, self.out_features = linear.in_features, keep.numel()
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("index", keep.nonzero().flatten().to(linear.weight.device))

@@ -4,8 +4,9 @@ Masked and removed models agree to rounding for every site, also where no unit i
 its output layer and does no other work.
 
 The denoiser of a pruned pipeline is an instance of `Pruned<Class>`, a subclass of its diffusers class made on demand.
-Its config.json has one entry more, `pruned_units`: {site name: units kept}. That is all `from_pretrained` needs to give
-the layers their shapes before the weights arrive; which channels of a modulation layer are left is in the weights file.
+Its config.json has two entries more. `pruned_units`: {site name: units kept} is all `from_pretrained` needs to give the
+layers their shapes before the weights arrive. `kept_units` (`ecodiff.method.kept`) says which units of the original
+those are, so that `mask_of` gives the mask back, and adapters of the original can be cut to fit.
 diffusers takes component classes from other libraries only once those are imported: `import ecodiff` first (quick), or
 load with `ecodiff.load`.
 """
@@ -26,6 +27,7 @@ from ecodiff.pipelines.parts import (
     Experts,
     denoisers,
     experts,
+    named_experts,
     plain_module,
     plain_name,
     with_denoiser,
@@ -43,6 +45,7 @@ from .carried import (
     kept_elsewhere,
     refuse_elsewhere,
 )
+from .kept import composed, packed, unpacked
 from .pruned import PrunedMixin, cut_units, pruned_class
 from .sites import KINDS, Site, check_units, find_sites, skipped_modules
 
@@ -86,6 +89,34 @@ def prune_denoiser(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module
     return smaller
 
 
+def mask_of(pipe) -> dict[str, Tensor]:
+    """The mask that a pruned pipeline or denoiser was made with: {site name: bool tensor [units]}, True = kept.
+
+    Names and numbers of units are the original's, on the CPU, also after saving and loading. A pipeline that was pruned
+    several times has the mask that leads there from the original at once. Sites that no mask named are not in it:
+    ``prune(original, mask_of(pruned))`` gives the same weights, unless they were trained since.
+
+    Raises EcoDiffError for what is not pruned, and for what an earlier version saved, which did not write which units
+    were kept.
+    """
+    network = plain_module(pipe) if isinstance(pipe, nn.Module) else find_denoiser(pipe)
+    pruned = {name: part for name, part in named_experts(network).items() if isinstance(part, PrunedMixin)}
+    if not pruned:
+        raise EcoDiffError(f"mask_of: this {type(network).__name__} is not pruned, so there is no mask of it.")
+    mask = {}
+    for expert, part in pruned.items():
+        known = unpacked(part.config.get("kept_units", {}))
+        unknown = sorted(set(part.config.get("pruned_units", {})) - set(known))
+        if unknown:
+            raise EcoDiffError(
+                f"mask_of: this {type(part).__name__} was pruned by an earlier version, which did not write which "
+                f"units were kept (of {unknown[0]!r} and {len(unknown) - 1} other sites): prune the original again."
+            )
+        for name, keep in known.items():
+            mask[f"{expert}.{name}".lstrip(".")] = keep
+    return mask
+
+
 def _warn(missing: list[str]) -> None:
     """One warning that names what a pruned model lacks; nothing where it lacks nothing."""
     if missing:
@@ -123,7 +154,7 @@ def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
             "says where they are: load the pipeline with them."
         )
     with init_empty_weights():
-        pruned = _pruned_like(type(denoiser)).from_config(dict(denoiser.config))
+        pruned = pruned_like(type(denoiser)).from_config(dict(denoiser.config))
     # The state dict says which tensors to load; where offloading keeps them elsewhere their values are in `tensors`.
     state = {}
     for name, value in denoiser.state_dict().items():
@@ -173,7 +204,12 @@ def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module
             missing.append(f"the patched forward of {name}, which has no units left")
     pruned._apply(_own_copy)
     carry_casting(denoiser, pruned)
-    pruned.register_to_config(pruned_units={**denoiser.config.get("pruned_units", {}), **removing})
+    before = denoiser.config if isinstance(denoiser, PrunedMixin) else {}
+    numbers = before.get("pruned_units", {})
+    known = unpacked(before.get("kept_units", {}))
+    # Of a site that was pruned before units were remembered, it stays unknown which are left.
+    knowable = {name: keep for name, keep in mask.items() if name in known or name not in numbers}
+    pruned.register_to_config(pruned_units={**numbers, **removing}, kept_units=packed(composed(known, knowable)))
     trained = {plain_name(name) for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -222,7 +258,7 @@ def save(pipe, save_directory: str | os.PathLike, *args, **kwargs) -> None:
     whole(type(pipe).save_pretrained)(pipe, save_directory, *args, **kwargs)
 
 
-def _pruned_like(cls: type) -> Any:
+def pruned_like(cls: type) -> Any:
     """The pruned class for a denoiser's class.
 
     For a user's subclass of a diffusers class it is a subclass of both, so that the user's own methods act in the
