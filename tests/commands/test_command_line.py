@@ -215,10 +215,10 @@ def test_the_methods_of_the_command_are_those_of_the_package():
 @pytest.mark.parametrize("name", LIBRARY)
 def test_help_teaches_with_an_example_that_is_understood(name):
     text = commands()[name].__doc__
-    example = text.partition("python -m ecodiff ")[2]
-    assert example
-    options = make_parser([name]).parse_args(example.split())
-    assert options.command == name
+    examples = re.findall(r"^example: python -m ecodiff (.+)$", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        assert make_parser([name]).parse_args(example.split()).command == name
 
 
 def test_help_needs_no_torch():
