@@ -21,6 +21,11 @@ from .generate import add_sampling, images_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_both(parser)
     parser.add_argument("--fid", action="store_true", help="also FID and KID between both sets of images")
+    parser.add_argument(
+        "--real",
+        metavar="PATH",
+        help="also FID and KID of both to real images: a folder of any image files, or an .npz with mu and sigma",
+    )
     parser.add_argument("--clip", metavar="MODEL", help="also the CLIP score of both, by this CLIP model")
     parser.add_argument("--each", action="store_true", help="also the values of each image (with --json)")
 
@@ -37,18 +42,47 @@ def run(options: argparse.Namespace) -> dict:
     from ecodiff import metrics
     from ecodiff.comparison.compare import of_images
 
+    real = None if options.real is None else _real(options.real)
     sets = both(options)
     comparison = of_images((sets.first, sets.second), sets.prompts, sets.seeds, judge=options.clip)
     found: dict = {"images": len(sets.prompts)}
     for name, interval in comparison.intervals().items():
         found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     found["equal images"] = int((sets.first == sets.second).flatten(1).all(1).sum())
+    if options.fid or real is not None:
+        second, first = (metrics.inception_features(images) for images in (sets.second, sets.first))
     if options.fid:
-        features = [metrics.inception_features(images) for images in (sets.second, sets.first)]
-        found["FID"] = metrics.fid(*features)
-        found["KID"], found["KID, standard deviation"] = metrics.kid(*features)
+        found["FID"] = metrics.fid(second, first)
+        found["KID"], found["KID, standard deviation"] = metrics.kid(second, first)
+    if real is not None:
+        found |= _to_real(real, first, second)
     if options.each:
         found["each"] = {"SSIM": comparison.ssim, "PSNR in dB": comparison.psnr}
+    return found
+
+
+def _real(path: str):
+    """Stored statistics, or the features of the images of a folder. Raises EcoDiffError for anything else."""
+    from ecodiff import metrics
+
+    if Path(path).is_dir():
+        return metrics.real_images(path)
+    return metrics.Statistics.load(path)
+
+
+def _to_real(real, first, second) -> dict:
+    """How far both sets of features are from the real images."""
+    from ecodiff import metrics
+
+    found: dict = {}
+    if isinstance(real, metrics.RealImages):
+        found |= {"real images": len(real.features), "real images, unreadable": len(real.unreadable)}
+    for name, features in (("first", first), ("second", second)):
+        if isinstance(real, metrics.Statistics):
+            found[f"FID to real images, {name}"] = metrics.fid(real, features)
+        else:
+            found[f"FID to real images, {name}"] = metrics.fid(real.features, features)
+            found[f"KID to real images, {name}"] = metrics.kid(real.features, features)[0]
     return found
 
 
