@@ -1,7 +1,7 @@
 """Two nodes for ComfyUI: load the folder of a pruned pipeline, and generate with it.
 
 Put this file into ComfyUI's custom_nodes and install ecodiff into ComfyUI's Python. The folder is the one that
-`save_pretrained` or `python -m ecodiff prune` wrote, or a Hub id, or the name of a folder in models/diffusers.
+`save_pretrained` or the command `prune` wrote, or a Hub id, or the name of a folder in models/diffusers.
 
 The nodes run the pipeline of diffusers as a whole. They do not give a MODEL to ComfyUI's own samplers: those build
 each network from a few numbers that they guess from a checkpoint file, one number of heads and one width for all

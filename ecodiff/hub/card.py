@@ -18,7 +18,7 @@ from ecodiff.method.sites import KINDS, Site, find_sites
 
 from .made import read_made
 
-MARKER = "<!-- Written by `python -m ecodiff push`. Without this line the card is yours, and later pushes leave it. -->"
+MARKER = "<!-- Written by ecodiff's push. Without this line the card is yours, and later pushes leave it. -->"
 
 REPOSITORY = "https://github.com/ecodiff-companion/ecodiff-companion"
 
@@ -93,7 +93,7 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
     content = _read_json(Path(path), "give what `evaluate --json` printed")
     rows = {name: value for name, value in content.items() if _in_words(value) is not None}
     if not rows:
-        raise EcoDiffError(f"{path}: holds no measures; give what `python -m ecodiff evaluate ... --json` printed.")
+        raise EcoDiffError(f"{path}: holds no measures; give what `evaluate --json` printed.")
     return rows
 
 
@@ -204,14 +204,14 @@ in width from site to site, which no class of diffusers itself can express. Adap
 
 def _measured(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not evaluations:
-        return ["This was not measured. `python -m ecodiff evaluate` measures it."]
+        return ["This was not measured. The command `evaluate` measures it."]
     blocks = []
     for heading, rows in evaluations.items():
         lines = ["| measure | value |", "|---|---|"]
         for name, value in rows.items():
             lines.append(f"| {_cell(name)} | {_in_words(value)} |")
         blocks += [f"### {heading}", "\n".join(lines)]
-    return [*blocks, "Measured by `python -m ecodiff evaluate` against the original, with the same prompts and noise."]
+    return [*blocks, "Measured against the original by ecodiff's command `evaluate`, with the same prompts and noise."]
 
 
 def _cost(repo_id: str, parts: Sequence[PrunedPart]) -> str:

@@ -17,7 +17,7 @@ from ecodiff.storage.files import write_whole
 from ecodiff.storage.paths import is_embedded
 
 FILE = "pruning.json"
-FORMAT = "ecodiff.pruning.1"
+FORMAT = "ecodiff.hub.1"
 
 
 def write_made(folder: str | os.PathLike, pipe, **about) -> None:

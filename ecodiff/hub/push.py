@@ -43,7 +43,7 @@ def push(
         folder_or_pipe: a folder that a pruned pipeline was saved to, which stays as it is, or the pipeline itself.
         repo_id: "owner/name". The repository is made where there is none; weights of an earlier push are replaced.
         private: whether a new repository is private.
-        evaluation: files that ``python -m ecodiff evaluate ... --json`` printed, for the card.
+        evaluation: files that ``evaluate --json`` printed, for the card.
         base: the Hub id of the original (None: what `prune` wrote into the folder).
         licence: the Hub's name of the original's licence (None: asked of the original's own card).
         token: an access token with the right to write (None: HF_TOKEN, or the one that ``hf auth login`` stored).
