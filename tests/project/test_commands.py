@@ -34,7 +34,7 @@ def printed() -> list[str]:
             text = re.sub(rf"(?<!\w){re.escape(placeholder)}(?!\w)", value, text)
         for arguments in re.findall(r"(?:python|\$\(PY\)) -m ecodiff (.*)", text):
             # A command ends with its quotes, its sentence, a comment, the next command, or the next column.
-            commands.add(re.split(r"[`\"')|]|\.$|\. | # | && |  ", arguments)[0].strip())
+            commands.add(re.split(r"[`\"')|]|\.$|\. | # | && | > |  ", arguments)[0].strip())
     return sorted(commands - {"COMMAND", "COMMAND --help"})
 
 
