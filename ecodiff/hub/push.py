@@ -57,6 +57,8 @@ def push(
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise EcoDiffError(f"push: {repo_id!r}: write the repository as OWNER/NAME.")
     evaluations = {Path(path).stem: read_evaluation(path) for path in evaluation}
+    if len(evaluations) < len(evaluation):
+        raise EcoDiffError("push: two evaluations have the same file name, which is their heading: rename one.")
     with _folder_of(folder_or_pipe) as folder:
         parts = pruned_parts(folder)[1]
         if token is None and get_token() is None:

@@ -131,6 +131,7 @@ REFUSED = {
     "nowhere me/small": "there is no such folder",
     "small me/small --evaluation scores.safetensors": "cannot be read as JSON",
     "small me/small --evaluation small/model_index.json": "holds no measures",
+    "small me/small --evaluation evaluated.json ./evaluated.json": "two evaluations have the same file name",
     "small/unet me/small": "model_index.json: cannot be read",
 }
 

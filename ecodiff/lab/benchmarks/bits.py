@@ -106,16 +106,24 @@ def rows(model: str, pictures: int, recompute: bool = False) -> Iterator[dict]:
         yield records.measure(described | {"ratio": ratio, "bits": bits}, measured, name="bits", recompute=recompute)
 
 
+HEADER = ("| units removed | bits of a weight | bytes | SSIM to the original | right images |", "|---|---|---|---|---|")
+
+
+def line(row: dict) -> str:
+    """A recorded row as one of a table, with 95 % intervals over the images."""
+    config, values = row["config"], row["values"]
+    ssim = metrics.bootstrap_interval(values["ssim"])
+    right = metrics.share_interval(values["facts"])
+    return (
+        f"| {config['ratio']:.0%} | {config['bits']} | {values['bytes']:,} | "
+        f"{ssim.mean:.3f} ({ssim.low:.3f} to {ssim.high:.3f}) | "
+        f"{100 * right.mean:.1f} % ({100 * right.low:.1f} to {100 * right.high:.1f}) |"
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """The command ``python -m ecodiff benchmark bits``."""
-    print(f"{'units removed':>13} {'bits':>5} {'bytes':>10}  {'SSIM (95 % interval)':26} right images")
+    print(*HEADER, sep="\n")
     for row in rows(options.model, options.pictures, options.recompute):
-        config, values = row["config"], row["values"]
-        ssim = metrics.bootstrap_interval(values["ssim"])
-        right = ""
-        if "facts" in values:
-            share = metrics.share_interval(values["facts"])
-            right = f"{100 * share.mean:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
-        interval = f"{ssim.mean:.3f} ({ssim.low:.3f} to {ssim.high:.3f})"
-        print(f"{config['ratio']:13.0%} {config['bits']:5} {values['bytes']:10,}  {interval:26} {right}", flush=True)
+        print(line(row), flush=True)
     return 0
