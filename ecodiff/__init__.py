@@ -33,6 +33,7 @@ _HOMES = {
     "scores.compensation": ("prune_adapted",),
     "comparison.compare": ("compare",),
     "method.published": ("published", "import_published"),
+    "hub.push": ("push",),
     "retraining.config": ("RetrainConfig",),
     "retraining.retrain": ("retrain",),
 }

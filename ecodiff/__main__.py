@@ -33,6 +33,8 @@ LIBRARY = {
     "evaluate": "ecodiff.commands.evaluate",
     "compare": "ecodiff.commands.compare",
     "cost": "ecodiff.commands.cost",
+    "push": "ecodiff.commands.push",
+    "published": "ecodiff.commands.published",
 }
 LAB = "ecodiff.lab.commands"
 

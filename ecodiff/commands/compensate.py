@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
+    from ecodiff.hub.made import write_made
     from ecodiff.scores.calibration import Sampling
     from ecodiff.scores.compensation import prune_adapted
 
@@ -33,4 +34,6 @@ def run(options: argparse.Namespace) -> dict:
     mask = shared.read_mask(options, pipe)
     small = prune_adapted(pipe, mask, prompts, **settings)
     small.save_pretrained(out)
+    adapted = f"the weights that stay were adapted to those that went, with {len(prompts)} prompts"
+    write_made(out, small, **shared.made_by(options, then=[adapted]))
     return {"folder": str(out), **removed(pipe, small, mask)}

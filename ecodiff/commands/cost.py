@@ -13,6 +13,8 @@ import json
 
 from ecodiff.errors import EcoDiffError
 
+from .options import add_round_to
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a preset (see --list), an id, or a folder with a pipeline")
@@ -25,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="bf16, fp16 or fp32")
     parser.add_argument("--text-tokens", type=int, help="tokens of text")
     parser.add_argument("--ratio", type=float, help="share of the units of each kind to remove, such as 0.2")
-    parser.add_argument(
-        "--round-to", type=int, default=1, help="round the units kept in a site up to a multiple of this"
-    )
+    add_round_to(parser)
     parser.add_argument("--gpu", metavar="SIZE", help="memory to fit into, such as 24GB or 8GiB")
     parser.add_argument("--fits", metavar="SIZE", help="find the smallest ratio that generates within this, as 8GB")
     parser.add_argument("--time", type=float, help="find the smallest ratio with this share of operations, as 0.8")

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_both(parser)
     parser.add_argument("--fid", action="store_true", help="also FID and KID between both sets of images")
+    parser.add_argument(
+        "--real",
+        metavar="PATH",
+        help="also FID and KID of both to real images: a folder of any image files, or an .npz with mu and sigma",
+    )
     parser.add_argument("--clip", metavar="MODEL", help="also the CLIP score of both, by this CLIP model")
     parser.add_argument("--each", action="store_true", help="also the values of each image (with --json)")
 
@@ -45,6 +50,7 @@ def run(options: argparse.Namespace) -> dict:
     from ecodiff import metrics
     from ecodiff.comparison.compare import of_images
 
+    real = None if options.real is None else processes.of_first(partial(_real, options.real))
     # Each process measures its own images; what it found is gathered in the order of all images.
     sets = both(options)
     own = None
@@ -57,10 +63,13 @@ def run(options: argparse.Namespace) -> dict:
     for name, interval in comparison.intervals().items():
         found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     found["equal images"] = sum(processes.gathered(equal))
+    if options.fid or real is not None:
+        second, first = (features_of(images) for images in (sets.second, sets.first))
     if options.fid:
-        features = [features_of(images) for images in (sets.second, sets.first)]
-        found["FID"] = processes.of_first(partial(metrics.fid, *features))
-        found["KID"], found["KID, standard deviation"] = processes.of_first(partial(metrics.kid, *features))
+        found["FID"] = processes.of_first(partial(metrics.fid, second, first))
+        found["KID"], found["KID, standard deviation"] = processes.of_first(partial(metrics.kid, second, first))
+    if real is not None:
+        found |= processes.of_first(partial(_to_real, real, first, second))
     if options.each:
         found["each"] = {"SSIM": comparison.ssim, "PSNR in dB": comparison.psnr}
     return found
@@ -92,6 +101,31 @@ def features_of(images) -> Tensor:
 
     own = [] if images is None else [row.clone() for row in metrics.inception_features(images)]
     return torch.stack(processes.gathered(own))
+
+
+def _real(path: str):
+    """Stored statistics, or the features of the images of a folder. Raises EcoDiffError for anything else."""
+    from ecodiff import metrics
+
+    if os.path.isdir(path):
+        return metrics.real_images(path)
+    return metrics.Statistics.load(path)
+
+
+def _to_real(real, first, second) -> dict:
+    """How far both sets of features are from the real images."""
+    from ecodiff import metrics
+
+    found: dict = {}
+    if isinstance(real, metrics.RealImages):
+        found |= {"real images": len(real.features), "real images, unreadable": len(real.unreadable)}
+    for name, features in (("first", first), ("second", second)):
+        if isinstance(real, metrics.Statistics):
+            found[f"FID to real images, {name}"] = metrics.fid(real, features)
+        else:
+            found[f"FID to real images, {name}"] = metrics.fid(real.features, features)
+            found[f"KID to real images, {name}"] = metrics.kid(real.features, features)[0]
+    return found
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 from ecodiff import processes
 from ecodiff.errors import EcoDiffError
+from ecodiff.method.multiples import MULTIPLES
 from ecodiff.storage.paths import checked_path
 
 CALL = "further arguments of the pipeline's call, such as height=1024 width=1024 max_sequence_length=256"
@@ -81,7 +82,10 @@ def read(options: argparse.Namespace) -> list[str]:
 def add_mask(parser: argparse.ArgumentParser) -> None:
     """Scores, and the mask that is made of them."""
     parser.add_argument(
-        "--scores", required=True, metavar="FILE", help="what `learn` or `score` wrote, of the same model"
+        "--scores",
+        required=True,
+        metavar="FILE",
+        help="what `learn` or `score` wrote, of the same model; published:NAME for published λ (see `published`)",
     )
     parser.add_argument("--ratio", type=float, required=True, help="share of units to remove, such as 0.2")
     parser.add_argument(
@@ -94,8 +98,18 @@ def add_mask(parser: argparse.ArgumentParser) -> None:
         default="units",
         help="what the ratio is a share of (default: units)",
     )
+    add_round_to(parser)
+
+
+def add_round_to(parser: argparse.ArgumentParser) -> None:
+    """What the number of units kept in a site is rounded up to."""
+    names = ", ".join(MULTIPLES)
     parser.add_argument(
-        "--round-to", type=whole_number, default=1, metavar="N", help="round units kept in a site up to a multiple of N"
+        "--round-to",
+        type=_multiple,
+        default=1,
+        metavar="N",
+        help=f"round units kept in a site up to a multiple of N, or to what kernels need: {names}",
     )
 
 
@@ -109,6 +123,19 @@ def read_mask(options: argparse.Namespace, pipe) -> dict:
     scores = load_scores(options.scores, denoiser(pipe))
     sites = find_sites(denoiser(pipe), KINDS)
     return make_mask(scores, sites, options.ratio, options.scope, options.count_of, options.round_to)
+
+
+def made_by(options: argparse.Namespace, **more) -> dict:
+    """How a pruned pipeline is made, for the file beside it: the model, its scores, and what was asked for."""
+    from ecodiff.hub.made import public_name
+    from ecodiff.scores.files import about_scores
+
+    about = {"scores": about_scores(options.scores), "ratio": options.ratio, "scope": options.scope}
+    about |= {"of": options.count_of, "round_to": options.round_to, **more}
+    base = public_name(options.model)
+    if base is not None:
+        about["base"] = base
+    return about
 
 
 def check_target(path: str | os.PathLike, folder: bool = False) -> Path:
@@ -179,6 +206,15 @@ def whole_number(text: str) -> int:
     return number
 
 
+def _multiple(text: str) -> int | str:
+    """A whole number of at least one, or the name of what needs a multiple."""
+    if text in MULTIPLES:
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number and none of {', '.join(MULTIPLES)}")
+    return whole_number(text)
+
+
 class Pairs(argparse.Action):
     """NAME=VALUE pairs as a dict; values are read as JSON where they can be, and are text elsewhere."""
 
@@ -238,7 +274,7 @@ def with_settings_file(arguments: list[str], command: str) -> list[str]:
 MOST_BRACKETS = 200
 """Brackets in a settings file: it holds a handful of lists, and the arguments of a call."""
 
-POSITIONAL = ("method", "model", "first", "second")
+POSITIONAL = ("method", "model", "first", "second", "repository")
 """Names of positional arguments of all commands, in the order in which a command takes them."""
 
 

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
+    from ecodiff.hub.made import write_made
     from ecodiff.method.surgery import prune
 
     out = shared.check_target(options.out, folder=True)
@@ -24,6 +25,7 @@ def run(options: argparse.Namespace) -> dict:
     mask = shared.read_mask(options, pipe)
     small = prune(pipe, mask)
     small.save_pretrained(out)
+    write_made(out, small, **shared.made_by(options))
     return {"folder": str(out), **removed(pipe, small, mask)}
 
 

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
+    from ecodiff.hub.made import carry_made
     from ecodiff.retraining.config import RetrainConfig
     from ecodiff.retraining.retrain import retrain
     from ecodiff.storage.images import read_images
@@ -32,6 +33,9 @@ def run(options: argparse.Namespace) -> dict:
     history: list[dict] = []
     better = retrain(shared.load_model(options), images, about.prompts, config, history=history)
     better.save_pretrained(out)
+    carry_made(
+        options.model, out, better, f"retrained for {len(history)} steps on {len(images)} images of the original"
+    )
     found: dict = {"folder": str(out), "steps": len(history), "images": len(images)}
     if history:
         found |= {"loss of the first step": history[0]["loss"], "loss of the last step": history[-1]["loss"]}

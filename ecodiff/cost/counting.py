@@ -156,7 +156,7 @@ def cost(
     call: Mapping | None = None,
     ratio: float | None = None,
     mask: Mapping[str, Tensor | int] | None = None,
-    round_to: int | Mapping[str, int] = 1,
+    round_to: int | str | Mapping[str, int | str] = 1,
     kinds: tuple[str, ...] = DEFAULT_KINDS,
     autocast: torch.dtype | None = None,
     inner: bool = True,

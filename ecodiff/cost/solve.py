@@ -34,7 +34,7 @@ def solve(
     scores: Mapping[str, Tensor] | None = None,
     scope: str = "kind",
     count: str = "units",
-    round_to: int | Mapping[str, int] = 1,
+    round_to: int | str | Mapping[str, int | str] = 1,
     batch: int = 1,
     **setting,
 ) -> Solved:

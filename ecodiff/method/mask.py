@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
 
+from .multiples import units_multiple
 from .sites import KINDS, Site
 
 _SCOPES = ("global", "kind", "local")
@@ -29,7 +30,7 @@ def make_mask(
     ratio: float | Mapping[str, float],
     scope: str = "kind",
     count: str = "units",
-    round_to: int | Mapping[str, int] = 1,
+    round_to: int | str | Mapping[str, int | str] = 1,
 ) -> dict[str, Tensor]:
     """Return `{site name: bool tensor [units]}`, True = keep, on the CPU, for the sites that have scores.
 
@@ -42,7 +43,8 @@ def make_mask(
         count: what the ratio is a share of: "units" (the paper's), "parameters" of the units, or "flops" (sites from
             `with_flops`). The lowest scores go first while the budget ratio * total is not exceeded.
         round_to: kept units of a site are rounded up to a multiple of this, giving the best removed ones back; one
-            number or one a kind. A site with none left stays empty, and none gets more than it has.
+            number or one a kind. A name stands for the channels that kernels need: "tensor-cores", "int8", "fp8" or
+            "2:4" (`ecodiff.method.multiples`). A site with none left stays empty, and none gets more than it has.
 
     A site keeps its best unit where it is not known what its module returns without any (``Site.min_units``).
 
@@ -70,9 +72,7 @@ def make_mask(
         kind = next(iter(members.values())).kind  # with scope "global" kinds are mixed, but have one ratio
         mask |= _cut(scores, members, ratios[kind], count)
     for name in names:
-        multiple = _per_kind(round_to, sites[name].kind, 1)
-        if not isinstance(multiple, int) or multiple < 1:
-            raise EcoDiffError(f"make_mask: round_to must be a whole number of at least 1, not {multiple!r}.")
+        multiple = units_multiple(_per_kind(round_to, sites[name].kind, 1), sites[name].unit_size)
         if multiple > 1:
             _round_up(mask[name], scores[name], multiple)
     return {name: mask[name] for name in scores}

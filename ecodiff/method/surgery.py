@@ -189,6 +189,7 @@ def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module
     if not hasattr(denoiser, "config"):
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
     without_adapters(denoiser, "prune")
+    _refuse_quantised(denoiser)
     sites = find_sites(denoiser, KINDS)
     _check_mask(mask, sites, skipped_modules(denoiser))
     removing = {name: int(keep.sum()) for name, keep in mask.items() if not keep.all()}
@@ -215,6 +216,18 @@ def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name in trained)
     return pruned, missing
+
+
+def _refuse_quantised(denoiser: nn.Module) -> None:
+    """Raise EcoDiffError for weights in packed form, from which rows and columns cannot be cut one by one.
+
+    Gates can be learned on such a model all the same, and prune the original.
+    """
+    packed_weights = any(type(parameter).__module__.startswith("torchao.") for parameter in denoiser.parameters())
+    if packed_weights or getattr(denoiser, "hf_quantizer", None) is not None:
+        raise EcoDiffError(
+            f"prune: this {type(denoiser).__name__} is quantised: prune the original, and quantise what is left."
+        )
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

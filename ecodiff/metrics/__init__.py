@@ -4,7 +4,8 @@ from ecodiff.lazy import names_of
 
 _HOMES = {
     "similarity": ("psnr", "ssim", "ssim_map"),
-    "distances": ("fid", "kid"),
+    "distances": ("Statistics", "fid", "kid"),
+    "real": ("RealImages", "real_images"),
     "clip": ("Judge", "clip_score", "clip_score_metric"),
     "inception": ("inception_features",),
     "intervals": (

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.gates import FORMAT as GATES
 from ecodiff.method.gates import Gates
+from ecodiff.method.published import published
 from ecodiff.method.sites import KINDS, check_units, find_sites
 from ecodiff.storage.tensors import read_tensors, write_tensors
 
 FORMAT = "ecodiff.scores.1"
+PUBLISHED = "published:"  # and a name, in the place of a file
 
 
 def save_scores(path: str | os.PathLike, scores: Mapping[str, Tensor], **about) -> None:
@@ -30,8 +32,18 @@ def save_scores(path: str | os.PathLike, scores: Mapping[str, Tensor], **about) 
 def load_scores(path: str | os.PathLike, denoiser: nn.Module) -> dict[str, Tensor]:
     """Scores of a file that `save_scores` or `Gates.save` wrote, checked against the denoiser: {site name: [units]}.
 
-    Raises EcoDiffError for a missing, truncated or changed file, and for scores of another model.
+    "published:sdxl" in the place of a file is the λ that `ecodiff.published` gives by this name.
+
+    Raises EcoDiffError for a missing, truncated or changed file, for scores of another model, and for a name by which
+    nothing was published.
     """
+    name = _published_name(path)
+    if name is not None:
+        found = published(name)
+        try:
+            return found.gates(denoiser).scores()
+        except EcoDiffError as error:
+            raise EcoDiffError(f"{path}: λ of another model: {error}") from error
     tensors, metadata = read_tensors(path)
     if metadata.get("format") == GATES:
         return Gates.load(path, denoiser).scores()
@@ -42,3 +54,25 @@ def load_scores(path: str | os.PathLike, denoiser: nn.Module) -> dict[str, Tenso
     except EcoDiffError as error:
         raise EcoDiffError(f"{path}: scores of another model: {error}") from error
     return tensors
+
+
+def about_scores(path: str | os.PathLike) -> dict:
+    """How scores came about, as their file says: {"method": ..., and what was kept with them}.
+
+    Raises EcoDiffError for what `load_scores` does not read either.
+    """
+    name = _published_name(path)
+    if name is not None:
+        return {"method": "learned by the authors of EcoDiff", "source": published(name).origin}
+    _, metadata = read_tensors(path)
+    if metadata.get("format") == GATES:
+        return {"method": "learned", "updates": len(json.loads(metadata["history"]))}
+    if metadata.get("format") != FORMAT:
+        raise EcoDiffError(f"{path}: holds neither gates nor scores.")
+    return json.loads(metadata["about"])
+
+
+def _published_name(path: str | os.PathLike) -> str | None:
+    """The name in "published:NAME"; None for a path."""
+    text = os.fspath(path)
+    return text.removeprefix(PUBLISHED) if text.startswith(PUBLISHED) else None

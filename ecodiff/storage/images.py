@@ -145,12 +145,8 @@ def read_image(path: str | os.PathLike) -> Tensor:
             image.verify()  # checksums, which reading leaves out; it has to be opened anew after that
         with Image.open(path) as image:
             array = np.asarray(image.convert("RGB"))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL raises for damaged files
+    # What PIL raises for damaged files, and for those that are larger than it finds safe to unpack.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise EcoDiffError(f"{path}: this image cannot be read ({error}).") from error
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 

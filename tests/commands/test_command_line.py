@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_sd, tiny_sdxl
 
 import ecodiff
-from ecodiff import scores
+from ecodiff import metrics, scores
 from ecodiff.__main__ import DONE, LIBRARY, WRONG, commands, main, make_parser
 from ecodiff.commands import score as score_command
 from ecodiff.commands.options import with_settings_file
@@ -122,6 +124,25 @@ def test_evaluate_compares_pipelines_and_folders_alike(place, run, gates):
     assert same["SSIM"]["mean"] == pytest.approx(1) and same["equal images"] == 3
 
 
+@pytest.mark.slow
+def test_evaluate_measures_the_distance_to_real_images(place, run, gates):
+    run("generate", "dense", "--prompts", "prompts.txt", "--steps", 2, *CALL, "--out", "for-real")
+    real = place / "real"
+    real.mkdir()
+    for number, size in enumerate([(40, 30), (30, 30), (30, 40)]):
+        Image.new("RGB", size, (80 * number, 30, 90)).save(real / f"{number}.jpg")
+    (real / "broken.jpg").write_bytes(b"")
+    found = run("evaluate", "for-real", "for-real", "--real", "real")
+    assert found["real images"] == 3 and found["real images, unreadable"] == 1
+    assert found["FID to real images, first"] == pytest.approx(found["FID to real images, second"]) and found["SSIM"]
+    features = metrics.real_images(real).features.double().numpy()
+    np.savez(place / "real.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    stored = run("evaluate", "for-real", "for-real", "--real", "real.npz")
+    assert stored["FID to real images, first"] == pytest.approx(found["FID to real images, first"], rel=1e-6)
+    same = run("evaluate", "for-real", "for-real", "--real", "for-real")
+    assert same["FID to real images, first"] == pytest.approx(0, abs=1e-3)
+
+
 def test_compare_writes_one_page_that_needs_nothing_else(place, run, gates):
     run("prune", "dense", "--scores", gates, "--ratio", 0.5, "--out", "cut")
     sampling = ["--prompts", "prompts.txt", "--steps", 2, "--call", "height=16", "width=16"]
@@ -158,6 +179,9 @@ WRONG_CALLS = {
     "score wanda dense --out a": "give --prompts",
     "evaluate dense dense": "give --prompts FILE, or two folders",
     "retrain dense --images dense --out a": "no folder of images",
+    "evaluate dense dense --prompts prompts.txt --real prompts.txt": "holds no statistics",
+    "prune dense --scores published:flux --ratio 0.2 --out a": "not for 'flux'",
+    "prune dense --scores published:sdxl --ratio 0.2 --out a": "λ of another model",
     "generate dense --prompts prompts.txt --dtype float12 --out a": "dtype is one of",
 }
 
@@ -215,10 +239,10 @@ def test_the_methods_of_the_command_are_those_of_the_package():
 @pytest.mark.parametrize("name", LIBRARY)
 def test_help_teaches_with_an_example_that_is_understood(name):
     text = commands()[name].__doc__
-    example = text.partition("python -m ecodiff ")[2]
-    assert example
-    options = make_parser([name]).parse_args(example.split())
-    assert options.command == name
+    examples = re.findall(r"^example: python -m ecodiff (.+)$", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        assert make_parser([name]).parse_args(example.split()).command == name
 
 
 def test_help_needs_no_torch():

@@ -1,12 +1,14 @@
 """Budgets exact to one unit, ties, scopes, rounding, bad input, and the published SDXL masks."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import SDXL, full_size
 
 from ecodiff import EcoDiffError, Gates, find_sites, make_mask
+from ecodiff.method.multiples import MULTIPLES
 from ecodiff.method.sites import Site, Span
 
 
@@ -102,6 +104,20 @@ def test_round_to_gives_the_best_removed_units_back():
     assert make_mask(values, SITES, 0.4, round_to=1000)["block.0.ff"].all()
 
 
+def test_round_to_by_name_counts_channels():
+    wide = {"ff": site("ff", "feed_forward", 200)}
+    heads = {"attn": replace(site("attn", "attention", 200), unit_size=40)}
+    for name, channels in MULTIPLES.items():
+        for sites in (wide, heads):
+            values = {key: torch.rand(200, generator=torch.Generator().manual_seed(0)) for key in sites}
+            plain, rounded = make_mask(values, sites, 0.43), make_mask(values, sites, 0.43, round_to=name)
+            for key, one in sites.items():
+                before, kept = (int(mask[key].sum()) for mask in (plain, rounded))
+                assert kept >= before and kept * one.unit_size % channels == 0
+                # No smaller number of units would do.
+                assert all(units * one.unit_size % channels for units in range(before, kept))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -114,6 +130,7 @@ def test_round_to_gives_the_best_removed_units_back():
         ({"scope": "layer"}, "scope is one of"),
         ({"count": "bytes"}, "count one of"),
         ({"round_to": 0}, "round_to"),
+        ({"round_to": "int4"}, "one of tensor-cores, int8, fp8, 2:4; not 'int4'"),
         ({"scores": {}}, "no scores"),
         ({"scores": {"elsewhere": torch.ones(3)}}, "another model"),
         ({"scores": {"block.0.ff": torch.ones(3)}}, "40 units"),

@@ -1,6 +1,7 @@
 """Published masks: those that come with the package, and files of the authors' code."""
 
 import csv
+import json
 import pickle
 import random
 
@@ -10,9 +11,11 @@ from tiny import SDXL, full_size, latents, tiny_flux, tiny_sd, tiny_sd3, tiny_sd
 
 import ecodiff
 from ecodiff import EcoDiffError, denoiser, find_sites, import_published, published
+from ecodiff.__main__ import DONE, WRONG, main
 from ecodiff.method import published as module
 from ecodiff.method.sites import KINDS
 from ecodiff.method.surgery import prune_denoiser
+from ecodiff.scores.files import about_scores, load_scores
 from ecodiff.storage.paths import root
 
 
@@ -162,3 +165,33 @@ def test_files_that_are_no_such_lists_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "again.pt").write_bytes(whole)
     with pytest.raises(EcoDiffError, match="are both λ of the attention sites"):
         import_published(tmp_path, pipe)
+
+
+def test_scores_by_a_published_name_are_its_lambda(tmp_path, monkeypatch, capsys):
+    unet = full_size("UNet2DConditionModel", **SDXL)
+    scores = load_scores("published:sdxl", unet)
+    assert all(torch.equal(scores[name], value) for name, value in published("sdxl").log_alpha.items())
+    assert "MIT licence" in about_scores("published:sdxl")["source"]
+    monkeypatch.chdir(tmp_path)
+    assert main("published sdxl --ratio 0.2 --out sdxl.safetensors --json".split()) == DONE
+    told = json.loads(capsys.readouterr().out)
+    kept = sum(int(keep.sum()) for name, keep in published("sdxl").mask(0.2).items() if ".attn" in name)
+    assert told["attention units kept"] == f"{kept} of 2600" and "MIT" in told["source"]
+    written = load_scores("sdxl.safetensors", unet)
+    assert all(torch.equal(written[name], value) for name, value in scores.items())
+    assert about_scores("sdxl.safetensors") == about_scores("published:sdxl")
+    with pytest.raises(EcoDiffError, match="published:sdxl: λ of another model"):
+        load_scores("published:sdxl", tiny_sdxl().unet)
+
+
+def test_the_command_lists_what_is_published(capsys):
+    assert main(["published", "--json"]) == DONE
+    assert "332800 feed_forward units in 70 sites" in json.loads(capsys.readouterr().out)["sdxl"]
+    for line in ("published flux", "published --ratio 0.2"):
+        assert main(line.split()) == WRONG
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_heads_of_published_sites_are_as_wide_as_the_models():
+    sites = find_sites(full_size("UNet2DConditionModel", **SDXL))
+    assert all(sites[name].unit_size == site.unit_size for name, site in published("sdxl").sites.items())

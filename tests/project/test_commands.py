@@ -42,7 +42,7 @@ def printed() -> list[str]:
         text = filled(path.read_text(encoding="utf-8"))
         for arguments in re.findall(r"(?:python|\$\(PY\)|(?:accelerate launch|torchrun) .*) -m ecodiff (.*)", text):
             # A command ends with its quotes, its sentence, a comment, the next command, or the next column.
-            commands.add(re.split(r"[`\"')|]|\.$|\. | # | && |  ", arguments)[0].strip())
+            commands.add(re.split(r"[`\"')|]|\.$|\. | # | && | > |  ", arguments)[0].strip())
     return sorted(commands - {"COMMAND", "COMMAND --help"})
 
 

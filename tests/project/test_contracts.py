@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 import ecodiff
 from ecodiff.cost import presets
 from ecodiff.lab import openmoji, studies
-from ecodiff.lab.benchmarks import command, full_size, generation
+from ecodiff.lab.benchmarks import bits, command, full_size, generation
 from ecodiff.lab.book import build
 from ecodiff.lab.claims import cost as cost_claims
 from ecodiff.lab.claims import memory, on_full_size
@@ -65,6 +65,15 @@ There are none."""
 def keys_of_compare() -> dict[str, str]:
     """All cells of the plan of all embedded pipelines."""
     return {name: key(describe_cell(identity(cell.protocol.model), cell)) for name, cell in planned()}
+
+
+def keys_of_bits() -> dict[str, str]:
+    """All cells of the comparison of fewer units with fewer bits."""
+    found = {}
+    with asked() as keys:
+        for row in bits.rows("openmoji-flux-schnell", 100):
+            found[f"openmoji-flux-schnell, {row['config']['ratio']:.0%}, {row['config']['bits']} bits"] = keys[-1]
+    return found
 
 
 def keys_of_gates() -> dict[str, str]:
@@ -342,6 +351,7 @@ def code_with(source: Path, text: str) -> str:
 
 
 KEYS_OF = {
+    "bits": keys_of_bits,
     "compare": keys_of_compare,
     "cost": keys_of_cost,
     "full_size": keys_of_full_size,

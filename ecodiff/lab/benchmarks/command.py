@@ -3,6 +3,7 @@
     python -m ecodiff benchmark generation              512 images with each embedded model; recorded
     python -m ecodiff benchmark mask-update             one mask update against T; ten minutes on two cores
     python -m ecodiff benchmark full-size sd2           what fits this machine, with random weights; recorded
+    python -m ecodiff benchmark bits                    fewer units or fewer bits in as many bytes; recorded
 
 Leave the machine alone meanwhile.
 """
@@ -14,13 +15,14 @@ import importlib
 
 STEPS = (1, 2, 5, 10, 20, 50)  # of full-size, as are the ratios
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-MODULES = {"generation": "generation", "mask-update": "mask_update", "full-size": "full_size"}
+MODULES = {"generation": "generation", "mask-update": "mask_update", "full-size": "full_size", "bits": "bits"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     _add_generation(benchmarks.add_parser("generation", help="seconds of drawing with the embedded pipelines"))
     _add_mask_update(benchmarks.add_parser("mask-update", help="seconds and peak memory of a mask update against T"))
+    _add_bits(benchmarks.add_parser("bits", help="images of fewer units or fewer bits at equal bytes"))
     _add_full_size(benchmarks.add_parser("full-size", help="mask updates and steps of full-size denoisers"))
 
 
@@ -47,6 +49,12 @@ def _add_mask_update(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=5, help="timed rounds; each runs every variant once")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", help="write one JSON row a variant and T to this file")
+
+
+def _add_bits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="openmoji-flux-schnell", help="an embedded pipeline")
+    parser.add_argument("--pictures", type=int, default=100, help="images of each cell (default: 100)")
+    parser.add_argument("--recompute", action="store_true", help="measure again what is recorded")
 
 
 def _add_full_size(parser: argparse.ArgumentParser) -> None:

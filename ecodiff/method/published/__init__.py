@@ -32,20 +32,25 @@ from ..sites import KINDS, Site, find_sites, network_order
 # SHA-256 of the files in this folder.
 _FILES = {"sdxl": "9c87e9412188e21c7b92f8d119c2a51f0a413958e957113566efa7001a3c5454"}
 
+_HEAD_CHANNELS = {"sdxl": 64}
+
+NAMES = tuple(_FILES)
+"""The models of which λ come with this package."""
+
 
 @dataclass(frozen=True)
 class Published:
     """λ of a model that need no pipeline to become a mask.
 
     log_alpha: {site name: fp32 tensor [units]}; distribution: the one that they were learned with; origin: where they
-    are from, and their licence.
+    are from, and their licence; sites: what is known of them without the model, which is not where their layers are.
     """
 
     name: str
     log_alpha: Mapping[str, Tensor]
     distribution: HardConcrete
     origin: str
-    _sites: Mapping[str, Site]
+    sites: Mapping[str, Site]
 
     def scores(self) -> dict[str, Tensor]:
         """λ as scores (App. K.2): the higher, the more useful the unit."""
@@ -56,7 +61,7 @@ class Published:
 
         count: "units" or "parameters"; for "flops" give `gates(denoiser)` and sites that were measured to `make_mask`.
         """
-        return make_mask(self.scores(), self._sites, ratio, scope=scope, count=count, round_to=round_to)
+        return make_mask(self.scores(), self.sites, ratio, scope=scope, count=count, round_to=round_to)
 
     def gates(self, denoiser: nn.Module) -> Gates:
         """λ as what learning returns, checked against the denoiser; raises EcoDiffError for another model's."""
@@ -70,7 +75,7 @@ def published(name: str) -> Published:
     """
     if name not in _FILES:
         raise EcoDiffError(
-            f"published: published masks exist for: {', '.join(_FILES)}; not for {name!r}. ecodiff.learn learns one, "
+            f"published: published masks exist for: {', '.join(NAMES)}; not for {name!r}. ecodiff.learn learns one, "
             "and import_published reads files of the authors' code."
         )
     from safetensors import safe_open
@@ -90,7 +95,8 @@ def published(name: str) -> Published:
     sites = {}
     for site, value in log_alpha.items():
         kind, params_per_unit = facts[site]
-        sites[site] = Site(site, kind, value.numel(), 1, (), (), params_per_unit)
+        channels = _HEAD_CHANNELS[name] if kind == "attention" else 1
+        sites[site] = Site(site, kind, value.numel(), channels, (), (), params_per_unit)
     distribution = HardConcrete(**json.loads(metadata["distribution"]))
     return Published(name, log_alpha, distribution, metadata["source"], sites)
 
