@@ -12,8 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def hub(folder: Path):
-    """The address of a Hub whose repository owner/name is `folder`/owner/name."""
+def hub(folder: Path, refused: tuple[int, str] | None = None):
+    """The address of a Hub whose repository owner/name is `folder`/owner/name.
+
+    `refused` is a status and the Hub's own word for it, such as (403, "GatedRepo"), with which it answers everything.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -24,6 +27,9 @@ def hub(folder: Path):
 
         def answer(self, body: bool):
             path = unquote(urlparse(self.path).path).strip("/")
+            if refused:
+                self.deny(*refused)
+                return
             if path.startswith("api/models/"):
                 owner, name = path.split("/")[2:4]
                 content, headers = self.about(owner, name), {"Content-Type": "application/json"}
@@ -34,10 +40,7 @@ def hub(folder: Path):
                 etag = hashlib.sha256(content or b"").hexdigest()
                 headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "none"}
             if content is None:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                self.deny(404, "EntryNotFound")
                 return
             self.send_response(200)
             for key, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -45,6 +48,12 @@ def hub(folder: Path):
             self.end_headers()
             if body:
                 self.wfile.write(content)
+
+        def deny(self, status: int, code: str):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def about(self, owner: str, name: str):
             root = folder / owner / name

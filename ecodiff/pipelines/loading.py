@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,9 +25,11 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     """Load a diffusers pipeline: the name of an embedded one ("openmoji-sdxl"), a folder, or a Hub id.
 
     Keyword arguments go to `DiffusionPipeline.from_pretrained`; ``dtype`` may be a name, such as "bfloat16" or "bf16".
-    Raises EcoDiffError where nothing can be loaded, and for a dtype that is none.
+    Raises EcoDiffError where nothing can be loaded, and for a dtype that is none. Of a Hub id it says whether access
+    must be asked for, the repository is not there, the Hub was not reached, or the disk is full.
     """
     from diffusers import DiffusionPipeline
+    from huggingface_hub.utils import httpx
 
     for argument in ("dtype", "torch_dtype"):
         if argument in from_pretrained_kwargs:
@@ -39,8 +42,8 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
         pipe = DiffusionPipeline.from_pretrained(source, **from_pretrained_kwargs)
     except EcoDiffError:
         raise  # it is a ValueError, too
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EcoDiffError(f"{name}: the pipeline could not be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        raise EcoDiffError(f"{name}: {_reason(error, name, isinstance(source, str))}") from error
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             align(part)
@@ -65,6 +68,44 @@ def _source(name: str) -> Path | str:
         f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
         "no folder and no Hub id (owner/name)."
     )
+
+
+def _reason(error: BaseException, name: str, on_hub: bool) -> str:
+    """Why a pipeline was not loaded, and what to do: libraries wrap the error that says it into others."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
+
+    causes = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return "the disk is full: make room, or let HF_HOME name a folder on a larger disk."
+    if on_hub:
+        if caused_by(errors.GatedRepoError):
+            return (
+                f"the model is gated: accept its licence at huggingface.co/{name}, then log in with `hf auth login` "
+                "(or set HF_TOKEN)."
+            )
+        if caused_by(errors.RevisionNotFoundError):
+            return "the repository has no such revision: give a branch, tag or commit that it has."
+        if caused_by(errors.RepositoryNotFoundError):
+            return "the Hub has no such repository, or a private one: check the id, or log in with `hf auth login`."
+        if caused_by(errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, and the model is not in the cache: unset it, or give a folder."
+        if caused_by(httpx.TransportError, ConnectionError, TimeoutError):
+            return "the Hub was not reached, and the model is not in the cache: check the network, or give a folder."
+        if caused_by(errors.RemoteEntryNotFoundError):
+            return "the repository has no pipeline as diffusers saves it (a file is missing): take another id."
+    return f"the pipeline could not be loaded: {error}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @lru_cache(maxsize=4)
