@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
@@ -21,10 +22,12 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
+def load(id_or_path: str | os.PathLike, *, offload: bool = False, **from_pretrained_kwargs):
     """Load a diffusers pipeline: the name of an embedded one ("openmoji-sdxl"), a folder, or a Hub id.
 
     Keyword arguments go to `DiffusionPipeline.from_pretrained`; ``dtype`` may be a name, such as "bfloat16" or "bf16".
+    With ``offload`` its components are on the device one at a time (``enable_model_cpu_offload``); where the device is
+    the CPU, this changes nothing.
     Raises EcoDiffError where nothing can be loaded, and for a dtype that is none. Of a Hub id it says whether access
     must be asked for, the repository is not there, the Hub was not reached, or the disk is full.
     """
@@ -33,7 +36,7 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
 
     for argument in ("dtype", "torch_dtype"):
         if argument in from_pretrained_kwargs:
-            from_pretrained_kwargs[argument] = _dtype(from_pretrained_kwargs[argument])
+            from_pretrained_kwargs[argument] = dtype_of(from_pretrained_kwargs[argument])
     name = os.fspath(id_or_path)
     source = _source(name)
     if isinstance(source, Path):
@@ -47,6 +50,9 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             align(part)
+    device = PartialState().device
+    if offload and device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
     return pipe
 
 
@@ -129,10 +135,10 @@ def align(module: nn.Module) -> None:
     module._apply(aligned)
 
 
-def _dtype(given):
+def dtype_of(given):
     """A torch.dtype for its name; what diffusers takes beside (None, "auto", one a component) stays as it is."""
     if isinstance(given, Mapping):
-        return {name: _dtype(each) for name, each in given.items()}
+        return {name: dtype_of(each) for name, each in given.items()}
     if given is None or given == "auto" or isinstance(given, torch.dtype):
         return given
     if isinstance(given, str) and given.removeprefix("torch.") in DTYPES:
