@@ -94,9 +94,10 @@ def check_room(
                 way = _Way(width, on_turns, samples)
                 if way != asked and way.fits(preset, config, machine):
                     raise EcoDiffError(f"{model} {asked.lack(preset, config, machine)}: {way.advice(asked)} would fit.")
+    smaller = "quantise it" if config is None else "take smaller images"
     raise EcoDiffError(
-        f"{model} {asked.lack(preset, config, machine)}, and neither bfloat16 nor offload is enough: take smaller "
-        "images or a larger machine."
+        f"{model} {asked.lack(preset, config, machine)}, and neither bfloat16 nor offload is enough: {smaller}, or "
+        "take a larger machine."
     )
 
 
@@ -117,7 +118,9 @@ class _Way:
         """What is too large for what."""
         in_dtype = f"in {str(self.dtype).removeprefix('torch.')}"
         if machine.host is not None and self.held(preset) > machine.host:
-            return f"has {gb(self.held(preset))} of weights {in_dtype}, and this machine has {gb(machine.host)} of memory"
+            return (
+                f"has {gb(self.held(preset))} of weights {in_dtype}, and this machine has {gb(machine.host)} of memory"
+            )
         assert machine.device is not None
         what = "has" if self.batch is None else "needs for an update of the mask"
         of = " of weights" if self.batch is None else ""
