@@ -41,9 +41,7 @@ def tiny_qwen():
         transformer=trained(transformer),
         vae=vae.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        ).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
         tokenizer=tokenizer,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 from ecodiff.errors import EcoDiffError
@@ -54,13 +55,19 @@ class Model:
         return self._count(self.preset, options)["generate"]
 
     def _count(self, preset: str, options: dict) -> dict:
-        count = counted(preset, **options)
-        assert count is not None, "these presets may be counted"
-        return {
-            "flops_total": sum(count["flops"].values()),
-            "update": count["update_peak"]["checkpointed"],
-            "generate": count["inference_peak"]["all_on_device"],
-        }
+        return _figures(preset, tuple(options.items()))
+
+
+@cache
+def _figures(preset: str, options: tuple) -> dict:
+    """Operations of a forward pass and peaks in bytes, of a recorded count."""
+    count = counted(preset, **dict(options))
+    assert count is not None, "these presets may be counted"
+    return {
+        "flops_total": sum(count["flops"].values()),
+        "update": count["update_peak"]["checkpointed"],
+        "generate": count["inference_peak"]["all_on_device"],
+    }
 
 
 SDXL = Model("SDXL", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "sdxl", "sdxl", 50, 2)
@@ -156,11 +163,16 @@ def column(table: str, name: str) -> list:
 
 def commands(item: Item) -> list[Run]:
     """What computes an item at full scale; nothing where it needs no published model."""
+    return _by_name().get(item.name, [])
+
+
+@cache
+def _by_name() -> dict[str, list[Run]]:
     table1 = [*quality(SDXL, (0.1, 0.2)), *quality(SCHNELL, (0.1, 0.15))]
     ratios = {"SDXL": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "FLUX": (0.05, 0.1, 0.15, 0.2)}
     local = [prune(SDXL, 0.2, " --scope local"), generate(SDXL, "sdxl-20"), evaluate(SDXL, "sdxl-20")]
     kinds = [*varied(SDXL, "--kinds", ["attention", "feed_forward"])]
-    by_name = {
+    return {
         "Table 1": table1,
         "Table 2": [learn(SCHNELL)],
         "Table 3": [learn(SDXL)],
@@ -185,7 +197,6 @@ def commands(item: Item) -> list[Run]:
         "Algorithm 1": [learn(SDXL)],
         "Algorithm 2": [learn(SDXL)],
     }
-    return by_name.get(item.name, [])
 
 
 @dataclass(frozen=True)
