@@ -54,7 +54,7 @@ def load_model(options: argparse.Namespace, name: str | None = None, runs: bool 
     for argument in ("dtype", "revision", "variant"):
         value = getattr(options, argument)
         if value is not None:
-            arguments["torch_dtype" if argument == "dtype" else argument] = value
+            arguments[argument] = value
     model = options.model if name is None else name
     machine = Machine.this()
     if not runs:
