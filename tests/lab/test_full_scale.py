@@ -27,7 +27,7 @@ def test_every_table_and_every_figure_of_images_has_commands():
 
 def test_the_parser_takes_every_command(page):
     parser = make_parser()
-    printed = set(re.findall(r"python -m ecodiff (.*?)(?:  #|\n)", page))
+    printed = set(re.findall(rf"{full_scale.PROGRAM} (.*?)(?:  #|\n)", page))
     assert len(printed) > 30
     for command in printed:
         options = parser.parse_args(shlex.split(command))

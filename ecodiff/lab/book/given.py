@@ -22,5 +22,5 @@ def require_embedded(model: str) -> None:
     if model not in embedded():
         raise EcoDiffError(
             f"{model}: this chapter judges images of OpenMoji scenes, so its model is an embedded one "
-            f"({', '.join(embedded())}); `python -m ecodiff evaluate` measures others."
+            f"({', '.join(embedded())}); the command `evaluate` measures others."
         )

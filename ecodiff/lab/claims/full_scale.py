@@ -19,6 +19,7 @@ from ecodiff.lab import paper
 from .items import ITEMS, Item
 from .on_full_size import ONE, SD2_UPDATE, counted, measured
 
+PROGRAM = "python -m ecodiff"
 PROMPTS = "--prompts Validation_GCC-1.1.0-Validation.tsv"
 EVALUATED = "--prompts captions_val2017.json"
 UPDATES = 400  # of a mask, Tables 2 and 3
@@ -264,7 +265,7 @@ def _block(runs: Sequence[Run], speed: Speed) -> str:
         if run.bytes:
             needs.append(f"{run.bytes / 1e9:.1f} GB")
         comment = f"  # {', '.join(needs)}" if needs else ""
-        lines.append(f"python -m ecodiff {run.command}{comment}")
+        lines.append(f"{PROGRAM} {run.command}{comment}")
     return "\n".join(lines)
 
 
