@@ -9,12 +9,13 @@ assumption. Loading, decoding and judging are left out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import paper
+from ecodiff.method.config import LearnConfig
 
 from .items import ITEMS, Item
 from .on_full_size import ONE, SD2_UPDATE, counted, measured
@@ -275,17 +276,19 @@ def own_model_costs(ratio: float = 0.2) -> str:
     count = counted("sdxl", inner=False, ratio=ratio)
     assert count is not None, "the preset is one that may be counted"
     small = count["pruned"]
-    mask = learn(SDXL)
+    published, updates = learn(SDXL), LearnConfig().updates
+    mask = replace(published, learning=published.learning * updates / UPDATES)  # with a batch of four, as the page has
     whole, left = (each["parameters"]["total"] / 1e9 for each in (count, small))
     image = SDXL.steps * SDXL.halves * SDXL.forward / speed.generating
     disk = (small["weights"] + small["text_encoders"] + small["vae"]) / 1e9
     on_device = [each["inference_peak"]["all_on_device"] / 1e9 for each in (count, small)]
-    bf16 = small["weights"] / 1e9
+    bf16, peak = small["weights"] / 1e9, mask.bytes / 1e9
+    dense = (count["weights"] + count["text_encoders"] + count["vae"]) / 1e9
     offloaded = small["inference_peak"]["offload"] / 1e9
     rows = [
-        ("download", f"{(count['weights'] + count['text_encoders'] + count['vae']) / 1e9:.1f} GB of disk in bf16"),
+        ("the weights", f"{dense:.1f} GB in bf16, twice as much in float32"),
         ("a published mask", "0.7 MB, which come with the package"),
-        ("a mask of your own", f"{speed.hours(mask):.1f} h on one {speed.device}, {mask.bytes / 1e9:.1f} GB"),
+        ("a mask of your own", f"{updates} updates: {speed.hours(mask):.1f} h on one {speed.device}, {peak:.1f} GB"),
         ("prune", f"minutes on the CPU; {whole:.2f} B parameters of the denoiser become {left:.2f} B"),
         ("the smaller folder", f"{disk:.1f} GB of disk in bf16"),
         ("generate an image", f"about {image:.0f} s there; {on_device[1]:.1f} GB, the original {on_device[0]:.1f} GB"),
