@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from statistics import median
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.lab import paper
+from ecodiff.method import published as published_masks
 from ecodiff.method.config import LearnConfig
 
 from .items import ITEMS, Item
@@ -283,11 +285,12 @@ def own_model_costs(ratio: float = 0.2) -> str:
     disk = (small["weights"] + small["text_encoders"] + small["vae"]) / 1e9
     on_device = [each["inference_peak"]["all_on_device"] / 1e9 for each in (count, small)]
     bf16, peak = small["weights"] / 1e9, mask.bytes / 1e9
+    megabytes = (Path(published_masks.__file__).parent / "sdxl.safetensors").stat().st_size / 1e6
     dense = (count["weights"] + count["text_encoders"] + count["vae"]) / 1e9
     offloaded = small["inference_peak"]["offload"] / 1e9
     rows = [
         ("the weights", f"{dense:.1f} GB in bf16, twice as much in float32"),
-        ("a published mask", "0.7 MB, which come with the package"),
+        ("a published mask", f"{megabytes:.1f} MB, which come with the package"),
         ("a mask of your own", f"{updates} updates: {speed.hours(mask):.1f} h on one {speed.device}, {peak:.1f} GB"),
         ("prune", f"minutes on the CPU; {whole:.2f} B parameters of the denoiser become {left:.2f} B"),
         ("the smaller folder", f"{disk:.1f} GB of disk in bf16"),
