@@ -14,10 +14,11 @@ TOKEN = "hf_of_this_test"
 
 
 @contextmanager
-def hub(folder: Path, owners=("me",), cards=None):
+def hub(folder: Path, owners=("me",), cards=None, refused: tuple[int, str] | None = None):
     """The address of a Hub whose repository owner/name is `folder`/owner/name.
 
-    owners: whose repositories the bearer of TOKEN may write. cards: {id: card data} of models without files.
+    owners: whose repositories the bearer of TOKEN may write. cards: {id: card data} of models without files. refused: a
+    status and the Hub's own word for it, such as (403, "GatedRepo"), with which it answers every reading.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -29,6 +30,9 @@ def hub(folder: Path, owners=("me",), cards=None):
 
         def answer(self, body: bool):
             path = unquote(urlparse(self.path).path).strip("/")
+            if refused:
+                self.send(refused[0], b"", {"X-Error-Code": refused[1]})
+                return
             if path.startswith("api/models/") and "/tree/" in path:
                 owner, name = path.split("/")[2:4]
                 self.send(200, json.dumps(self.tree(folder / owner / name)).encode(), body=body)

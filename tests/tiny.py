@@ -8,6 +8,7 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -18,6 +19,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -154,6 +157,48 @@ def tiny_flux():
         tokenizer_2=t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     ).to("cpu")
+
+
+def tiny_wan(boundary_ratio=0.6, second=True):
+    """Wan 2.2: video, two experts; without a boundary the first makes all steps, as in Wan 2.1."""
+    torch.manual_seed(0)
+    transformers = [
+        trained(
+            WanTransformer3DModel(
+                patch_size=(1, 2, 2),
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=4,
+                out_channels=4,
+                text_dim=32,
+                freq_dim=16,
+                ffn_dim=16,
+                num_layers=1,
+                cross_attn_norm=True,
+                qk_norm=None,
+                rope_max_seq_len=32,
+            )
+        )
+        for _ in range(2)
+    ]
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformers[0],
+        transformer_2=transformers[1] if second else None,
+        boundary_ratio=boundary_ratio,
+    )
 
 
 TINY = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}

@@ -18,7 +18,7 @@ import tempfile
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,19 @@ def add_model(parser: argparse.ArgumentParser, name: str = "model", **more) -> N
     parser.add_argument("--dtype", help="dtype of the weights: bf16, fp16 or fp32 (default: as diffusers loads them)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--variant", help="variant of the weight files, such as fp16")
+    parser.add_argument("--offload", action="store_true", help="components are on the device one at a time")
 
 
-def load_model(options: argparse.Namespace, name: str | None = None):
-    """The pipeline that the options name; components of another model come with it. Raises EcoDiffError."""
+def load_model(options: argparse.Namespace, name: str | None = None, runs: bool = True):
+    """The pipeline that the options name; components of another model come with it.
+
+    Raises EcoDiffError, before anything is fetched where a published model is known not to fit into memory. ``runs``:
+    whether its networks will run; otherwise the device need not hold them.
+    """
     import diffusers
     import transformers
 
+    from ecodiff.cost.room import Machine, check_room
     from ecodiff.pipelines.loading import load
 
     if not sys.stderr.isatty() or not processes.is_first():  # a log stays quiet
@@ -52,8 +58,13 @@ def load_model(options: argparse.Namespace, name: str | None = None):
     for argument in ("dtype", "revision", "variant"):
         value = getattr(options, argument)
         if value is not None:
-            arguments["torch_dtype" if argument == "dtype" else argument] = value
-    return load(options.model if name is None else name, **arguments)
+            arguments[argument] = value
+    model = options.model if name is None else name
+    machine = Machine.this()
+    if not runs:
+        machine = replace(machine, device=None)
+    check_room(model, dtype=options.dtype, offload=options.offload, machine=machine)
+    return load(model, offload=options.offload, **arguments)
 
 
 def add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None:

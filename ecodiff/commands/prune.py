@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> dict:
     from ecodiff.method.surgery import prune
 
     out = shared.check_target(options.out, folder=True)
-    pipe = shared.load_model(options)
+    pipe = shared.load_model(options, runs=False)
     mask = shared.read_mask(options, pipe)
     small = prune(pipe, mask)
     small.save_pretrained(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -26,17 +28,20 @@ DTYPES = {
 }  # fmt: skip
 
 
-def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
+def load(id_or_path: str | os.PathLike, *, offload: bool = False, **from_pretrained_kwargs):
     """Load a diffusers pipeline: the name of an embedded one ("openmoji-sdxl"), a folder, or a Hub id.
 
     Keyword arguments go to `DiffusionPipeline.from_pretrained`; ``dtype`` may be a name, such as "bfloat16" or "bf16".
-    Raises EcoDiffError where nothing can be loaded, and for a dtype that is none.
+    With ``offload`` its components are on the device one at a time (``enable_model_cpu_offload``); where the device is
+    the CPU, this changes nothing.
+    Raises EcoDiffError where nothing can be loaded, and for a dtype that is none. Of a Hub id it says whether access
+    must be asked for, the repository is not there, the Hub was not reached, or the disk is full.
     """
     from diffusers import DiffusionPipeline
 
     for argument in ("dtype", "torch_dtype"):
         if argument in from_pretrained_kwargs:
-            from_pretrained_kwargs[argument] = _dtype(from_pretrained_kwargs[argument])
+            from_pretrained_kwargs[argument] = dtype_of(from_pretrained_kwargs[argument])
     checked_path(id_or_path, "load")
     name = os.fspath(id_or_path)
     source = _source(name)
@@ -50,8 +55,7 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
     except EcoDiffError as error:
         raise EcoDiffError(f"{name}: {error}") from error
     except Exception as error:  # what the libraries raise for damaged files is of many classes
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise EcoDiffError(f"{name}: the pipeline could not be loaded: {said}"[:1000]) from error
+        raise EcoDiffError(f"{name}: {_reason(error, name, isinstance(source, str))}"[:1000]) from error
     for component, part in pipe.components.items():
         if isinstance(part, nn.Module):
             # What an index of shards names but no file holds is none of diffusers' missing weights.
@@ -61,6 +65,9 @@ def load(id_or_path: str | os.PathLike, **from_pretrained_kwargs):
                 raise EcoDiffError(f"{name}: {_lacking(component, left)}")
             check_dtypes(os.path.join(source, component), part)
             align(part)
+    device = PartialState().device
+    if offload and device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
     return pipe
 
 
@@ -171,6 +178,45 @@ def _source(name: str) -> Path | str:
     )
 
 
+def _reason(error: BaseException, name: str, on_hub: bool) -> str:
+    """Why a pipeline was not loaded, and what to do: libraries wrap the error that says it into others."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
+
+    causes = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return "the disk is full: make room, or let HF_HOME name a folder on a larger disk."
+    if on_hub:
+        if caused_by(errors.GatedRepoError):
+            return (
+                f"the model is gated: accept its licence at huggingface.co/{name}, then log in with `hf auth login` "
+                "(or set HF_TOKEN)."
+            )
+        if caused_by(errors.RevisionNotFoundError):
+            return "the repository has no such revision: give a branch, tag or commit that it has."
+        if caused_by(errors.RepositoryNotFoundError):
+            return "the Hub has no such repository, or a private one: check the id, or log in with `hf auth login`."
+        if caused_by(errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, and the model is not in the cache: unset it, or give a folder."
+        if caused_by(httpx.TransportError, ConnectionError, TimeoutError):
+            return "the Hub was not reached, and the model is not in the cache: check the network, or give a folder."
+        if caused_by(errors.RemoteEntryNotFoundError):
+            return "the repository has no pipeline as diffusers saves it (a file is missing): take another id."
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"the pipeline could not be loaded: {said}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @lru_cache(maxsize=4)
 def load_once(id_or_path: str):
     """The same pipeline again for the same name, by `load`: for readers of many cells, who leave it as it is."""
@@ -192,10 +238,10 @@ def align(module: nn.Module) -> None:
     module._apply(aligned)
 
 
-def _dtype(given):
+def dtype_of(given):
     """A torch.dtype for its name; what diffusers takes beside (None, "auto", one a component) stays as it is."""
     if isinstance(given, Mapping):
-        return {name: _dtype(each) for name, each in given.items()}
+        return {name: dtype_of(each) for name, each in given.items()}
     if given is None or given == "auto" or isinstance(given, torch.dtype):
         return given
     if isinstance(given, str) and given.removeprefix("torch.") in DTYPES:

@@ -45,8 +45,9 @@ def commit() -> str | None:
 def machine() -> dict:
     """Processor, cores, memory in GiB and accelerator; nothing that names the machine."""
     found = {"cpu": _processor(), "cores": os.cpu_count(), "system": platform.system()}
-    if hasattr(os, "sysconf"):  # not on Windows
-        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    memory = memory_bytes()
+    if memory is not None:
+        found["memory_gib"] = round(memory / 2**30)
     import torch
 
     if torch.cuda.is_available():
@@ -66,3 +67,10 @@ def _processor() -> str:
     except (OSError, subprocess.SubprocessError):
         pass
     return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

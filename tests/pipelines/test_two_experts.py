@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from tiny import PROMPTS, TOKENS, t5, t5_tokenizer, trained
+from tiny import PROMPTS, TOKENS, tiny_wan
 
 import ecodiff
 from ecodiff.cost.counting import cost
@@ -18,47 +17,6 @@ from ecodiff.scores import METHODS, obs, prune_adapted
 
 # The boundary lies at t = 600 of 1000: of three steps (t = 1000, 500, 1) the first expert makes one, the second two.
 CALL = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": TOKENS}
-
-
-def tiny_wan(boundary_ratio=0.6, second=True):
-    torch.manual_seed(0)
-    transformers = [
-        trained(
-            WanTransformer3DModel(
-                patch_size=(1, 2, 2),
-                num_attention_heads=2,
-                attention_head_dim=12,
-                in_channels=4,
-                out_channels=4,
-                text_dim=32,
-                freq_dim=16,
-                ffn_dim=16,
-                num_layers=1,
-                cross_attn_norm=True,
-                qk_norm=None,
-                rope_max_seq_len=32,
-            )
-        )
-        for _ in range(2)
-    ]
-    vae = AutoencoderKLWan(
-        base_dim=3,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return WanPipeline(
-        tokenizer=t5_tokenizer(),
-        text_encoder=t5(),
-        vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=transformers[0],
-        transformer_2=transformers[1] if second else None,
-        boundary_ratio=boundary_ratio,
-    )
 
 
 @pytest.fixture(scope="module")

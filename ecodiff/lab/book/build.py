@@ -157,6 +157,17 @@ def profile_file(profile: str, base: Path | None = None) -> Path:
     return path
 
 
+def values_for(source: Path, profile: str) -> dict[str, object]:
+    """What a profile says to a chapter.
+
+    A profile with ``chapters``, names without their numbers, speaks to these only; all others keep their own values.
+    """
+    values = yaml.safe_load(profile_file(profile, source.parent.parent).read_text()) or {}
+    if source.stem[3:] in values.get("chapters", [source.stem[3:]]):
+        return values
+    return {"profile": profile}
+
+
 def declared(source: Path, profile: str, kind: str = "data") -> list[Path]:
     """Files a chapter reads (``ecodiff: {data: [...]}`` in its front matter) or makes (``makes: [...]``).
 
@@ -213,7 +224,7 @@ def run(source: Path, profile: str, out: Path) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.unlink(missing_ok=True)
     own = parameters(source)
-    wanted = yaml.safe_load(profile_file(profile, source.parent.parent).read_text()) or {}
+    wanted = values_for(source, profile)
     injected = {name: value for name, value in wanted.items() if name in own and own[name] != value}
 
     start = time.perf_counter()
@@ -386,6 +397,11 @@ def build_html(out: Path, base: Path | None = None) -> Path:
         from .landing import landing  # here, since a chapter is run without what the landing page reads
 
         (source / "_landing.md").write_text(landing(out / "notebooks"))
+    if (source / "full-scale.md").exists():
+        from ecodiff.lab.claims.full_scale import own_model_costs, page
+
+        (source / "_full-scale.md").write_text(page())
+        (source / "_own-model.md").write_text(own_model_costs())
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")  # it has no `python -m`
     command = [jupyter_book, "build", source, "--config", base / "_config.yml", "--path-output", work]

@@ -84,16 +84,20 @@ def legend_below(figure, *axes, columns: int = 4) -> None:
 def picture_grid(pictures, rows: Sequence[str] = (), columns: Sequence[str] = (), size: float = 0.9):
     """A figure of images in rows and columns, with a name for each row and column.
 
-    pictures: uint8, [rows, columns, 3, height, width] (as `ecodiff.generate` stacks them).
+    pictures: uint8, [rows, columns, 3, height, width] (as `ecodiff.generate` stacks them), or a list of rows, which may
+    differ in size. Of videos, [rows, columns, frames, 3, height, width], the first frame is shown.
     """
-    pictures = np.asarray(pictures)
-    count_rows, count_columns = pictures.shape[:2]
+    pictures = [np.asarray(row) for row in pictures]
+    count_rows, count_columns = len(pictures), len(pictures[0])
     room = (size * count_columns + 1.0, size * count_rows + 0.3)  # with some for the names
     figure, axes = plt.subplots(count_rows, count_columns, figsize=room, squeeze=False)
     for i in range(count_rows):
         for j in range(count_columns):
             axis = axes[i, j]
-            axis.imshow(pictures[i, j].transpose(1, 2, 0), interpolation="nearest")
+            image = pictures[i][j]
+            if image.ndim == 4:
+                image = image[0]
+            axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             sns.despine(ax=axis, left=True, bottom=True)
             if i == 0 and columns:
