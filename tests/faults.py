@@ -94,7 +94,7 @@ RUNS = {
     "evaluate": Run(["evaluate", "../small", "../dense", *PROMPTS, "--steps", "2", "--json", *SIZE], None, ["--each"]),
     "retrain": Run([*RETRAIN, "--steps", "4", "--rank", "2"], "model", ["--seed", "1"]),
     "save": Run([*PRUNE, "0.3"], "model", ["--ratio", "0.6"]),
-    "study": Run(["study", "three", "--model", "tiny"], "data", [], study_of_three),
+    "study": Run(["study", "three", "--model", "tiny", "--seeds", "1"], "data", [], study_of_three),
 }
 
 
