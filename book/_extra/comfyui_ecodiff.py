@@ -3,9 +3,9 @@
 Put this file into ComfyUI's custom_nodes and install ecodiff into ComfyUI's Python. The folder is the one that
 `save_pretrained` or the command `prune` wrote, or a Hub id, or the name of a folder in models/diffusers.
 
-The nodes run the pipeline of diffusers as a whole. They do not give a MODEL to ComfyUI's own samplers: those build
-each network from a few numbers that they guess from a checkpoint file, one number of heads and one width for all
-layers of a kind. A pruned network has other numbers in every layer, so that no single file of it fits.
+The nodes run the pipeline of diffusers as a whole. They do not give a MODEL to ComfyUI's own samplers. Those build
+each network from a few numbers that they guess from a checkpoint file: one number of heads and one width for all layers
+of a kind. A pruned network has other numbers in every layer, so that no single file of it fits.
 """
 
 from pathlib import Path

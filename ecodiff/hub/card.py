@@ -197,7 +197,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{repo_id}")  # or ecodiff.load("{repo_id}")
 ```
 
-Without `import ecodiff`, diffusers does not know the class {classes} and loads nothing: the layers of this model differ
+Without `import ecodiff`, diffusers does not know the class {classes} and loads nothing. The layers of this model differ
 in width from site to site, which no class of diffusers itself can express. Adapters made for the original load by
 `load_lora_weights` as ever; `ecodiff.mask_of(pipe)` says which units of the original are left."""
 
