@@ -7,6 +7,7 @@ with a residual or without. This is found by running it (`form_of`), never by th
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from functools import cache
@@ -175,7 +176,10 @@ def _same_for(attention: nn.Module, layers: Mapping[str, nn.Module], outputs: in
     call = {name: value.clone() for name, value in zip(names, inputs, strict=False)}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            wanted = shell(attention, layers)(**call)
+            probe = shell(attention, layers)
+            if hasattr(attention, "processor"):  # a copy, since a processor of the user's may take notes of its calls
+                probe.processor = copy.deepcopy(attention.processor)
+            wanted = probe(**call)
     except Exception:  # whatever a processor may raise for inputs that are not made for it
         return None
     call = {name: value.clone() for name, value in zip(names, inputs, strict=False)}

@@ -135,7 +135,8 @@ def denoisers(pipe) -> dict[str, nn.Module]:
             found[name] = plain_module(network)
     for name in _OTHER_NAMES:
         network = getattr(pipe, name, None)
-        if not found and isinstance(network, nn.Module):
+        # Networks that are no pipelines, such as a VAE, may have a part of such a name.
+        if not found and name in components and isinstance(network, nn.Module):
             found[name] = plain_module(network)
     if not found:
         networks = []
