@@ -54,7 +54,7 @@ def test_load_says_what_is_wrong(tmp_path):
         ("", "no embedded pipeline"),
         (tmp_path / "a" / "b", "no embedded pipeline"),
         ("../models/x", "no embedded pipeline"),
-        ("owner/not-in-the-cache", "could not be loaded"),
+        ("owner/not-in-the-cache", "not in the cache"),
     ]:
         with pytest.raises(EcoDiffError, match=message):
             ecodiff.load(where)

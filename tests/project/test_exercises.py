@@ -227,7 +227,7 @@ def test_several_numbers_may_be_in_any_order_and_of_any_type():
         assert feedback("ex-intro-ratio", [answer], values) == ["ex-intro-ratio: right."]
     assert "several numbers are asked for" in feedback("ex-intro-ratio", [3], values)[0]
     assert UNANSWERED in feedback("ex-intro-ratio", [{..., 2}], values)[0]
-    assert "this run has 0.2: set it" in feedback("ex-intro-ratio", [right], {**values, "ratio": 0.2})[0]
+    assert "this run has 0.2: change it" in feedback("ex-intro-ratio", [right], {**values, "ratio": 0.2})[0]
 
 
 def test_a_check_of_nothing_known_or_with_too_few_answers_says_so():
