@@ -340,8 +340,9 @@ def ex_own_pictures():
     return {"half": width / 2, "whole": width}
 
 
-def ex_retrain_original(rows):
+def ex_retrain_original(found):
     """SSIM that the control loses by retraining, and that the mask had cost before it."""
+    rows = found["openmoji-sdxl"]
 
     def mean(row):
         values = [value for cell in rows[row] for value in cell["ssim"]]
