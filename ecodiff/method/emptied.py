@@ -93,7 +93,11 @@ def emptied(attention: nn.Module, outputs: int) -> EmptiedAttention:
 
 @cache
 def _emptied_class(cls: type) -> type:
-    return type(f"Emptied{cls.__name__}", (EmptiedAttention, cls), {"__module__": __name__, "of": cls})
+    name = "Emptied_" + f"{cls.__module__}.{cls.__qualname__}".replace(".", "_")
+    made = type(name, (EmptiedAttention, cls), {"__module__": __name__, "of": cls})
+    if cls.__module__.startswith("diffusers."):
+        globals()[name] = made  # as any class of a library, it is what an import of its name gives
+    return made
 
 
 def _new(cls: type) -> nn.Module:

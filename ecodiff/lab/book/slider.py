@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from IPython.display import HTML
 from PIL import Image, PngImagePlugin
 
 from ecodiff import metrics
@@ -23,6 +24,7 @@ from ecodiff.lab import studies
 from ecodiff.lab.identities import identity
 from ecodiff.lab.studies.cell import Cell, describe_cell
 from ecodiff.lab.studies.results import interval_text
+from ecodiff.storage import records
 from ecodiff.storage.files import write_whole
 from ecodiff.storage.fingerprint import key
 from ecodiff.storage.paths import data_dir
@@ -187,6 +189,8 @@ def _names_with(shares: dict[str, float], value: float) -> str:
 
 def ratio_slider(start: float = 0.2):
     """The figure as an object that Jupyter, Colab and the book display; it stands at ratio ``start`` first."""
+    if not records.enabled():
+        return HTML("<p>Recorded rows are switched off (ECODIFF_RECORDS), so there is nothing to slide over.</p>")
     images()  # raises where they do not belong to the rows
     stops, first = positions(), (0.0, *RATIOS).index(start)
     sprite = base64.b64encode(_small(sprite_file())).decode()
