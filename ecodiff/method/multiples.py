@@ -13,12 +13,13 @@ from ecodiff.errors import EcoDiffError
 MULTIPLES = {"tensor-cores": 8, "int8": 16, "fp8": 16, "2:4": 64}
 """Channels by name.
 
-tensor-cores, int8: rows of 16 bytes, which are 8 channels of fp16 or bf16 and 16 of int8. Other sizes run, but slower,
-    and before cuBLAS 11 without tensor cores (NVIDIA, Matrix Multiplication Background User's Guide, section
-    "Tensor Core Requirements").
-fp8: `torch._scaled_mm` refuses matrices whose sides are no multiples of 16 (its check in torch/_meta_registrations.py).
-2:4: `torch.sparse.to_sparse_semi_structured` refuses weights in fp16 or bf16 whose rows are no multiples of 32 or whose
-    columns are none of 64 with CUTLASS (`_DTYPE_SHAPE_CONSTRAINTS` in torch/sparse/semi_structured.py).
+- tensor-cores, int8: rows of 16 bytes, which are 8 channels of fp16 or bf16 and 16 of int8. Other sizes run, but
+  slower, and before cuBLAS 11 without tensor cores (NVIDIA, Matrix Multiplication Background User's Guide, section
+  "Tensor Core Requirements").
+- fp8: `torch._scaled_mm` refuses matrices whose sides are no multiples of 16 (its check in
+  torch/_meta_registrations.py).
+- 2:4: `torch.sparse.to_sparse_semi_structured` refuses weights in fp16 or bf16 whose rows are no multiples of 32 or
+  whose columns are none of 64 with CUTLASS (`_DTYPE_SHAPE_CONSTRAINTS` in torch/sparse/semi_structured.py).
 """
 
 

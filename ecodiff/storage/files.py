@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,10 @@ except ImportError:  # not on Windows, where nobody is kept from writing to one 
     fcntl = None  # type: ignore[assignment]
 
 
+SECONDS_TO_LOCK = 60
+"""A temporary file without a lock that is younger than this may belong to a process that lives."""
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one.
 
@@ -30,10 +35,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     path = Path(os.path.realpath(path))
     for left in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent, include_hidden=True):
-        with locked(path.parent / left, wait=False) as dead:
-            if dead:
-                with suppress(OSError):  # another process has tidied it meanwhile
-                    os.unlink(path.parent / left)
+        _tidy(path.parent / left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.touch()
@@ -47,6 +49,16 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):  # there is nothing after a rename, or nothing could be made
             temporary.unlink()
+
+
+def _tidy(left: Path) -> None:
+    """Remove a temporary file that no process is writing any more."""
+    with suppress(OSError):  # another process has tidied it meanwhile
+        if time.time() - left.stat().st_mtime < SECONDS_TO_LOCK:
+            return  # its process may be about to lock it
+        with locked(left, wait=False) as dead:
+            if dead:
+                left.unlink()
 
 
 @contextmanager

@@ -12,11 +12,14 @@ from ecodiff.storage.paths import checked_path
 def test_what_a_killed_process_left_of_a_file_goes_and_what_another_is_writing_stays(tmp_path):
     dead, living = tmp_path / ".rows.jsonl.1.1.tmp", tmp_path / ".rows.jsonl.2.2.tmp"
     other = tmp_path / ".images.json.1.1.tmp"
-    for path in (dead, living, other):
+    young = tmp_path / ".rows.jsonl.3.3.tmp"  # its process may be about to lock it
+    for path in (dead, living, other, young):
         path.write_text("half")
+        if path != young:
+            os.utime(path, (0, 0))
     with locked(living, wait=True):
         write_whole(tmp_path / "rows.jsonl", b"all")
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", living.name, other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", living.name, other.name, young.name}
     assert (tmp_path / "rows.jsonl").read_bytes() == b"all"
 
 

@@ -21,6 +21,7 @@ peak counter on CUDA.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -117,6 +118,7 @@ def peak_bytes(update, device) -> int:
         before = torch.cuda.memory_allocated()
         update()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # memory from before, given back while the profiler watches, would be counted
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
         update()
