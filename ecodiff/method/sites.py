@@ -306,7 +306,10 @@ def _may_be_feed_forward(name: str, module: nn.Module) -> bool:
     Embedders have linear layers in pairs, too. They are small, and what they write steers the whole network.
     """
     in_a_block = any(part.isdigit() for part in name.split("."))
-    return in_a_block and not any(word in type(module).__name__ for word in ("Embed", "TextProjection"))
+    if not in_a_block or any(word in type(module).__name__ for word in ("Embed", "TextProjection")):
+        return False
+    # A block whose attentions have lost all heads is hardly more than its feed-forward, and no feed-forward itself.
+    return not any(is_emptied(part) or _is_attention(part) for part in module.modules())
 
 
 def _attention(name: str, module: nn.Module, parent: nn.Module) -> Site:

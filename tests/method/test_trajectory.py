@@ -205,7 +205,7 @@ def test_pipeline_is_left_as_it_was_also_after_an_exception():
 
     handle = denoiser(pipe).mid_block.register_forward_hook(fail)
     before = state(pipe)
-    with pytest.raises(KeyError):
+    with pytest.raises(EcoDiffError, match="boom"):
         latents_and_gradient(pipe)
     assert state(pipe) == before
     handle.remove()
