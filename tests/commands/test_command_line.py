@@ -267,4 +267,4 @@ def test_the_three_lines_of_the_readme(tmp_path, monkeypatch, capsys):
     for line in chosen:
         arguments = line.partition("  #")[0].split()
         assert main([*arguments, *quick.get(arguments[0], [])]) == DONE, capsys.readouterr().err
-    assert "ssim" in capsys.readouterr().out
+    assert "SSIM" in capsys.readouterr().out

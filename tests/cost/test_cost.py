@@ -103,11 +103,14 @@ def test_presets_fill_the_published_weights_file(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux2-klein-4b", "z-image-turbo", "krea-2", "qwen-image", "ltx-2", "wan2.2-5b"])
 def test_presets_of_2026_are_counted_and_pruned(name):
-    """Removing a fifth of the units removes parameters and operations of one call, and never more than a fifth."""
+    """Removing a fifth of the units removes parameters and operations of one call, and hardly more than a fifth.
+
+    Which units go is random, and those of blocks that see the image cost more operations than those that see the text.
+    """
     whole = cost(name, ratio=0.2, steps=1, guidance=0.0, inner=False)
     small = whole.pruned
     assert 0.8 <= small.parameters["total"] / whole.parameters["total"] < 0.95
-    assert 0.8 <= small.flops.total / whole.flops.total < 1.0
+    assert 0.79 <= small.flops.total / whole.flops.total < 1.0
     assert whole.flops.linear > 2 * whole.parameters["total"]  # each weight meets many tokens
 
 
