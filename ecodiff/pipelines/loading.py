@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -65,9 +64,12 @@ def load(id_or_path: str | os.PathLike, *, offload: bool = False, **from_pretrai
                 raise EcoDiffError(f"{name}: {_lacking(component, left)}")
             check_dtypes(os.path.join(source, component), part)
             align(part)
-    device = PartialState().device
-    if offload and device.type != "cpu":
-        pipe.enable_model_cpu_offload(device=device)
+    if offload:
+        from accelerate import PartialState  # here, since its import is slow, and warns in notebooks
+
+        device = PartialState().device
+        if device.type != "cpu":
+            pipe.enable_model_cpu_offload(device=device)
     return pipe
 
 
