@@ -8,6 +8,7 @@ before a reader has one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Real
@@ -42,7 +43,9 @@ def known() -> dict[str, list[dict]]:
 
 def right_and_wrong(label: str, values: dict[str, Any]) -> dict[str, Any]:
     """What `answers` computes for an exercise: right answers and usual wrong ones by their names."""
-    from . import answers  # here, since a page whose exercises are open waits for no torch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries warn of notebooks without widgets, as they are imported
+        from . import answers  # here, since a page whose exercises are open waits for no torch
 
     return getattr(answers, label.replace("-", "_"))(**values)
 
