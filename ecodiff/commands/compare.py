@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from . import options as shared
-from .evaluate import add_both, both
+from .evaluate import add_both, both, measures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,4 @@ def run(options: argparse.Namespace) -> dict:
         costs=sets.costs,
     )
     comparison.write(out)
-    found: dict = {"page": str(out), "images": len(sets.prompts)}
-    for name, interval in comparison.intervals().items():
-        found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    return found
+    return {"page": str(out), "images": len(sets.prompts), **measures(comparison)}

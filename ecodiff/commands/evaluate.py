@@ -18,7 +18,7 @@ from ecodiff import processes
 from ecodiff.errors import EcoDiffError
 
 from . import options as shared
-from .generate import add_sampling, images_of
+from .generate import add_sampling, sampling_of, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,7 @@ def run(options: argparse.Namespace) -> dict:
         own = of_images((sets.first, sets.second), sets.prompts, sets.seeds, judge=options.clip)
         equal = (sets.first == sets.second).flatten(1).all(1).tolist()
     comparison = gathered(own)
-    found: dict = {"images": len(comparison.prompts)}
-    for name, interval in comparison.intervals().items():
-        found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    found: dict = {"images": len(comparison.prompts), **measures(comparison)}
     found["equal images"] = sum(processes.gathered(equal))
     if options.fid or real is not None:
         second, first = (features_of(images) for images in (sets.second, sets.first))
@@ -75,6 +73,14 @@ def run(options: argparse.Namespace) -> dict:
     return found
 
 
+def measures(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """The means of a comparison and the ends of their intervals, as a command returns them."""
+    found = {}
+    for name, interval in comparison.intervals().items():
+        found[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return found
+
+
 def gathered(own: Comparison | None) -> Comparison:
     """The measures of the images of all processes, from those of this process's own (None where it has none)."""
     if own is not None and processes.count() == 1:
@@ -83,14 +89,14 @@ def gathered(own: Comparison | None) -> Comparison:
 
     from ecodiff.comparison.result import Comparison
 
-    measures: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in ("prompts", "seeds", "ssim", "psnr"):
-        measures[name] = processes.gathered(getattr(own, name) if own else [])
+        values[name] = processes.gathered(getattr(own, name) if own else [])
     scores = processes.gathered(list(zip(*own.clip, strict=True)) if own and own.clip else [])
     if scores:
-        measures["clip"] = tuple(list(each) for each in zip(*scores, strict=True))
+        values["clip"] = tuple(list(each) for each in zip(*scores, strict=True))
     nothing = torch.empty(0)
-    return Comparison(names=("first", "second"), images=(nothing, nothing), **measures)
+    return Comparison(names=("first", "second"), images=(nothing, nothing), **values)
 
 
 def features_of(images) -> Tensor:
@@ -148,6 +154,7 @@ def both(options: argparse.Namespace) -> Sets:
     Raises EcoDiffError where they are not of the same prompts and seeds.
     """
     from ecodiff.comparison.compare import cost_of
+    from ecodiff.method.generate import generate
     from ecodiff.pipelines.running import on_device
     from ecodiff.storage.images import ABOUT, read_about, read_images
 
@@ -164,6 +171,12 @@ def both(options: argparse.Namespace) -> Sets:
     for folder, about in zip(folders, abouts, strict=True):
         if (about.prompts, about.seeds) != (prompts, seeds):
             raise EcoDiffError(f"{folder}: its images are of other prompts or seeds than those of {folders[0]}.")
+    settings = settings_of(options)
+    if len(folders) == 1 and abouts[0].settings != settings:
+        raise EcoDiffError(
+            f"{folders[0]}: its images were generated with {_in_words(abouts[0].settings)}, and the others would be "
+            f"with {_in_words(settings)}: give the same --steps, --guidance and --call."
+        )
     sets: list[Any] = []
     costs: list[dict] = []
     numbers = processes.own(range(len(prompts)))
@@ -176,7 +189,11 @@ def both(options: argparse.Namespace) -> Sets:
         else:
             pipe = shared.load_model(options, name)
             with on_device(pipe, "evaluate", many=True):
-                sets.append(images_of(pipe, prompts, seeds, options))
+                sets.append(generate(pipe, prompts, seeds, **sampling_of(options)))
             costs.append(cost_of(pipe))
     both_costs = (costs[0], costs[1]) if len(costs) == 2 else ({}, {})
     return Sets(sets[0], sets[1], prompts, seeds, both_costs)
+
+
+def _in_words(settings: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "the pipeline's own settings"

@@ -35,11 +35,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
+    from ecodiff.method.generate import generate_each
     from ecodiff.pipelines.running import on_device
     from ecodiff.storage.images import ImageFolder
 
     out = shared.check_target(options.out, folder=True)
     prompts = shared.read(options)
+    sampling = sampling_of(options)  # complains before anything is loaded
     pipe = shared.load_model(options)
     seeds = list(range(options.seed, options.seed + len(prompts)))
     about = processes.of_first(partial(_about, pipe, prompts, seeds, options))
@@ -49,11 +51,13 @@ def run(options: argparse.Namespace) -> dict:
         processes.of_first(partial(_enter, stack, folder))
         missing = processes.of_first(folder.missing)
         mine = processes.own(missing)
-        for start in range(0, len(mine), options.batch_size):
-            numbers = mine[start : start + options.batch_size]
-            images = images_of(pipe, [prompts[n] for n in numbers], [seeds[n] for n in numbers], options)
+
+        def write(numbers: list[int], images) -> None:
             for number, image in zip(numbers, images, strict=True):
-                folder.write(number, image)
+                folder.write(mine[number], image)
+
+        if mine:
+            generate_each(pipe, [prompts[n] for n in mine], [seeds[n] for n in mine], write, **sampling)
         processes.wait()
     lost = processes.of_first(folder.missing)
     if lost:
@@ -69,18 +73,21 @@ def _enter(stack: ExitStack, folder) -> None:
 def _about(pipe, prompts: list[str], seeds: list[int], options: argparse.Namespace):
     """What the images show, and how they are made."""
     from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
-    from ecodiff.storage.fingerprint import canonical
-    from ecodiff.storage.images import About, digest
+    from ecodiff.storage.fingerprint import key
+    from ecodiff.storage.images import About
 
     try:
-        weights = digest(canonical(describe(of_pipeline(pipe))))
+        weights = key(describe(of_pipeline(pipe)))[:16]
     except Undescribed:
         weights = None
     return About(prompts, seeds, settings_of(options), options.model, weights)
 
 
 def settings_of(options: argparse.Namespace) -> dict:
-    """The arguments of the pipeline's call."""
+    """The arguments of the pipeline's call. Raises EcoDiffError for one that has an option of its own."""
+    doubled = {"num_inference_steps", "guidance_scale"} & options.call.keys()
+    if doubled:
+        raise EcoDiffError(f"--call {min(doubled)}=...: give it as --steps or --guidance.")
     settings = dict(options.call)
     if options.steps is not None:
         settings["num_inference_steps"] = options.steps
@@ -89,12 +96,6 @@ def settings_of(options: argparse.Namespace) -> dict:
     return settings
 
 
-def images_of(pipe, prompts: list[str], seeds: list[int], options: argparse.Namespace):
-    """Images of the prompts and seeds, uint8 [N, 3, height, width]."""
-    from ecodiff.method.generate import generate
-
-    settings = settings_of(options)
-    doubled = {"num_inference_steps", "guidance_scale"} & options.call.keys()
-    if doubled:
-        raise EcoDiffError(f"--call {min(doubled)}=...: give it as --steps or --guidance.")
-    return generate(pipe, prompts, seeds, batch_size=options.batch_size, **settings)
+def sampling_of(options: argparse.Namespace) -> dict:
+    """The arguments of `ecodiff.generate` beside the pipeline, the prompts and the seeds."""
+    return {"batch_size": options.batch_size, **settings_of(options)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +63,7 @@ def generate(
             here, images with values that are not finite, or a damaged cache file.
     """
     prompts, seeds = _checked(prompts, seeds)
-    if batch_size < 1:
-        raise EcoDiffError(f"batch_size={batch_size}: a call of the pipeline needs at least one picture.")
-    doubled = sorted(set(_OURS) & call_kwargs.keys())
-    if doubled:
-        raise EcoDiffError(f"generate sets {doubled[0]!r} itself: leave it out of the arguments.")
-    checked_guidance(guidance_scale, "generate")
-    checked_call(call_kwargs, "generate")
-    settings = dict(call_kwargs)
-    if num_inference_steps is not None:
-        settings["num_inference_steps"] = num_inference_steps
-    if guidance_scale is not None:
-        settings["guidance_scale"] = guidance_scale
+    settings = _settings(batch_size, num_inference_steps, guidance_scale, call_kwargs)
 
     # One fixed order, each different image once: a permutation of the arguments cannot change a bit.
     try:
@@ -96,19 +85,41 @@ def generate(
             cache_dir = None
 
     def compute() -> Tensor:
+        parts: list[Tensor] = []
         pairs = [(by_name[name], name[1]) for name in order]
-        return _images(pipe, pairs, batch_size, settings, progress)
+        _run(pipe, pairs, lambda numbers, images: parts.append(images), batch_size, settings, progress)
+        return torch.cat(parts)
 
     images = cached(cache_dir, "pictures", request, compute)
     position = {name: i for i, name in enumerate(order)}
     return images[[position[name] for name in names]]
 
 
-def _images(pipe, pairs: list, batch_size: int, settings: dict, progress: bool) -> Tensor:
-    """The images of pairs (prompt, seed), uint8 [N, 3, height, width]."""
+def generate_each(
+    pipe,
+    prompts: Sequence[str | Mapping],
+    seeds: Sequence[int],
+    each: Callable[[list[int], Tensor], None],
+    *,
+    batch_size: int = 32,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    progress: bool = True,
+    **call_kwargs,
+) -> None:
+    """Generate as `generate` does, in the order given, and hand over each batch as soon as it is there.
+
+    each: gets the numbers of some prompts, and their images, uint8 [numbers, 3, height, width].
+    """
+    prompts, seeds = _checked(prompts, seeds)
+    settings = _settings(batch_size, num_inference_steps, guidance_scale, call_kwargs)
+    _run(pipe, list(zip(prompts, seeds, strict=True)), each, batch_size, settings, progress)
+
+
+def _run(pipe, pairs: list, each: Callable, batch_size: int, settings: dict, progress: bool) -> None:
+    """Hand over the numbers and images of pairs (prompt, seed), batch by batch."""
     runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    parts: list[Tensor] = []
 
     def run(numbers: list[int]) -> None:
         batch = [pairs[number] for number in numbers]
@@ -124,13 +135,29 @@ def _images(pipe, pairs: list, batch_size: int, settings: dict, progress: bool) 
                 f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a wider "
                 "dtype."
             )
-        parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        each(numbers, (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
         bar.update(len(batch))
 
     with frozen(*modules), progress_bar(total=len(pairs), desc="pictures", progress=progress) as bar:
         form = form_of_samples(batch_size, runner, [prompt for prompt, _ in pairs], output_type="pt", **settings)
         in_batches(range(len(pairs)), form.size, run)
-    return torch.cat(parts)
+
+
+def _settings(batch_size: int, steps: int | None, guidance_scale: float | None, call_kwargs: Mapping) -> dict:
+    """The arguments of the pipeline's call that all images share; raises EcoDiffError for those that are none."""
+    if batch_size < 1:
+        raise EcoDiffError(f"batch_size={batch_size}: a call of the pipeline needs at least one picture.")
+    doubled = sorted(set(_OURS) & call_kwargs.keys())
+    if doubled:
+        raise EcoDiffError(f"generate sets {doubled[0]!r} itself: leave it out of the arguments.")
+    checked_guidance(guidance_scale, "generate")
+    checked_call(call_kwargs, "generate")
+    settings = dict(call_kwargs)
+    if steps is not None:
+        settings["num_inference_steps"] = steps
+    if guidance_scale is not None:
+        settings["guidance_scale"] = guidance_scale
+    return settings
 
 
 def _checked(prompts, seeds) -> tuple[list, list[int]]:
