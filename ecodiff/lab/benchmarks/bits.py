@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import nn
 
 from ecodiff import metrics
 from ecodiff.lab.identities import judge_hash
-from ecodiff.lab.studies.images import draw, judge_pictures
+from ecodiff.lab.studies.images import draw, judge_pictures, similarity
 from ecodiff.lab.studies.measure import learned_gates
 from ecodiff.lab.studies.plan import base
 from ecodiff.method.surgery import prune
@@ -92,15 +93,19 @@ def rows(model: str, pictures: int, recompute: bool = False) -> Iterator[dict]:
     described = {"what": "bits", "weights": weights_hash(denoiser(pipe)), "judge": judge_hash(), "version": 1}
     described |= {"sampling": cell.protocol.sampling, "split": cell.protocol.split, "pictures": pictures, "seed": 0}
     described["gates"] = dict(gates.log_alpha)
+
+    @cache
+    def original():
+        return draw(pipe, scenes, 0, cell.protocol)
+
     for ratio, bits in cells(pipe, gates):
 
         def measured(ratio=ratio, bits=bits) -> dict:
             network = denoiser(prune(pipe, gates.mask(ratio)))
             smaller = with_denoiser(pipe, rounded(network, bits))
-            original = draw(pipe, scenes, 0, cell.protocol)
             drawn = draw(smaller, scenes, 0, cell.protocol)
             values: dict = {"bytes": size(network, bits)}
-            values["ssim"] = [round(value, 4) for value in metrics.ssim(drawn, original).tolist()]
+            values["ssim"] = similarity(drawn, original())
             return values | judge_pictures(drawn, scenes, features=False)
 
         yield records.measure(described | {"ratio": ratio, "bits": bits}, measured, name="bits", recompute=recompute)

@@ -19,6 +19,7 @@ from ecodiff.lab import paper
 from ecodiff.method import published as published_masks
 from ecodiff.method.config import LearnConfig
 
+from .cost import UPDATE_OF, update_on_gpu
 from .items import ITEMS, Item
 from .on_full_size import ONE, SD2_UPDATE, counted, measured
 
@@ -33,7 +34,6 @@ PASSES = 3  # of the denoiser in a checkpointed step of an update: forward, agai
 class Model:
     """A published model, the presets of its counts, and how the paper runs it."""
 
-    title: str
     id: str
     short: str
     preset: str  # of `ecodiff.cost`
@@ -44,22 +44,27 @@ class Model:
     @property
     def forward(self) -> float:
         """Operations of one forward pass of one sample."""
-        return self._count(*(SD2_UPDATE if self.preset == "sd2" else (self.preset, ONE)))["flops_total"]
+        return self._count["flops_total"]
+
+    @property
+    def image(self) -> float:
+        """Operations of one trajectory of one sample."""
+        return self.steps * self.halves * self.forward
 
     @property
     def update_bytes(self) -> int:
         """Peak of an update with one sample at a time, its steps checkpointed, all components on the device."""
-        options = {"sd2": SD2_UPDATE[1], "sdxl": {"batch": 1, "guidance": 5.0, "steps": 50}}.get(self.preset, ONE)
-        return self._count(self.preset, options)["update"]
+        return self._count["update"]
 
     @property
     def generate_bytes(self) -> int:
         """Peak of generating one image, all components on the device."""
-        options = {"sd2": SD2_UPDATE[1], "sdxl": {"batch": 1, "guidance": 5.0, "steps": 50}}.get(self.preset, ONE)
-        return self._count(self.preset, options)["generate"]
+        return self._count["generate"]
 
-    def _count(self, preset: str, options: dict) -> dict:
-        return _figures(preset, tuple(options.items()))
+    @property
+    def _count(self) -> dict:
+        options = {"sd2": SD2_UPDATE[1], "sdxl": {"batch": 1, "guidance": 5.0, "steps": 50}}.get(self.preset, ONE)
+        return _figures(self.preset, tuple(options.items()))
 
 
 @cache
@@ -74,10 +79,10 @@ def _figures(preset: str, options: tuple) -> dict:
     }
 
 
-SDXL = Model("SDXL", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "sdxl", "sdxl", 50, 2)
-SD2 = Model("Stable Diffusion 2", "stabilityai/stable-diffusion-2-base", "sd2", "sd2", "sdxl", 50, 2)
-SCHNELL = Model("FLUX-schnell", "black-forest-labs/FLUX.1-schnell", "schnell", "flux-schnell", "flux", 5, 1)
-DEV = Model("FLUX-dev", "black-forest-labs/FLUX.1-dev", "dev", "flux-schnell", "flux", 28, 1)
+SDXL = Model("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "sdxl", "sdxl", 50, 2)
+SD2 = Model("stabilityai/stable-diffusion-2-base", "sd2", "sd2", "sdxl", 50, 2)
+SCHNELL = Model("black-forest-labs/FLUX.1-schnell", "schnell", "flux-schnell", "flux", 5, 1)
+DEV = Model("black-forest-labs/FLUX.1-dev", "dev", "flux-schnell", "flux", 28, 1)
 
 
 @dataclass(frozen=True)
@@ -98,24 +103,27 @@ def learn(model: Model, more: str = "", prompts: int = 100, times: int = 1) -> R
         f"{more} --out {model.short}.safetensors"
     )
     batch = int(paper.setting("table3" if model.settings == "sdxl" else "table2", "batch_size"))
-    calls = UPDATES * batch * model.steps * model.halves * model.forward
     # The unmasked model runs once for each prompt, whose noise is the same in all updates.
-    teacher = prompts * model.steps * model.halves * model.forward
-    return Run(command, times, PASSES * calls, teacher, model.update_bytes)
+    return Run(command, times, PASSES * UPDATES * batch * model.image, prompts * model.image, model.update_bytes)
 
 
-def prune(model: Model, ratio: float, more: str = "") -> Run:
+def folder(model: Model, ratio: float) -> str:
+    """The name of the smaller model's folder."""
+    return f"{model.short}-{100 * ratio:.0f}"
+
+
+def prune(model: Model, ratio: float, more: str = "", name: str | None = None) -> Run:
     """The smaller model, which is cut on the CPU in minutes."""
-    name = f"{model.short}-{100 * ratio:.0f}"
+    name = name or folder(model, ratio)
     return Run(f"prune {model.id} --scores {model.short}.safetensors --ratio {ratio}{more} --dtype bf16 --out {name}")
 
 
-def generate(model: Model, name: str, times: int = 1) -> Run:
+def generate(model: Model, name: str) -> Run:
     """The images of the paper's evaluation by the original, or by a folder."""
     images = int(paper.claim("evaluation_pairs"))
-    what = f"generate {name} {EVALUATED} --count {images} --steps {model.steps} --dtype bf16"
-    work = images * model.steps * model.halves * model.forward  # of the original: pruned models do less
-    return Run(f"{what} --out {name.rpartition('/')[2]}-images", times, 0.0, work, model.generate_bytes)
+    what = f"generate {name} {EVALUATED} --count {images} --steps {model.steps} --dtype bf16 --batch-size 1"
+    work = images * model.image  # of the original: pruned models do less
+    return Run(f"{what} --out {name.rpartition('/')[2]}-images", 1, 0.0, work, model.generate_bytes)
 
 
 def evaluate(model: Model, name: str) -> Run:
@@ -128,35 +136,34 @@ def quality(model: Model, ratios: Iterable[float], more: str = "") -> list[Run]:
     """One mask, cut at several ratios, each of which is judged beside the original."""
     runs = [learn(model), generate(model, model.id)]
     for ratio in ratios:
-        name = f"{model.short}-{100 * ratio:.0f}"
+        name = folder(model, ratio)
         runs += [prune(model, ratio, more), generate(model, name), evaluate(model, name)]
     return runs
 
 
 def varied(model: Model, option: str, values: Sequence, ratio: float = 0.2) -> list[Run]:
     """A mask and its images for each value of an option of `learn`; the command shows the first value."""
-    name = f"{model.short}-{100 * ratio:.0f}"
+    name = folder(model, ratio)
     if option == "--count":
         masks = [learn(model, prompts=int(value)) for value in values]
     else:
         masks = [learn(model, f" {option} {values[0]}", times=len(values))]
-    return [*masks, generate(model, model.id), prune(model, ratio), generate(model, name, len(values)),
-            evaluate(model, name)]  # fmt: skip
+    judged = (prune(model, ratio), generate(model, name), evaluate(model, name))
+    return [*masks, generate(model, model.id), *(replace(run, times=len(values)) for run in judged)]
 
 
 def retrained(ratios: Iterable[float]) -> list[Run]:
     """Pruned SDXL, then a LoRA on images of the original."""
-    runs = [*quality(SDXL, ratios)]
+    runs = quality(SDXL, ratios)
     pictures, steps = int(paper.claim("retraining_pictures")), int(paper.claim("retraining_steps"))
-    images = f"generate {SDXL.id} {PROMPTS} --count {pictures} --dtype bf16 --out own"
-    work = pictures * SDXL.steps * SDXL.halves * SDXL.forward
-    runs.append(Run(images, 1, 0.0, work, SDXL.generate_bytes))
+    images = f"generate {SDXL.id} {PROMPTS} --count {pictures} --dtype bf16 --batch-size 1 --out own"
+    runs.append(Run(images, 1, 0.0, pictures * SDXL.image, SDXL.generate_bytes))
     for ratio in ratios:
-        name = f"sdxl-{100 * ratio:.0f}"
+        name = folder(SDXL, ratio)
         # One forward and one backward pass of one sample a step.
         command = f"retrain {name} --images own --steps {steps} --dtype bf16 --out {name}-retrained"
         runs.append(Run(command, 1, 2 * steps * SDXL.forward, 0.0, 0))
-        runs.append(generate(SDXL, f"{name}-retrained"))
+        runs += [generate(SDXL, f"{name}-retrained"), evaluate(SDXL, f"{name}-retrained")]
     return runs
 
 
@@ -174,8 +181,9 @@ def commands(item: Item) -> list[Run]:
 def _by_name() -> dict[str, list[Run]]:
     table1 = [*quality(SDXL, (0.1, 0.2)), *quality(SCHNELL, (0.1, 0.15))]
     ratios = {"SDXL": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "FLUX": (0.05, 0.1, 0.15, 0.2)}
-    local = [prune(SDXL, 0.2, " --scope local"), generate(SDXL, "sdxl-20"), evaluate(SDXL, "sdxl-20")]
-    kinds = [*varied(SDXL, "--kinds", ["attention", "feed_forward"])]
+    # Folders of their own: images of another model would be refused.
+    name = "sdxl-20-local"
+    local = [prune(SDXL, 0.2, " --scope local", name), generate(SDXL, name), evaluate(SDXL, name)]
     return {
         "Table 1": table1,
         "Table 2": [learn(SCHNELL)],
@@ -195,7 +203,7 @@ def _by_name() -> dict[str, list[Run]]:
         "Figure 9": [*quality(SDXL, ratios["SDXL"]), *quality(SCHNELL, ratios["FLUX"])],
         "Figure 11": retrained((0.25, 0.3)),
         "Figure 12": [*quality(SDXL, (0.2,), " --scope global"), *local],
-        "Figure 13": kinds,
+        "Figure 13": varied(SDXL, "--kinds", ["attention", "feed_forward"]),
         "Figure 14": quality(SDXL, ratios["SDXL"]),
         "Figure 15": quality(SCHNELL, ratios["FLUX"]),
         "Algorithm 1": [learn(SDXL)],
@@ -214,18 +222,17 @@ class Speed:
     @classmethod
     def recorded(cls) -> Speed:
         calls = measured("inference", on_gpu=True, model="sdxl")
-        updates = [row for row in measured("update", on_gpu=True, model="sdxl") if row["config"]["T"] == 50]
-        if not calls or not updates:
+        update = update_on_gpu("SDXL")
+        if not calls or update is None:
             raise EcoDiffError("The page of full-scale commands needs the recorded rows of SDXL on a GPU.")
         rates = []
         for row in calls:
-            operations, seconds = row["values"]["flops"]["original"]["total"], row["values"]["variants"]["original"]
-            rates.append(operations / seconds["seconds"])
-        update = updates[0]
+            operations = row["values"]["flops"]["original"]["total"]
+            rates.append(operations / row["values"]["variants"]["original"]["seconds"])
+        seconds, device = update
         # One guided sample is two of the denoiser's; a step that is kept is not computed again.
-        operations = PASSES * update["config"]["T"] * update["config"]["samples"] * SDXL.forward
-        seconds = update["values"]["variants"]["checkpointed"]["seconds"]
-        return cls(update["config"]["device"], median(rates), operations / seconds)
+        _, samples, steps = UPDATE_OF["SDXL"]
+        return cls(device, median(rates), PASSES * steps * samples * SDXL.forward / seconds)
 
     def hours(self, run: Run) -> float:
         """Hours of a command in all its variations."""
@@ -281,7 +288,7 @@ def own_model_costs(ratio: float = 0.2) -> str:
     published, updates = learn(SDXL), LearnConfig().updates
     mask = replace(published, learning=published.learning * updates / UPDATES)  # with a batch of four, as the page has
     whole, left = (each["parameters"]["total"] / 1e9 for each in (count, small))
-    image = SDXL.steps * SDXL.halves * SDXL.forward / speed.generating
+    image = SDXL.image / speed.generating
     disk = (small["weights"] + small["text_encoders"] + small["vae"]) / 1e9
     on_device = [each["inference_peak"]["all_on_device"] / 1e9 for each in (count, small)]
     bf16, peak = small["weights"] / 1e9, mask.bytes / 1e9

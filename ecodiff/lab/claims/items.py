@@ -226,8 +226,9 @@ def recorded(item: Item) -> tuple[str, list[dict]]:
     study, benchmark = STUDY.fullmatch(item.command), FULL_SIZE.fullmatch(item.command)
     if study:
         name, model = study.groups()
+        of = identity(model)
         for _, _, cell in chosen(name, model, SEEDS, ()):
-            row = records.find(describe_cell(identity(model), cell), name="compare")
+            row = records.find(describe_cell(of, cell), name="compare")
             if row is not None:
                 rows[row["key"]] = row
         return "results/compare.jsonl", list(rows.values())

@@ -113,9 +113,7 @@ def _learning(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
 
 def drawn_scenes(start: int, n: int) -> list[openmoji.Scene]:
     """``n`` training scenes from ``start`` on, with their images, which the scenes keep."""
-    batch = undrawn_scenes(start, n)
-    openmoji.images(batch)
-    return batch
+    return _with(openmoji.images, undrawn_scenes(start, n))
 
 
 def undrawn_scenes(start: int, n: int) -> list[openmoji.Scene]:
@@ -125,14 +123,18 @@ def undrawn_scenes(start: int, n: int) -> list[openmoji.Scene]:
 
 def drawn_clips(start: int, n: int) -> list[openmoji.Clip]:
     """``n`` training clips from ``start`` on, with their frames, which the clips keep."""
-    batch = undrawn_clips(start, n)
-    openmoji.videos(batch)
-    return batch
+    return _with(openmoji.videos, undrawn_clips(start, n))
 
 
 def undrawn_clips(start: int, n: int) -> list[openmoji.Clip]:
     """``n`` training clips from ``start`` on, for a loss that reads captions alone."""
     return list(openmoji.clips("train", n, start=start))
+
+
+def _with(pictures: Callable, batch: list) -> list:
+    """The batch, whose scenes or clips keep what is drawn of them."""
+    pictures(batch)
+    return batch
 
 
 def fit(
