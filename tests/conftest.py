@@ -26,3 +26,18 @@ def shared_file():
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that gives a command which must be refused, and returns the one line that it says."""
+    from ecodiff.__main__ import WRONG, main
+
+    def command(*arguments) -> str:
+        capsys.readouterr()
+        assert main([*map(str, arguments)]) == WRONG
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and shown.out == ""
+        return shown.err
+
+    return command

@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +196,7 @@ class Faults:
     def log(self, folder: Path) -> Path:
         return folder.with_suffix(".txt")
 
-    def begin(self, run: Run, folder: Path, more: list[str] = [], log: Path | None = None, prepare=None) -> int:  # noqa: B006
+    def begin(self, run: Run, folder: Path, more: Sequence[str] = (), log: Path | None = None, prepare=None) -> int:
         """A child that gives the command of a run, after ``prepare``."""
 
         def both():
@@ -306,7 +306,7 @@ class Faults:
             def check(folder=folder, small_disk=small_disk) -> str | None:
                 nonlocal refused
                 code = ended(self.begin(run, folder, prepare=small_disk))
-                if code not in (0, WRONG) or (code == 0 and not self.log(folder).exists()):
+                if code not in (0, WRONG):
                     # The log is limited as well: a traceback may be cut, an exit code is not.
                     return f"exit code {code}: {self.log(folder).read_text()[-300:]}"
                 refused += code == WRONG
@@ -323,10 +323,11 @@ class Faults:
 
         def check() -> str | None:
             code = ended(self.begin(run, folder, prepare=as_nobody))
-            if run.result is None:
-                return None
-            if code != WRONG or not named(self.log(folder)):
+            ends_well = code == 0 if run.result is None else code == WRONG and named(self.log(folder))
+            if not ends_well:
                 return f"exit code {code}: {self.log(folder).read_text()[-300:]}"
+            if run.result is None:  # it only prints
+                return None
             return different(left(folder, self.log(folder), run), {})
 
         self.log(folder).touch()

@@ -3,6 +3,9 @@
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +14,23 @@ from urllib.parse import unquote, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_of_this_test"
+
+
+def talk_to(address: str, monkeypatch) -> None:
+    """Let this process take the Hub at an address for the real one."""
+    from huggingface_hub import constants
+
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+        monkeypatch.setattr(constants, name, value)
+
+
+def run_elsewhere(code: str, folder: Path, address: str) -> None:
+    """Run code in a new process and in a folder, with an empty cache and the Hub at this address."""
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @contextmanager
@@ -39,7 +59,7 @@ def hub(folder: Path, owners=("me",), cards=None, refused: tuple[int, str] | Non
                 return
             if path.startswith("api/models/"):
                 owner, name = path.split("/")[2:4]
-                content, headers = self.about(owner, name), {"Content-Type": "application/json"}
+                content, headers = self.about(owner, name), {}
             else:
                 owner, name, _, _, *file = path.split("/")  # owner/name/resolve/revision/file
                 place = folder / owner / name / "/".join(file)
@@ -71,7 +91,7 @@ def hub(folder: Path, owners=("me",), cards=None, refused: tuple[int, str] | Non
             if owner not in owners:
                 self.send(403, b'{"error": "You don\'t have the rights to write there"}')
             elif path == "api/repos/create":
-                self.create(folder / owner / name, asked)
+                self.create(folder / owner / name)
             elif "/preupload/" in path:
                 files = [file["path"] for file in json.loads(sent)["files"]]
                 self.send_json(
@@ -80,11 +100,9 @@ def hub(folder: Path, owners=("me",), cards=None, refused: tuple[int, str] | Non
             else:
                 self.commit(folder / owner / name, sent)
 
-        def create(self, root: Path, asked: dict):
+        def create(self, root: Path):
             exists = root.is_dir()
             root.mkdir(parents=True, exist_ok=True)
-            if not exists:
-                server.created[f"{root.parent.name}/{root.name}"] = asked
             address = f"http://127.0.0.1:{server.server_port}/{root.parent.name}/{root.name}"
             self.send(409 if exists else 200, json.dumps({"url": address}).encode())
 
@@ -139,7 +157,6 @@ def hub(folder: Path, owners=("me",), cards=None, refused: tuple[int, str] | Non
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.created = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -1,21 +1,18 @@
 """Pruned pipelines pushed to a Hub on this machine, with a card of what is known, and pulled by id."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
 import torch
-from hub import TOKEN, files_of, hub
+from hub import TOKEN, files_of, hub, run_elsewhere, talk_to
 from huggingface_hub import ModelCard, constants
 from tiny import tiny_sd
 
 import ecodiff
 from ecodiff import EcoDiffError, denoiser, find_sites, mask_of, push
-from ecodiff.__main__ import DONE, WRONG, main
+from ecodiff.__main__ import DONE, main
 from ecodiff.hub.card import MARKER
 from ecodiff.hub.made import FILE, read_made
 from ecodiff.scores.files import save_scores
@@ -43,14 +40,10 @@ def served(tmp_path, monkeypatch):
     """The folder of the repositories of a Hub that this process talks to; `me` is the owner."""
     for name, value in {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": TOKEN}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     huggingface_hub.close_session()
     with hub(tmp_path / "served", cards={"them/dense": {"license": "openrail++"}}) as address:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        talk_to(address, monkeypatch)
         yield tmp_path / "served"
     huggingface_hub.close_session()
 
@@ -137,11 +130,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_what_is_refused_is_one_sentence_and_uploads_nothing(line, place, served, monkeypatch, capsys):
+def test_what_is_refused_is_one_sentence_and_uploads_nothing(line, place, served, monkeypatch, refused):
     monkeypatch.chdir(place)
-    assert main(["push", *line.split()]) == WRONG
-    shown = capsys.readouterr().err
-    assert REFUSED[line] in shown and shown.count("\n") == 1
+    assert REFUSED[line] in refused("push", *line.split())
     assert not served.exists()
 
 
@@ -190,12 +181,7 @@ def test_what_was_pushed_is_pulled_by_id_in_a_new_process_bit_for_bit(place, ser
 
     small = ecodiff.load(place / "small")
     push(place / "small", "me/small")
-    environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESS], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_elsewhere(OTHER_PROCESS, tmp_path, constants.ENDPOINT)
     for file in ("stock", "load"):
         fetched = load_file(tmp_path / f"{file}.safetensors")
         assert fetched.keys() == small.unet.state_dict().keys()

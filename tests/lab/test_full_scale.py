@@ -25,6 +25,14 @@ def test_every_table_and_every_figure_of_images_has_commands():
     assert {item.name for item in (*TABLES, *FIGURES)} - named == WITHOUT
 
 
+def test_no_command_of_an_item_writes_where_another_has_written():
+    for item in full_scale.all_items():
+        commands_of_item = {run.command for run in commands(item)}
+        folders = [command.rpartition("--out ")[2] for command in commands_of_item if "--out " in command]
+        masks = [name for name in folders if name.endswith(".safetensors")]
+        assert len(set(folders)) == len(folders) - len(masks) + len(set(masks)), item.name
+
+
 def test_the_parser_takes_every_command(page):
     parser = make_parser()
     printed = set(re.findall(rf"{full_scale.PROGRAM} (.*?)(?:  #|\n)", page))

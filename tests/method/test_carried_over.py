@@ -337,10 +337,6 @@ def lora_of(model, targets, folder, scale=0.1):
     return folder
 
 
-def weights_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 @pytest.mark.slow
 def test_a_lora_that_fits_is_loaded_by_the_pipeline(tmp_path):
     from safetensors.torch import load_file

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import diffusers
 import pytest
@@ -165,17 +162,12 @@ save_file(dict(unet.state_dict()), "stock.safetensors")
 
 @pytest.mark.slow
 def test_by_hub_id_in_a_new_process(sd, tmp_path):
-    from hub import hub
+    from hub import hub, run_elsewhere
     from safetensors.torch import load_file
 
     sd[1].save_pretrained(tmp_path / "me" / "small")
     with hub(tmp_path) as address:
-        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-        run = subprocess.run(
-            [sys.executable, "-c", OTHER_PROCESS], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-    assert run.returncode == 0, run.stderr[-2000:]
+        run_elsewhere(OTHER_PROCESS, tmp_path, address)
     for file in ("unet", "stock"):
         fetched = load_file(tmp_path / f"{file}.safetensors")
         assert all(torch.equal(value, fetched[name]) for name, value in sd[1].unet.state_dict().items())

@@ -7,7 +7,7 @@ import socket
 import diffusers
 import huggingface_hub
 import pytest
-from hub import hub
+from hub import hub, talk_to
 
 import ecodiff
 from ecodiff import EcoDiffError
@@ -18,15 +18,11 @@ ID = "someone/some-model"
 @pytest.fixture
 def on_hub(tmp_path, monkeypatch):
     """A function: `ID` is loaded from this address, with an empty cache."""
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import hf_api
 
     def load(address, **more):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        talk_to(address, monkeypatch)
         monkeypatch.setattr(hf_api.api, "endpoint", address)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
         return ecodiff.load(ID, cache_dir=tmp_path / "cache", **more)
 
     return load
