@@ -80,10 +80,12 @@ def _motion_models_take_pruned_unets(module) -> None:
 
     @wraps(from_unet2d)
     def from_pruned_too(cls, unet, motion_adapter=None, load_weights=True):
+        from ecodiff.method.kept import ENTRIES
+
         if not _is_pruned_class(type(unet)):
             return from_unet2d(cls, unet, motion_adapter, load_weights)
         config = dict(from_unet2d(cls, unet, motion_adapter, load_weights=False).config)
-        config |= {name: unet.config[name] for name in ("pruned_units", "kept_units") if name in unet.config}
+        config |= {name: unet.config[name] for name in ENTRIES if name in unet.config}
         model = cls.from_config(config)
         if not load_weights:
             return model

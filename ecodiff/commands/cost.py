@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name the full-size presets")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, or one number")
     parser.add_argument("--frames", type=int, help="frames, for video")
-    parser.add_argument("--batch", type=int, default=1, help="pictures (for learning: samples) at a time")
+    parser.add_argument("--batch", type=int, default=1, help="images (for learning: samples) at a time")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance scale; above 1 the work may double")
     parser.add_argument("--dtype", help="bf16, fp16 or fp32")
@@ -41,8 +41,10 @@ def run(options: argparse.Namespace) -> int:
     from ecodiff.cost import presets
     from ecodiff.cost.counting import cost
     from ecodiff.cost.report import table, verdict
+    from ecodiff.cost.setting import subject_of
     from ecodiff.cost.solve import solve
     from ecodiff.cost.units import parse_bytes
+    from ecodiff.scores.files import load_scores
 
     if options.list or not options.model:
         for name in presets.names():
@@ -63,11 +65,16 @@ def run(options: argparse.Namespace) -> int:
     if options.fits is not None or options.time is not None:
         if options.ratio is not None:
             raise EcoDiffError("--fits and --time find the ratio: leave --ratio out.")
-        scores = None if options.scores is None else _scores(options)
+        model, scores = options.model, None
+        if options.scores is not None:
+            model = subject_of(options.model)
+            scores = load_scores(options.scores, model.network)
         goal = {"fits": options.fits, "time": options.time, "offload": options.offload}
-        found = solve(options.model, scores=scores, **goal, **setting)
+        found = solve(model, scores=scores, **goal, **setting)
         counted, ratio = found.cost, found.ratio
     else:
+        if options.scores is not None or options.offload:
+            raise EcoDiffError("--scores and --offload say how a ratio is found: give them with --fits or --time.")
         counted, ratio = cost(options.model, ratio=options.ratio, **setting), options.ratio
     if options.json:
         figures = counted.to_dict() | {"ratio": ratio}
@@ -82,14 +89,6 @@ def run(options: argparse.Namespace) -> int:
         print()
         print(*verdict(counted, budget), sep="\n")
     return 0
-
-
-def _scores(options: argparse.Namespace) -> dict:
-    """The scores of a file, for the model that is counted."""
-    from ecodiff.cost.setting import subject_of
-    from ecodiff.scores.files import load_scores
-
-    return load_scores(options.scores, subject_of(options.model).network)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> dict:
 
 def removed(pipe, small, mask) -> dict:
     """How much smaller a pipeline is: units removed of each kind, and the denoiser's parameters before and after."""
+    from ecodiff.cost.trace import parameters
     from ecodiff.method.sites import KINDS, find_sites
     from ecodiff.pipelines.parts import denoiser
 
@@ -40,6 +41,6 @@ def removed(pipe, small, mask) -> dict:
             counts = kinds.setdefault(site.kind, [0, 0])
             counts[0] += site.units - int(mask[name].sum())
             counts[1] += site.units
-    before, after = (sum(p.numel() for p in denoiser(each).parameters()) for each in (pipe, small))
+    before, after = (parameters(denoiser(each)) for each in (pipe, small))
     found = {f"{kind} units removed": f"{gone} of {of}" for kind, (gone, of) in kinds.items()}
     return found | {"parameters before": before, "parameters after": after}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ecodiff import metrics
+from ecodiff.cost.trace import parameters
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.generate import generate
 from ecodiff.pipelines.parts import denoiser
@@ -82,8 +83,8 @@ def _clip_scores(images: Tensor, prompts: Sequence[str], judge) -> list[float]:
 
 def cost_of(pipe) -> dict:
     """Parameters and bytes of the denoiser."""
-    parameters = list(denoiser(pipe).parameters())
+    network = denoiser(pipe)
     return {
-        "parameters of the denoiser": sum(parameter.numel() for parameter in parameters),
-        "bytes of its weights": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "parameters of the denoiser": parameters(network),
+        "bytes of its weights": sum(part.numel() * part.element_size() for part in network.parameters()),
     }

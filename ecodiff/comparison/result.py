@@ -67,7 +67,7 @@ def page(comparison: Comparison) -> str:
         second=second,
         number=len(comparison.prompts),
         measures="\n".join(_measures(comparison)),
-        costs="\n".join(_costs(comparison)),
+        costs=_costs(comparison),
         pairs="\n".join(_pair(comparison, number) for number in range(len(comparison.prompts))),
     )
 
@@ -82,8 +82,12 @@ def _measures(comparison: Comparison) -> list[str]:
     return rows
 
 
-def _costs(comparison: Comparison) -> list[str]:
+def _costs(comparison: Comparison) -> str:
+    """A table of the costs; nothing where they are not known, as of folders of images."""
     first, second = comparison.costs
+    if not first:
+        return ""
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in comparison.names)
     rows = []
     for name in first:
         change = first[name] / second[name] - 1
@@ -91,7 +95,11 @@ def _costs(comparison: Comparison) -> list[str]:
             f"<tr><th scope=row>{html.escape(name)}</th><td>{first[name]:,}</td><td>{second[name]:,}</td>"
             f"<td>{change:+.1%}</td></tr>"
         )
-    return rows
+    return (
+        f'<div class="scroll"><table>\n<thead><tr><th></th>{heads}<th>change</th></tr></thead>\n<tbody>\n'
+        + "\n".join(rows)
+        + "\n</tbody></table></div>"
+    )
 
 
 def _pair(comparison: Comparison, number: int) -> str:

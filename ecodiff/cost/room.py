@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ecodiff.storage.provenance import memory_bytes
 
 from . import presets
 from .counting import Cost, cost
+from .trace import parameters
 from .units import gb, usable
 
 SAME_NETWORKS = {"stabilityai/sdxl-turbo": "sdxl"}
@@ -153,8 +155,12 @@ class _Way:
 
 def _parts(preset: presets.Preset) -> list[int]:
     """Parameters of the components."""
-    vae = sum(parameter.numel() for parameter in preset.build_vae().parameters())
-    return [preset.parameters, vae, *preset.text_encoders.values()]
+    return [preset.parameters, _vae_parameters(preset.name), *preset.text_encoders.values()]
+
+
+@cache
+def _vae_parameters(name: str) -> int:
+    return parameters(presets.preset(name).build_vae())
 
 
 def _counted(name: str, dtype: torch.dtype, batch: int, config: LearnConfig) -> Cost:

@@ -34,7 +34,9 @@ class Subject(presets.Setting):
 
 
 def subject_of(model) -> Subject:
-    """The subject of a preset's name, an id or a pipeline; EcoDiffError for anything else."""
+    """The subject of a preset's name, an id, a pipeline or a subject; EcoDiffError for anything else."""
+    if isinstance(model, Subject):
+        return model
     if isinstance(model, str):
         try:
             p = presets.preset(model)

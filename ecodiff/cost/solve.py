@@ -65,7 +65,9 @@ def solve(
             mask = counter.random_mask(ratio, round_to)
         else:
             mask = make_mask(scores, sites, ratio, scope=scope, count=count, round_to=round_to)
-        how = f"{ratio:.0%} of the units of each kind, " + ("chosen at random" if scores is None else "by the scores")
+        how = f"{ratio:.0%} of the units of each kind, chosen at random"
+        if scores is not None:
+            how = f"{ratio:.0%} of the {count}, by the scores (scope {scope})"
         return Solved(ratio, mask, counter.with_pruned(mask, how))
 
     def enough(cost: Cost) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ecodiff.cost.trace import parameters
 from ecodiff.errors import EcoDiffError
-from ecodiff.method.kept import mask_of_config
+from ecodiff.method.kept import ENTRIES, mask_of_config
 from ecodiff.method.pruned import pruned_class
 from ecodiff.method.sites import KINDS, Site, find_sites
 
@@ -61,7 +62,7 @@ def _part(folder: Path, component: str, model: str) -> PrunedPart:
     from accelerate import init_empty_weights
 
     config = _read_json(folder / component / "config.json", "save the pipeline again")
-    dense_config = {name: value for name, value in config.items() if name not in ("pruned_units", "kept_units")}
+    dense_config = {name: value for name, value in config.items() if name not in ENTRIES}
     with init_empty_weights():
         pruned_model: Any = pruned_class(model)
         pruned = pruned_model.from_config(config)
@@ -71,12 +72,8 @@ def _part(folder: Path, component: str, model: str) -> PrunedPart:
         raise EcoDiffError(f"{folder / component}: there are no weights (*.safetensors): save the pipeline again.")
     sites = find_sites(dense, KINDS)
     mask, _ = mask_of_config(config, sites)
-    parameters = (
-        sum(parameter.numel() for parameter in dense.parameters()),
-        sum(parameter.numel() for parameter in pruned.parameters()),
-    )
     size = sum(file.stat().st_size for file in weights)
-    return PrunedPart(component, model, sites, mask, parameters, size)
+    return PrunedPart(component, model, sites, mask, (parameters(dense), parameters(pruned)), size)
 
 
 def made_of(folder: str | os.PathLike, parts: Sequence[PrunedPart]) -> dict:
@@ -111,10 +108,24 @@ def write_card(
     folder says). licence: the Hub's name of it, such as "openrail++" (None: the card says that it is not known).
     Raises EcoDiffError where the folder holds no pruned pipeline.
     """
-    from huggingface_hub import ModelCardData
-
     pipeline, parts = pruned_parts(folder)
     made = made_of(folder, parts)
+    return card_of(repo_id, pipeline, parts, made, evaluations=evaluations, base=base, licence=licence)
+
+
+def card_of(
+    repo_id: str,
+    pipeline: str,
+    parts: Sequence[PrunedPart],
+    made: Mapping[str, Any],
+    *,
+    evaluations: Mapping[str, Mapping[str, Any]] | None,
+    base: str | None,
+    licence: str | None,
+) -> str:
+    """The text of `write_card`, for parts that were read already."""
+    from huggingface_hub import ModelCardData
+
     base = base or made.get("base")
     on_hub = base if base is not None and base.count("/") == 1 else None
     data = ModelCardData(

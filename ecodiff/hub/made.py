@@ -14,7 +14,7 @@ from ecodiff.errors import EcoDiffError
 from ecodiff.method.kept import packed
 from ecodiff.method.surgery import mask_of
 from ecodiff.storage.files import write_whole
-from ecodiff.storage.paths import is_embedded
+from ecodiff.storage.paths import is_embedded, is_hub_id
 
 FILE = "pruning.json"
 FORMAT = "ecodiff.hub.1"
@@ -69,7 +69,7 @@ def carry_made(source: str | os.PathLike, folder: str | os.PathLike, pipe, step:
 
 def public_name(model: str) -> str | None:
     """A model's Hub id or embedded name; None for a folder, whose name says nothing to others."""
-    if is_embedded(model) or (model.count("/") == 1 and not Path(model).exists() and model[0] not in "./~"):
+    if is_embedded(model) or (is_hub_id(model) and not Path(model).exists()):
         return model
     return None
 

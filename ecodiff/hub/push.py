@@ -14,7 +14,7 @@ from ecodiff.method.surgery import save
 from ecodiff.storage.paths import data_dir, is_embedded
 from ecodiff.storage.saving import finish_interrupted
 
-from .card import MARKER, made_of, pruned_parts, read_evaluation, write_card
+from .card import MARKER, card_of, made_of, pruned_parts, read_evaluation
 
 CARD = "README.md"
 
@@ -60,7 +60,7 @@ def push(
     if len(evaluations) < len(evaluation):
         raise EcoDiffError("push: two evaluations have the same file name, which is their heading: rename one.")
     with _folder_of(folder_or_pipe) as folder:
-        parts = pruned_parts(folder)[1]
+        pipeline, parts = pruned_parts(folder)
         if token is None and get_token() is None:
             raise EcoDiffError(
                 "push: no access token of the Hub was found: `hf auth login` stores one, or set HF_TOKEN to a token "
@@ -72,9 +72,10 @@ def push(
             own_card = (folder / CARD).is_file() and not _is_ours((folder / CARD).read_text("utf-8", "replace"))
             card = None
             if not own_card and not _has_own_card(api, repo_id):
-                base = base or made_of(folder, parts).get("base")
+                made = made_of(folder, parts)
+                base = base or made.get("base")
                 licence = licence or _licence_of(api, base)
-                card = write_card(folder, repo_id, evaluations=evaluations, base=base, licence=licence)
+                card = card_of(repo_id, pipeline, parts, made, evaluations=evaluations, base=base, licence=licence)
             components = [part.component for part in parts]
             api.upload_folder(
                 repo_id=repo_id,

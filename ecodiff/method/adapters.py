@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ecodiff.errors import EcoDiffError
 
 from .emptied import EmptiedAttention
-from .kept import kept_entries, mask_of_config
+from .kept import ENTRIES, kept_entries, mask_of_config
 from .layers import EmptiedLayer
 from .sites import KINDS, find_sites
 
@@ -130,7 +130,7 @@ def _original(model) -> _Original:
     from accelerate import init_empty_weights
 
     config = dict(model.config)
-    told = {name: config.pop(name) for name in ("pruned_units", "kept_units") if name in config}
+    told = {name: config.pop(name) for name in ENTRIES if name in config}
     with init_empty_weights():
         original = type(model).from_config(config)
     sites = find_sites(original, KINDS)

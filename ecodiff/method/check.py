@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ecodiff.errors import EcoDiffError
@@ -13,8 +13,8 @@ from ecodiff.pipelines.running import on_device
 
 from .checkpointing import undisturbed
 from .config import LearnConfig
-from .exact import SAME_GRADIENT, SLOPE, measure
-from .learn import Task
+from .exact import limits, measure
+from .learn import Task, refuse_unfit
 from .sites import find_sites, share_reached, skipped_modules
 from .trial import failing_sites
 
@@ -39,15 +39,16 @@ class Checked:
     gradient: float | None = None
     slope: float | None = None
     problem: str | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """The most that ``open_loss``, ``gradient`` and ``slope`` may be (`ecodiff.method.exact`)."""
 
     @property
     def learns(self) -> bool:
         """Whether a mask can be learned through the pipeline's loop, with exact gradients."""
-        numbers = (self.open_loss, self.gradient, self.slope)
-        if self.problem is not None or any(number is None for number in numbers):
+        numbers = {"open_loss": self.open_loss, "gradient": self.gradient, "slope": self.slope}
+        if self.problem is not None or None in numbers.values():
             return False
-        limits = (0.1, SAME_GRADIENT, SLOPE)
-        return all(number <= limit for number, limit in zip(numbers, limits, strict=True) if number is not None)
+        return all(number <= self.limits[name] for name, number in numbers.items() if number is not None)
 
     def __str__(self) -> str:
         units = ", ".join(f"{count:,} of kind {kind}" for kind, count in self.units.items() if count)
@@ -75,13 +76,14 @@ def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked
 
     Args:
         pipe: a diffusers pipeline with weights.
-        prompts: as for `learn`; the first two are used.
-        config: guidance, size and the like as for `learn`. Two denoising steps are made in place of its own number.
+        prompts: as for `learn`; the first is used.
+        config: guidance, size and the like as for `learn`. Two denoising steps are made in place of its own number,
+            where the loop makes a step of two.
 
     Prints nothing; ``print`` the result for a summary. Raises EcoDiffError for prompts that are none.
     """
-    prompts = list(checked_prompts(prompts, "check"))[:2]
-    config = replace(config or LearnConfig(), num_inference_steps=2, keep_last=0, batch_size=1)
+    prompts = list(checked_prompts(prompts, "check"))[:1]
+    config = replace(config or LearnConfig(), batch_size=1)
     network = find_denoiser(pipe)
     sites = find_sites(network)
     left = sites
@@ -89,12 +91,13 @@ def check(pipe, prompts: Sequence, config: LearnConfig | None = None) -> Checked
     measured: dict = {}
     with on_device(pipe, "check") as device, undisturbed(device):
         try:
+            refuse_unfit(network, "learn")
             task = Task(encoding_once(pipe), prompts, config, device)
             failing = failing_sites(network, sites, partial(task.latents, [0], gradients=False))
             left = {name: site for name, site in sites.items() if name not in failing}
             if not left:
                 raise EcoDiffError("no site of its denoiser can be pruned.")
-            measured = measure(task, left)
+            measured = {**measure(task, left), "limits": limits(task)}
         except EcoDiffError as error:
             measured = {"problem": str(error)}
     units: dict[str, int] = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import EmptiedLayer
-from .roles import random_layer, random_tensor, shell
+from .roles import bare, random_layer, random_tensor, shell
 
 # Layers that read the heads of an attention, in the order in which attentions return what these layers write.
 OUTPUT_LAYERS = ("to_out", "to_add_out", "out_layer", "img_attn_proj", "txt_attn_proj")
@@ -77,12 +77,7 @@ class EmptiedAttention(nn.Module):
 
 def emptied(attention: nn.Module, outputs: int) -> EmptiedAttention:
     """What takes the place of an attention whose heads are all gone; ``outputs``: what `form_of` says of it."""
-    module = _new(type(attention))
-    nn.Module.__init__(module)
-    own = set(vars(module))
-    for key, value in vars(attention).items():
-        if key not in own and key not in ("forward", "_hf_hook", "_old_forward"):
-            module.__dict__[key] = value
+    module = bare(_new(type(attention)), attention)
     for name in (*OUTPUT_LAYERS, "processor"):
         part = getattr(attention, name, None)
         if isinstance(part, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,17 @@ from ecodiff.errors import EcoDiffError
 from .hooks import apply_gates
 from .sites import Site
 
-# How far gradients of the two ways may be apart, and a finite difference from the gradient: rounding in fp32.
-SAME_GRADIENT, SLOPE = 1e-3, 0.1
+NEAR_SLOPE = 0.1
+"""How far a finite difference in fp32 may be from the gradient."""
+
+
+def limits(task: Any) -> dict[str, float]:
+    """The most that each number of `measure` may be for learning to be exact: what rounding makes of 0.
+
+    Half precision rounds more, and a finite difference in it is mostly rounding.
+    """
+    half = task.config.mixed_precision != "no" or task.denoiser.dtype in (torch.bfloat16, torch.float16)
+    return {"open_loss": 0.1, "gradient": 0.2 if half else 1e-3, "slope": math.inf if half else NEAR_SLOPE}
 
 
 def measure(task: Any, sites: Mapping[str, Site]) -> dict[str, float]:
@@ -87,7 +97,7 @@ def _slope(task: Any, sites: Mapping[str, Site], point: dict, whole: Tensor, gra
                 losses.append((task.latents([0], gradients=False) - whole).square().mean().item())
         finite = (losses[0] - losses[1]) / (2 * step / largest * length)
         differences.append(abs(finite - length) / max(length, abs(finite)))
-        if differences[-1] <= SLOPE / 2:
+        if differences[-1] <= NEAR_SLOPE / 2:
             break
     return min(differences)
 

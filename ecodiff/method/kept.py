@@ -22,6 +22,9 @@ from ecodiff.errors import EcoDiffError
 
 from .sites import Site
 
+ENTRIES = ("pruned_units", "kept_units")
+"""What a pruned model's config has beside that of its original."""
+
 
 def packed(mask: Mapping[str, Tensor]) -> dict[str, list]:
     """The entry `kept_units` of a config for a mask {site name: bool tensor [units]}."""

@@ -34,7 +34,7 @@ from . import resume
 from .carried import refuse_elsewhere, refuse_streamed
 from .checkpointing import undisturbed
 from .config import RAMP, LearnConfig
-from .exact import SAME_GRADIENT, SLOPE, measure
+from .exact import limits, measure
 from .gates import Gates, fresh_gates
 from .hooks import apply_gates
 from .sites import Site, share_reached, sites_but, skipped_modules
@@ -93,13 +93,10 @@ def learn(
     """
     prompts = checked_prompts(prompts, "learn")
     network = find_denoiser(pipe)
-    refuse_elsewhere(network, "learn")
-    refuse_streamed(network, "learn")
-    check_prunable(network, "learn")
-    not_half(network, "learn")
+    refuse_unfit(network, "learn")
     sites = sites_but(network, config.kinds, exclude)
-    skipped = skipped_modules(network)
-    if progress and skipped:
+    skipped = skipped_modules(network) if progress else {}
+    if skipped:
         name, why = next(iter(skipped.items()))
         say(f"learn: no units in {len(skipped)} modules, such as {name} ({why})")
     if not sites:
@@ -144,6 +141,14 @@ def learn(
         return _finished(gates)
 
 
+def refuse_unfit(network: nn.Module, caller: str) -> None:
+    """Raise EcoDiffError for a denoiser that cannot be learned on or pruned, whatever the mask."""
+    refuse_elsewhere(network, caller)
+    refuse_streamed(network, caller)
+    check_prunable(network, caller)
+    not_half(network, caller)
+
+
 def _removable(network: nn.Module, sites: Mapping[str, Site], run: Callable) -> dict[str, Site]:
     """The sites without those of which a trial shows that their units cannot be removed; a warning names one of them.
 
@@ -168,30 +173,24 @@ def _refuse_inexact(task: Task, sites: Mapping[str, Site]) -> None:
     except torch.OutOfMemoryError:
         warnings.warn("learn: no memory is left to try whether the gradient is exact; learning goes on.", stacklevel=3)
         return
+    limit = limits(task)
     without = "Pass check=False to learn all the same."
-    if config.checkpoint and config.recompute == "restore" and found["gradient"] > _limit(task, SAME_GRADIENT):
+    if config.checkpoint and config.recompute == "restore" and found["gradient"] > limit["gradient"]:
         raise EcoDiffError(
             f"learn: the gradient of {name} with time-step checkpointing is off by {found['gradient']:.0%}, since the "
             f"loop changes something that is not there again in backward: take checkpoint=False. {without}"
         )
-    if found["open_loss"] > 0.1:
+    if found["open_loss"] > limit["open_loss"]:
         raise EcoDiffError(
             f"learn: with every gate open {name} makes other latents than without gates (loss "
             f"{found['open_loss']:.2g} in the place of 0), so the loss says nothing about its units. {without}"
         )
-    # A finite difference of half precision is mostly rounding.
-    if _limit(task, SLOPE) == SLOPE and found["slope"] > SLOPE:
+    if found["slope"] > limit["slope"]:
         raise EcoDiffError(
             f"learn: the gradient through the loop of {name} is off by {found['slope']:.0%} against a finite "
             'difference, since the loop cuts a part of it off: take objective="step", or a score that needs no '
             f"gradient (wanda, obs, occlusion). {without}"
         )
-
-
-def _limit(task: Task, limit: float) -> float:
-    """A limit for relative differences in fp32, wider where the denoiser computes in half precision."""
-    half = task.config.mixed_precision != "no" or task.denoiser.dtype in (torch.bfloat16, torch.float16)
-    return max(limit, 0.2) if half else limit
 
 
 def _descend(task: Task, gates: Gates, optimizer, done: int, folder: resume.Folder | None, progress: bool) -> None:
@@ -353,7 +352,9 @@ class Task:
         """
         size = min(self.form.size, max(2, self.size_here))
         numbers = list(range(len(self.samples)))[:size][::-1]
-        again = self.latents(numbers, gradients=False).to(teacher.device)
+        parts: list[Tensor] = []
+        in_batches(numbers, size, lambda part: parts.append(self.latents(part, gradients=False)))
+        again = torch.cat(parts).to(teacher.device)
         difference = (again - teacher[numbers]).square().mean()
         return bool(difference <= 0.1 * teacher.var())
 

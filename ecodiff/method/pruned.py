@@ -19,7 +19,7 @@ from ecodiff.storage.saving import finish_interrupted, whole
 
 from .adapters import guard_flux_loader, guarded_methods
 from .emptied import emptied, form_of
-from .kept import kept_entries, mask_of_config
+from .kept import ENTRIES, kept_entries, mask_of_config
 from .layers import EmptiedLayer, cut_layer
 from .sites import (
     HEADS,
@@ -47,7 +47,7 @@ class PrunedMixin(_Model):
         if not isinstance(config, dict):  # a folder or an id, which diffusers still takes
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         config = dict(config)
-        told = {name: config.pop(name) for name in ("pruned_units", "kept_units") if name in config}
+        told = {name: config.pop(name) for name in ENTRIES if name in config}
         check_counts(config, "config.json")
         try:
             model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)

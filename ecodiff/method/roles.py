@@ -166,6 +166,16 @@ def _gated_is_cut(module: nn.Module, roles: Roles, weights: Mapping[str, nn.Modu
         return False
 
 
+def bare(made: nn.Module, module: nn.Module) -> nn.Module:
+    """``made``, as `__new__` gave it, with a module's attributes; its parameters, children and hooks stay behind."""
+    nn.Module.__init__(made)
+    own = set(vars(made))
+    for key, value in vars(module).items():
+        if key not in own and key not in ("forward", "_hf_hook", "_old_forward"):
+            made.__dict__[key] = value
+    return made
+
+
 def shell(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") -> nn.Module:
     """A copy of the module on the CPU with these layers; hooks, patched methods and weights stay behind.
 
@@ -173,12 +183,7 @@ def shell(module: nn.Module, layers: Mapping[str, nn.Module], name: str = "") ->
     """
     if name in layers:
         return layers[name]
-    small = object.__new__(type(module))
-    nn.Module.__init__(small)
-    own = set(vars(small))
-    for key, value in vars(module).items():
-        if key not in own and key not in ("forward", "_hf_hook", "_old_forward"):
-            small.__dict__[key] = value
+    small = bare(object.__new__(type(module)), module)
     for key, parameter in module._parameters.items():
         small._parameters[key] = None if parameter is None else nn.Parameter(torch.ones(parameter.shape, **_PLAIN))
     for key, buffer in module._buffers.items():

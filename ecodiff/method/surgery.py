@@ -177,7 +177,7 @@ def _unpruned(denoiser: nn.Module, caller: str) -> nn.Module:
 def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
     """The pruned denoiser, and what could not be carried over to it, in words."""
     if isinstance(denoiser, Experts):
-        _check_mask(mask, find_sites(denoiser, KINDS), skipped_modules(denoiser))  # by the names that it was given
+        _checked_sites(denoiser, mask)  # by the names that it was given
         lacking: list[str] = []
 
         def smaller_expert(network: nn.Module, part: dict) -> nn.Module:
@@ -190,8 +190,7 @@ def _smaller(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> tuple[nn.Module
         raise EcoDiffError(f"prune: {type(denoiser).__name__} is not a diffusers model.")
     without_adapters(denoiser, "prune")
     _refuse_quantised(denoiser)
-    sites = find_sites(denoiser, KINDS)
-    _check_mask(mask, sites, skipped_modules(denoiser))
+    sites = _checked_sites(denoiser, mask)
     removing = {name: int(keep.sum()) for name, keep in mask.items() if not keep.all()}
 
     # Same shapes as the original up to here: borrow its tensors, cut them, then copy what is still shared.
@@ -291,10 +290,16 @@ def pruned_like(cls: type) -> Any:
     return pruned_class(cls.__name__)  # which says that there is none
 
 
-def _check_mask(mask: Mapping[str, Tensor], sites: Mapping[str, Site], skipped: Mapping[str, str]) -> None:
-    """Raise EcoDiffError for a name that is no site, saying why it is none, and for masks of wrong dtype or length."""
+def _checked_sites(denoiser: nn.Module, mask: Mapping[str, Tensor]) -> dict[str, Site]:
+    """The denoiser's sites.
+
+    Raises EcoDiffError for a name in the mask that is no site, saying why it is none, and for masks of wrong dtype or
+    length.
+    """
+    sites = find_sites(denoiser, KINDS)
     for name, keep in mask.items():
         if name not in sites:
+            skipped = skipped_modules(denoiser)
             why = f" ({skipped[name]})" if name in skipped else "; find_sites lists them"
             raise EcoDiffError(f"prune: {name!r} is not a site of this denoiser{why}.")
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
@@ -306,3 +311,4 @@ def _check_mask(mask: Mapping[str, Tensor], sites: Mapping[str, Site], skipped: 
                 f"prune: {name!r} must keep at least {sites[name].min_units} unit, since it is not known what its "
                 "module returns without any; make_mask sees to that."
             )
+    return sites

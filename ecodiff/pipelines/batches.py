@@ -55,7 +55,6 @@ def form_of_samples(wanted: int, runner, prompts: Sequence, **call) -> Form:
     others = [prompt for prompt in by_size if differ(prompt, by_size[0])] or by_size
     pair = [by_size[0], others[-1]]
     runner = private_copy(runner)
-    call = {"output_type": "latent", **call}
     lists = Form(1)
     try:
         first = _first_call(runner, lists, pair[:1], [0], call)
@@ -122,7 +121,7 @@ def _first_call(runner, form: Form, prompts: list, seeds: list[int], call: Mappi
         raise _Stopped(args, kwargs)
 
     networks = experts(denoiser(runner))
-    known = dict(call)
+    known = {"output_type": "latent", **call}
     if known["output_type"] == "latent" and not hands_out_latents(sampling_loop(runner)):
         del known["output_type"]
     handles = [network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for network in networks]
@@ -141,7 +140,7 @@ def _first_call(runner, form: Form, prompts: list, seeds: list[int], call: Mappi
 def joins(runner, form: Form, prompts: list, call: Mapping) -> bool:
     """Whether these prompts make one batch; the pipeline's call is stopped at the denoiser's first call."""
     try:
-        _first_call(private_copy(runner), form, prompts, list(range(len(prompts))), {"output_type": "latent", **call})
+        _first_call(private_copy(runner), form, prompts, list(range(len(prompts))), call)
     except NotJoined:
         return False
     return True

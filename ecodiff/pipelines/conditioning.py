@@ -89,7 +89,7 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
             loop(runner, generator=generators if len(prompts) > 1 else generators[0], **arguments)
         except _FirstCall as first:
             told = first.args[0]
-        except EcoDiffError:
+        except (EcoDiffError, torch.OutOfMemoryError):
             raise
         except FAULTS as error:  # such as what the pipeline's own check of its arguments raises
             raise EcoDiffError(f"{type(pipe).__name__} cannot draw {prompt!r} at {list(size)}: {error}") from error

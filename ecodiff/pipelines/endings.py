@@ -143,9 +143,7 @@ def last_latents(runner, watch: Watch, call: Callable, arguments: Mapping) -> Te
         result = call(runner, **ours, **arguments)
     except _Over:
         result = None
-    except EcoDiffError:
-        raise
-    except torch.OutOfMemoryError:
+    except (EcoDiffError, torch.OutOfMemoryError):
         raise
     except FAULTS as error:
         if not left:

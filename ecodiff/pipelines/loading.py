@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.storage.paths import checked_path, data_dir, embedded
+from ecodiff.storage.paths import checked_path, data_dir, embedded, is_hub_id
 from ecodiff.storage.saving import finish_interrupted
 
 DTYPES = {
@@ -172,8 +172,8 @@ def _source(name: str) -> Path | str:
                 f"{name}: this folder has no model_index.json; save a pipeline there with save_pretrained."
             )
         return Path(name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name  # owner/name on the Hub
+    if is_hub_id(name):
+        return name
     raise EcoDiffError(
         f"{name!r} is no embedded pipeline ({', '.join(embedded()) or 'none is built yet'}), "
         "no folder and no Hub id (owner/name)."

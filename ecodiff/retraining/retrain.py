@@ -131,8 +131,8 @@ class Task:
         except FAULTS as error:
             raise EcoDiffError(
                 f"retrain: {type(self.network).__name__} cannot be trained by itself on the objective that its "
-                f"scheduler "
-                f"names ({type(error).__name__}: {error}): leave it as it is pruned, or train it with its own script."
+                f"scheduler names ({type(error).__name__}: {error}): leave it as it is pruned, or train it with its "
+                "own script."
             ) from error
 
     def backward(self, step: int) -> float:

@@ -44,11 +44,9 @@ def load_scores(path: str | os.PathLike, denoiser: nn.Module) -> dict[str, Tenso
             return found.gates(denoiser).scores()
         except EcoDiffError as error:
             raise EcoDiffError(f"{path}: λ of another model: {error}") from error
-    tensors, metadata = read_tensors(path)
-    if metadata.get("format") == GATES:
+    tensors, metadata = _read(path)
+    if metadata["format"] == GATES:
         return Gates.load(path, denoiser).scores()
-    if metadata.get("format") != FORMAT:
-        raise EcoDiffError(f"{path}: holds neither gates nor scores.")
     try:
         check_units(tensors, find_sites(denoiser, KINDS), "scores")
     except EcoDiffError as error:
@@ -64,12 +62,18 @@ def about_scores(path: str | os.PathLike) -> dict:
     name = _published_name(path)
     if name is not None:
         return {"method": "learned by the authors of EcoDiff", "source": published(name).origin}
-    _, metadata = read_tensors(path)
-    if metadata.get("format") == GATES:
+    _, metadata = _read(path)
+    if metadata["format"] == GATES:
         return {"method": "learned", "updates": len(json.loads(metadata["history"]))}
-    if metadata.get("format") != FORMAT:
-        raise EcoDiffError(f"{path}: holds neither gates nor scores.")
     return json.loads(metadata["about"])
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file with gates or scores; raises EcoDiffError for any other."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") not in (GATES, FORMAT):
+        raise EcoDiffError(f"{path}: holds neither gates nor scores.")
+    return tensors, metadata
 
 
 def _published_name(path: str | os.PathLike) -> str | None:

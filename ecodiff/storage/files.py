@@ -26,16 +26,19 @@ SECONDS_TO_LOCK = 60
 """A temporary file without a lock that is younger than this may belong to a process that lives."""
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, tidy: bool = True) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one.
 
     The content is on disk before the name leads to it. Where `path` is a link, the file that it leads to is written;
     a file that is replaced leaves its permissions to the new one. Raises OSError as the system does; nothing is left of
-    the attempt then. What killed processes left of their attempts at the same file goes.
+    the attempt then.
+
+    tidy: what killed processes left of their attempts at this file goes. The folder is listed for that, so that many
+    files in one folder are better written without it, after one `tidy_up`.
     """
     path = Path(os.path.realpath(path))
-    for left in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent, include_hidden=True):
-        _tidy(path.parent / left)
+    if tidy:
+        tidy_up(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.touch()
@@ -49,6 +52,12 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):  # there is nothing after a rename, or nothing could be made
             temporary.unlink()
+
+
+def tidy_up(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of their attempts at a file of a folder (a pattern; all files)."""
+    for left in glob.glob(f".{name}.*.tmp", root_dir=folder, include_hidden=True):
+        _tidy(folder / left)
 
 
 def _tidy(left: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
 
-from .files import alone_in, write_whole
+from .files import alone_in, tidy_up, write_whole
 from .paths import checked_path
 
 ABOUT = "images.json"
@@ -70,6 +70,7 @@ class ImageFolder:
     def _begin(self) -> None:
         earlier = self.path / ABOUT
         try:
+            tidy_up(self.path)
             if earlier.exists():
                 if self.about.weights is None or read_about(self.path).checksum() != self.about.checksum():
                     raise EcoDiffError(
@@ -93,7 +94,7 @@ class ImageFolder:
         content = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(content, "PNG")
         try:
-            write_whole(_file(self.path, number), content.getvalue())
+            write_whole(_file(self.path, number), content.getvalue(), tidy=False)
         except OSError as error:
             raise EcoDiffError(f"{self.path}: image {number} cannot be written ({error}).") from error
 
@@ -149,11 +150,6 @@ def read_image(path: str | os.PathLike) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise EcoDiffError(f"{path}: this image cannot be read ({error}).") from error
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
-
-
-def digest(text: str) -> str:
-    """A short name of a text by its contents."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _file(folder: Path, number: int) -> Path:

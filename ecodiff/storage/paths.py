@@ -47,6 +47,11 @@ def data_file(name: str) -> Path:
     raise EcoDiffError(f"{name} is not in {data_dir()}: clone the repository, or set ECODIFF_DATA to its data folder.")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def embedded() -> list[str]:
     """Names of the embedded pipelines that are trained: folders of ``data/models``."""
     return sorted(path.parent.name for path in (data_dir() / "models").glob("*/model_index.json"))

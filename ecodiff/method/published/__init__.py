@@ -56,7 +56,7 @@ class Published:
         """λ as scores (App. K.2): the higher, the more useful the unit."""
         return dict(self.log_alpha)
 
-    def mask(self, ratio, scope: str = "kind", round_to=1, count: str = "units") -> dict[str, Tensor]:
+    def mask(self, ratio, scope: str = "kind", count: str = "units", round_to=1) -> dict[str, Tensor]:
         """`make_mask` of the scores. `prune` checks that a pipeline has these sites with as many units.
 
         count: "units" or "parameters"; for "flops" give `gates(denoiser)` and sites that were measured to `make_mask`.
