@@ -77,7 +77,7 @@ def sentence(recorded: Mapping) -> str:
     n = numbers(recorded)
     return (
         f"Of the {n['pipelines']} pipeline classes of diffusers {recorded['diffusers']}, {n['pipelines_tried']} were "
-        f"tried as tiny random instances: {n['pipelines_removed']} can be pruned, {n['pipelines_learn']} of them by a "
+        f"tried as tiny random instances. {n['pipelines_removed']} of these can be pruned, {n['pipelines_learn']} by a "
         f"mask that is learned with exact gradients, and {n['pipelines_retrain']} can be retrained."
     )
 
