@@ -49,7 +49,8 @@ def replaced_files(path: str | os.PathLike, outdated: Collection[str] = (), main
     which belong to the earlier model. `main=False` (a process that writes only its share) leaves those, too.
 
     Links to folders are followed. A file that is a link, as in the cache of a model hub, is replaced by a file: what it
-    led to may be others' as well and stays as it is. A file keeps the permissions of the one that it replaces.
+    led to may be others' as well and stays as it is. A file keeps the permissions of the one that it replaces. A
+    new file has those that the process gives to new files, also where a library let nobody but the owner read it.
 
     Raises EcoDiffError where saving fails (disk full, no permission, a file where a folder should be); `path` is then
     as it was before.
@@ -65,6 +66,7 @@ def replaced_files(path: str | os.PathLike, outdated: Collection[str] = (), main
         target.parent.mkdir(parents=True, exist_ok=True)
         with _staging(target if target.is_dir() else target.parent) as staging:
             yield str(staging / "new")
+            _permit(staging / "new")
             _sync_tree(staging / "new")
             if target.is_dir() or not _appears(staging / "new", target):
                 _replace(target, staging, outdated, main)
@@ -398,6 +400,18 @@ def _files(folder: Path) -> set[str]:
 
 def _stagings(place: Path) -> list[Path]:
     return [place / name for name in _entries(place) if name.startswith(_PREFIX) and not (place / name).is_symlink()]
+
+
+def _permit(folder: Path) -> None:
+    """Give the files below a new folder the permissions that this process gives to new files.
+
+    safetensors writes files that nobody but their owner may read (0600), whatever the umask says.
+    """
+    mode = folder.stat().st_mode & 0o666  # the umask itself can be read only by changing it, for all threads
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(os.path.join(parent, name)):
+                os.chmod(os.path.join(parent, name), mode)
 
 
 def _sync_tree(folder: Path) -> None:

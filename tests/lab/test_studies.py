@@ -289,6 +289,7 @@ def test_verify_passes_what_is_right_and_names_what_is_not(toy, store):
     assert run.verify(toy, ["toy"], "tiny", 5, seed=0) == [outcome | {"differs": []}]
     row["values"]["ssim"] = [value - 0.5 for value in row["values"]["ssim"]]
     row["values"]["gflop"] *= 1.02
+    del row["checksum"]  # a row that was altered and still has its own is refused when it is read
     path.write_text(json.dumps(row) + "\n")
     told = run.verify(toy, ["toy"], "tiny", 1, seed=0)[0]["differs"]
     assert re.match("ssim is .* and was recorded as", told[0]) and re.match("gflop is .* and was recorded as", told[1])

@@ -198,7 +198,7 @@ def test_a_tap_on_a_term_shows_it_and_a_second_one_follows_it(browser, serve, sp
     link, box = page.locator("a.glossary-term").first, page.locator("#term-definition")
     link.tap()
     assert box.is_visible() and page.url.endswith("01_specimen.html")
-    page.locator("h1").first.tap()
+    page.locator("article h1").first.tap()
     assert box.is_hidden(), "a tap elsewhere closes it"
     link.tap()
     link.tap()

@@ -21,7 +21,7 @@ from ecodiff.storage.paths import data_dir, root
 
 DENOISER = re.compile(r"(Transformer|UNet|UVit|DiT)")
 NO_DENOISER = re.compile(
-    r"(Control|Autoencoder|Adapter|Prior|Mixin|Output|Pipeline|Scheduler|Encoder|Vae|TransformerTemporal)"
+    r"(Control|Autoencoder|Adapter|Mixin|Output|Pipeline|Scheduler|Encoder|Vae|TransformerTemporal)"
 )
 # Pipelines that are only put together from others, or run in other libraries.
 NO_PIPELINE = re.compile(r"(Onnx|Flax|Modular|^DiffusionPipeline$)")
@@ -43,7 +43,7 @@ def classes() -> dict[str, str]:
         for name in sorted(dir(diffusers)):
             wanted = DENOISER.search(name) and not NO_DENOISER.search(name)
             if kind == "pipeline":
-                wanted = name.endswith("Pipeline") and not NO_PIPELINE.search(name)
+                wanted = "Pipeline" in name and not NO_PIPELINE.search(name)
             if not wanted:
                 continue
             try:
@@ -52,8 +52,9 @@ def classes() -> dict[str, str]:
                 names[name] = kind
                 continue
             base = ModelMixin if kind == "denoiser" else DiffusionPipeline
-            # Names that are kept for classes which are gone stand for nothing that can be built.
-            if inspect.isclass(cls) and issubclass(cls, base) and cls.__name__ == name:
+            # Names that are kept for classes which are gone stand for nothing that can be built. Where a library is
+            # missing, a class of diffusers stands for the right one and says which library that is (`_backends`).
+            if inspect.isclass(cls) and (issubclass(cls, base) or hasattr(cls, "_backends")) and cls.__name__ == name:
                 names[name] = kind
     return names
 
