@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ecodiff.errors import EcoDiffError
 
-from .endings import FAULTS
+from .endings import FAULTS, count_steps, last_latents
 from .forward_hooks import replaced_forward
 from .parts import one_denoiser, sampling_loop
 from .prompts import NotJoined, collate, differ, joined, joining_rule
@@ -31,18 +31,80 @@ def through_vae(vae, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(pipe, pixels: Tensor) -> Tensor:
-    """Mean latents of images (float [N, 3, H, W] in -1 … 1) as the denoiser sees them.
+    """Mean latents of images (float [N, 3, H, W] in -1 … 1), or of clips [N, 3, F, H, W], as the denoiser sees them.
 
-    They are scaled for U-Nets, [N, C, h, w], and shifted and scaled for transformers; for FLUX they are also packed,
-    [N, tokens, 4 C].
+    They are shifted, scaled and packed as `as_read` says; a VAE of videos takes an image as a clip of one frame.
     """
-    latents = pipe.vae.encode(pixels).latent_dist.mean
-    if not hasattr(pipe, "transformer"):
-        return latents * pipe.vae.config.scaling_factor
-    latents = (latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
+    if pixels.ndim == 4 and any(isinstance(part, nn.Conv3d) for part in pipe.vae.modules()):
+        pixels = pixels.unsqueeze(2)
+    return as_read(pipe, pipe.vae.encode(pixels).latent_dist.mean)
+
+
+def as_read(pipe, latents: Tensor) -> Tensor:
+    """A VAE's latents [N, C, h, w] or [N, C, f, h, w] as the pipeline's denoiser reads them.
+
+    Where the VAE's config has a mean and a standard deviation of each channel, these go; else a transformer's latents
+    are shifted. Then all are scaled. FLUX and Qwen-Image pack them, [N, tokens, 4 C].
+    """
+    config = pipe.vae.config
+    scale = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shape = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (latents.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
+        latents = (latents - mean) * scale / std
+    else:
+        shift = config.get("shift_factor") or 0.0
+        latents = (latents - (shift if hasattr(pipe, "transformer") else 0.0)) * scale
     if hasattr(pipe, "_pack_latents"):
-        return pipe._pack_latents(latents, *latents.shape)
+        return pipe._pack_latents(latents, *latents.shape[:2], *latents.shape[-2:])
     return latents
+
+
+@torch.no_grad()
+def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mapping) -> bool:
+    """Whether `as_read` turns what the pipeline gives its VAE to decode back into its final latents.
+
+    Two calls of one step each, with the same noise: one ends with latents, the other one decodes them.
+    """
+    runner, vae, given = private_copy(pipe), pipe.vae, []
+    arguments = {**call, **collate([prompt]), **size_of(runner, size, call), "num_inference_steps": 2}
+    watch = count_steps(runner.scheduler)
+    latents = last_latents(runner, watch, sampling_loop(pipe), {**arguments, "generator": _generator()})
+    decode, own = vae.decode, vars(vae).get("decode")
+
+    def noted(z: Tensor, *args, **kwargs):
+        given.append(z)
+        return decode(z, *args, **kwargs)
+
+    vars(vae)["decode"] = noted
+    try:
+        sampling_loop(pipe)(runner, generator=_generator(), output_type="pt", **arguments)
+    except FAULTS:  # what is decoded is known by then, whatever becomes of it
+        if not given:
+            raise
+    finally:
+        del vars(vae)["decode"]
+        if own is not None:
+            vars(vae)["decode"] = own
+    again = as_read(pipe, torch.cat(given).float())
+    # Half precision rounds what is decoded by less than a hundredth.
+    return again.shape == latents.shape and bool((again - latents.float()).norm() < 0.02 * latents.float().norm())
+
+
+def size_of(pipe, size: Sequence[int], call: Mapping) -> dict[str, int]:
+    """The arguments of a pipeline's call that say what it draws: height and width, of clips also the frames.
+
+    ``size``: (height, width) or (frames, height, width). A number of frames in ``call`` counts for images as well.
+    """
+    *frames, height, width = size
+    arguments = {"height": height, "width": width}
+    if "num_frames" in inspect.signature(sampling_loop(pipe)).parameters:
+        arguments["num_frames"] = frames[0] if frames else call.get("num_frames", 1)
+    return arguments
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +120,7 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
     """What the pipeline's own call tells its denoiser for a prompt, or for a list of prompts in one call.
 
     It is found in the first denoiser call of the sampling loop, which then ends: so text encoders, sizes, ids and
-    guidance are those that images are generated with, for any pipeline. ``size``: height and width of the images.
+    guidance are those that images are generated with, for any pipeline. ``size``: as in `size_of`.
     ``call`` holds further arguments of the pipeline's call; a guidance_scale among them counts only for a denoiser that
     reads it. Raises EcoDiffError where the call lacks an argument or does not call its denoiser with the prompts by
     themselves.
@@ -66,7 +128,7 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
     network, runner, loop = one_denoiser(pipe, "conditioning"), private_copy(pipe), sampling_loop(pipe)
     prompts = prompt if isinstance(prompt, list) else [prompt]
     arguments = {**call, **collate(prompts)}
-    arguments |= {"height": size[0], "width": size[1], "num_inference_steps": 2, "output_type": "latent"}
+    arguments |= {**size_of(pipe, size, call), "num_inference_steps": 2, "output_type": "latent"}
     known = inspect.signature(loop).parameters
     unknown = sorted(arguments.keys() - known.keys())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
@@ -75,7 +137,7 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
         raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
     if "guidance_scale" in known and not network.config.get("guidance_embeds"):
         arguments["guidance_scale"] = 1.0  # the prompt alone, without the empty one beside it
-    generators = [torch.Generator().manual_seed(0) for _ in prompts]
+    generators = [_generator() for _ in prompts]
 
     def wrap(forward):
         def stop(*args, **kwargs):

@@ -24,7 +24,8 @@ def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[
     ``flow_loss`` for flow matching (``time`` and ``shift`` go there), else ``denoising_loss`` with the scheduler's
     betas. Raises EcoDiffError for a scheduler that says neither.
     """
-    if "FlowMatch" in type(scheduler).__name__:
+    of_flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    if of_flow or "FlowMatch" in type(scheduler).__name__:
         return partial(flow_loss, time=time, shift=shift)
     if scheduler.config.get("prediction_type") not in _TARGETS or "beta_schedule" not in scheduler.config:
         raise EcoDiffError(

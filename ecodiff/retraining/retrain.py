@@ -30,7 +30,7 @@ from ecodiff.method.emptied import is_emptied
 from ecodiff.method.layers import is_depthwise
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
-from ecodiff.pipelines.conditioning import conditioning, encode, join, rule_of_joining
+from ecodiff.pipelines.conditioning import conditioning, encode, join, reads_as_said, rule_of_joining
 from ecodiff.pipelines.endings import FAULTS
 from ecodiff.pipelines.parts import one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
@@ -57,10 +57,10 @@ def retrain(
     is interrupted starts anew. Training uses a copy of the denoiser in fp32 beside the pipeline itself.
 
     Args:
-        pipe: a diffusers text-to-image pipeline, pruned or not; it runs on the device that accelerate chooses and moves
-            back afterwards. Its scheduler says what the denoiser predicts: noise, velocity, latents, or a flow.
-        pictures: images, uint8 [N, 3, height, width], as ``generate`` makes them with the original pipeline. N is 100
-            in the paper.
+        pipe: a diffusers pipeline of images or clips, pruned or not; it runs on the device that accelerate chooses and
+            moves back afterwards. Its scheduler says what the denoiser predicts: noise, velocity, latents, or a flow.
+        pictures: images, uint8 [N, 3, height, width], or clips, uint8 [N, frames, 3, height, width], as ``generate``
+            makes them with the original pipeline. N is 100 in the paper.
         captions: N captions, one an image (or N mappings with the call's arguments, see ``learn``).
         config: see ``RetrainConfig``.
         history: a list that gets one row a step: step, loss, gradient_norm (before clipping), seconds.
@@ -88,6 +88,7 @@ def retrain(
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()  # small updates would be lost in the rounding of bf16
         task = Task(with_denoiser(pipe, network), pictures, captions, config, device)
+        _check_scale(pipe, captions[0], _size(pictures), config)
         if config.method == "lora":
             add_adapters(network, config)
         else:
@@ -108,8 +109,9 @@ class Task:
     def __init__(self, pipe, pictures: Tensor, captions: list, config: RetrainConfig, device: torch.device):
         self.config, self.device = config, device
         self.network = one_denoiser(pipe, "retrain")
-        self.conditions = [conditioning(pipe, caption, pictures.shape[2:], config.call) for caption in captions]
-        self.rule = rule_of_joining(pipe, captions, self.conditions, pictures.shape[2:], config.call)
+        size = _size(pictures)
+        self.conditions = [conditioning(pipe, caption, size, config.call) for caption in captions]
+        self.rule = rule_of_joining(pipe, captions, self.conditions, size, config.call)
         self.latents = torch.cat([_latents(pipe, part, device) for part in pictures.split(8)])
         first = self.conditions[0]
         if self.latents.shape[1:] != first.shape:
@@ -229,25 +231,49 @@ def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
 def _latents(pipe, pictures: Tensor, device: torch.device) -> Tensor:
     """Latents of uint8 images, in fp32. Raises EcoDiffError where there are none, or they are not finite."""
     pixels = pictures.to(device).float() / 127.5 - 1  # a VAE reads values from -1 to 1
+    if pixels.ndim == 5:
+        pixels = pixels.transpose(1, 2)  # and the frames of a clip after its colours
     try:
         latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
-    except FAULTS as error:  # a VAE of videos or sound, one without a distribution, or none
+    except FAULTS as error:  # a VAE of sound, one without a distribution, or none
         raise EcoDiffError(
-            f"retrain: {type(pipe).__name__} does not encode pictures by a VAE of images ({error}), so it cannot be "
-            "trained on them here: leave it as it is pruned, or train it with its own script."
+            f"retrain: {type(pipe).__name__} does not encode these pictures by a VAE of images or videos ({error}), so "
+            "it cannot be trained on them here: leave it as it is pruned, or train it with its own script."
         ) from error
     if not torch.isfinite(latents).all():
         raise EcoDiffError(f"{type(pipe).__name__}: its VAE gives latents that are not finite; give it a wider dtype.")
     return latents
 
 
-def _check_pictures(pictures: Tensor, captions: list) -> None:
-    if not isinstance(pictures, Tensor) or pictures.dtype != torch.uint8 or pictures.shape[1:2] != (3,):
-        raise EcoDiffError("retrain needs pictures as a uint8 tensor [N, 3, height, width]: generate draws such.")
-    if pictures.ndim != 4 or len(pictures) != len(captions):
+def _size(pictures: Tensor) -> list[int]:
+    """Height and width of images, and before them the number of frames of clips."""
+    return [*pictures.shape[1:-3], *pictures.shape[-2:]]
+
+
+def _check_scale(pipe, caption, size: Sequence[int], config: RetrainConfig) -> None:
+    """Raise EcoDiffError unless `encode` scales latents as the pipeline does where it decodes its own."""
+    try:
+        fits = reads_as_said(pipe, caption, size, config.call)
+    except (EcoDiffError, torch.OutOfMemoryError):
+        raise
+    except FAULTS:
+        fits = False
+    if not fits:
         raise EcoDiffError(
-            f"Pictures {list(pictures.shape)} but {len(captions)} captions: retrain needs [N, 3, height, width] and N."
+            f"retrain: {type(pipe).__name__} scales its latents otherwise than the config of its VAE says, so pictures "
+            "cannot be made into what its denoiser reads: leave it as it is pruned, or train it with its own script."
         )
+
+
+def _check_pictures(pictures: Tensor, captions: list) -> None:
+    known = isinstance(pictures, Tensor) and pictures.dtype == torch.uint8 and pictures.ndim in (4, 5)
+    if not known or pictures.shape[-3] != 3:
+        raise EcoDiffError(
+            "retrain needs pictures as a uint8 tensor [N, 3, height, width], or clips [N, frames, 3, height, width]: "
+            "generate draws such."
+        )
+    if len(pictures) != len(captions):
+        raise EcoDiffError(f"{len(pictures)} pictures but {len(captions)} captions: retrain needs one caption each.")
 
 
 def _check_denoiser(pipe, denoiser: nn.Module) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
-from tiny import PROMPTS, TINY, TOKENS, latents, tiny_flux, tiny_sd, tiny_sdxl
+from tiny import PROMPTS, TINY, TOKENS, latents, tiny_flux, tiny_sd, tiny_sdxl, tiny_wan
 
 from ecodiff.errors import EcoDiffError
 from ecodiff.method.emptied import is_emptied
@@ -306,7 +306,7 @@ def test_published_defaults():
         (PICTURES.float(), PROMPTS, "uint8"), (PICTURES[0], PROMPTS, "uint8"), ([PICTURES], PROMPTS, "uint8"),
         (PICTURES[:, :2], PROMPTS, "uint8"), (PICTURES, PROMPTS[:3], "3 captions"), (PICTURES, "a cat", "list"),
         (PICTURES[:0], [], "at least one"), (PICTURES, [*PROMPTS[:3], " "], "empty"),
-        (PICTURES[..., :15, :15], PROMPTS, "divisible by 8"),
+        (PICTURES[..., :15, :15], PROMPTS, "divisible by 8"), (PICTURES[:, None], PROMPTS, "VAE of images or videos"),
     ],
 )  # fmt: skip
 def test_bad_pictures_and_captions(pictures, captions, message):
@@ -314,10 +314,39 @@ def test_bad_pictures_and_captions(pictures, captions, message):
         retrain(tiny_sd(), pictures, captions, RetrainConfig(**QUICK), progress=False)
 
 
+def with_statistics(pipe):
+    """The pipeline with a mean and a standard deviation of each channel of its VAE's latents that are not 0 and 1."""
+    pipe.vae.register_to_config(latents_mean=[0.3, -0.2, 0.1, 0.0], latents_std=[0.5, 2.0, 1.5, 1.0])
+    return pipe
+
+
+@pytest.mark.parametrize("pictures", [PICTURES, PICTURES[:, None].repeat(1, 5, 1, 1, 1)], ids=["images", "clips"])
+def test_a_pipeline_of_clips_is_retrained_on_images_and_on_clips(pictures):
+    pipe, history = with_statistics(tiny_wan(None, second=False)), []
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    task = Task(pipe, pictures, PROMPTS, config_for(pipe), torch.device("cpu"))
+    assert task.latents.shape == (4, 4, 1 if pictures.ndim == 4 else 2, 2, 2) and task.loss_of.func is losses.flow_loss
+    retrain(pipe, pictures, PROMPTS, config_for(pipe, steps=12, lr=3e-2), history=history, progress=False)
+    assert sum(row["loss"] for row in history[-4:]) < sum(row["loss"] for row in history[:4])
+
+
+@pytest.mark.parametrize("make", [*TINY.values(), lambda: tiny_wan(None, second=False)], ids=[*TINY, "wan"])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_images_become_latents_as_the_pipelines_own_ones_are_scaled(make, statistics, monkeypatch):
+    pipe = with_statistics(make()) if statistics else make()
+    told = PROMPTS[0], (16, 16), config_for(pipe).call
+    scaled = conditioning.reads_as_said(pipe, *told)
+    known = not statistics or isinstance(pipe, (type(tiny_sdxl()), type(tiny_wan(None, second=False))))
+    assert scaled == known and "decode" not in vars(pipe.vae)  # others do not look at these statistics
+    if not scaled:
+        with pytest.raises(EcoDiffError, match="scales its latents otherwise"):
+            quiet(pipe)
+
+
 @pytest.mark.slow
 def test_what_cannot_be_retrained_says_why(monkeypatch):
     pipe = tiny_sd()
-    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="score")
     with pytest.raises(EcoDiffError, match="UniPC.*does not say"):
         quiet(pipe)
     with pytest.raises(EcoDiffError, match="no argument 'sharpness'"):

@@ -55,6 +55,25 @@ def _card(claim: Claim, number: str) -> str:
     return "\n".join(lines)
 
 
+def change_cards(changes: Sequence[dict[str, str]]) -> str:
+    """Changes of claims (``published.changes``) as Markdown: an open card each, with a link to the claim's own card."""
+    return "\n\n".join(
+        "\n".join(
+            [
+                f":::{{dropdown}} {change['number']} {change['claim']}",
+                ":class-container: claim",
+                ":open:",
+                "",
+                f"*Published version (second-hand):* {change['later']}",
+                "",
+                f"*What this does to the verdict:* {change['effect']} {{ref}}`All verdicts <{change['anchor']}>`",
+                ":::",
+            ]
+        )
+        for change in changes
+    )
+
+
 def counts(decisions: Sequence[Decision]) -> str:
     """How many verdicts of each direction there are: "2 verdicts for, 1 against, 1 open"."""
     number = {"for": 0, "against": 0, "undecided": 0, "open": 0}

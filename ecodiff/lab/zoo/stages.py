@@ -189,11 +189,7 @@ def train_words(pipe, recipe: dict, folder: Path, name: str) -> dict:
 def encode(pipe, scenes: list) -> Tensor:
     """Latents [N, 4, 16, 16] as the denoiser sees them: shifted, scaled; for FLUX packed to [N, 64, 16]; for clips
     [N, 32, 3, 4, 4], each channel with mean 0 and standard deviation 1."""
-    if not is_video(pipe):
-        return encode_with_vae(pipe, pixels(scenes, pipe.vae.device))
-    latents, config = pipe.vae.encode(pixels(scenes, pipe.vae.device)).latent_dist.mean, pipe.vae.config
-    mean, std = latents.new_tensor(config.latents_mean), latents.new_tensor(config.latents_std)
-    return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    return encode_with_vae(pipe, pixels(scenes, pipe.vae.device))
 
 
 def compiled(model, options: dict):
