@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -37,37 +38,53 @@ def encode(pipe, pixels: Tensor) -> Tensor:
     """
     if pixels.ndim == 4 and any(isinstance(part, nn.Conv3d) for part in pipe.vae.modules()):
         pixels = pixels.unsqueeze(2)
-    return as_read(pipe, pipe.vae.encode(pixels).latent_dist.mean)
+    encoded = pipe.vae.encode(pixels)
+    return as_read(pipe, encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent)
 
 
 def as_read(pipe, latents: Tensor) -> Tensor:
     """A VAE's latents [N, C, h, w] or [N, C, f, h, w] as the pipeline's denoiser reads them.
 
-    Where the VAE's config has a mean and a standard deviation of each channel, these go; else a transformer's latents
-    are shifted. Then all are scaled. FLUX and Qwen-Image pack them, [N, tokens, 4 C].
+    Where the VAE knows a mean and a standard deviation of each channel, these go; else a transformer's latents are
+    shifted. Then all are scaled. FLUX and Qwen-Image pack them, [N, tokens, 4 C]; FLUX.2 does that first.
     """
-    config = pipe.vae.config
+    if hasattr(pipe, "_patchify_latents"):
+        latents = pipe._patchify_latents(latents)
+    config, (mean, std) = pipe.vae.config, _statistics(pipe.vae)
     scale = config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+    if mean is not None:
         shape = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (latents.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
+        mean, std = (torch.as_tensor(value).to(latents).view(shape) for value in (mean, std))
         latents = (latents - mean) * scale / std
     else:
         shift = config.get("shift_factor") or 0.0
         latents = (latents - (shift if hasattr(pipe, "transformer") else 0.0)) * scale
-    if hasattr(pipe, "_pack_latents"):
-        return pipe._pack_latents(latents, *latents.shape[:2], *latents.shape[-2:])
-    return latents
+    pack = getattr(pipe, "_pack_latents", None)
+    if pack is None:
+        return latents
+    if len(inspect.signature(pack).parameters) == 1:
+        return pack(latents)
+    return pack(latents, *latents.shape[:2], *latents.shape[-2:])
+
+
+def _statistics(vae: nn.Module) -> tuple:
+    """Mean and standard deviation of each channel of a VAE's latents: of its config, or of a batch norm; or None."""
+    norm = getattr(vae, "bn", None)
+    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
+        return norm.running_mean, (norm.running_var + vae.config.get("batch_norm_eps", norm.eps)).sqrt()
+    given = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    return (None, None) if None in given else given
 
 
 @torch.no_grad()
 def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mapping) -> bool:
     """Whether `as_read` turns what the pipeline gives its VAE to decode back into its final latents.
 
-    Two calls of one step each, with the same noise: one ends with latents, the other one decodes them.
+    Two calls of two steps each, with the same noise: one ends with latents, the other one decodes them.
     """
     runner, vae, given = private_copy(pipe), pipe.vae, []
-    arguments = {**call, **collate([prompt]), **size_of(runner, size, call), "num_inference_steps": 2}
+    arguments = _alone(pipe, one_denoiser(pipe, "retrain"), [prompt], size, call)
+    del arguments["output_type"]
     watch = count_steps(runner.scheduler)
     latents = last_latents(runner, watch, sampling_loop(pipe), {**arguments, "generator": _generator()})
     decode, own = vae.decode, vars(vae).get("decode")
@@ -78,7 +95,7 @@ def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mappin
 
     vars(vae)["decode"] = noted
     try:
-        sampling_loop(pipe)(runner, generator=_generator(), output_type="pt", **arguments)
+        sampling_loop(pipe)(runner, output_type="pt", **{**arguments, "generator": _generator()})
     except FAULTS:  # what is decoded is known by then, whatever becomes of it
         if not given:
             raise
@@ -87,20 +104,20 @@ def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mappin
         if own is not None:
             vars(vae)["decode"] = own
     again = as_read(pipe, torch.cat(given).float())
-    # Half precision rounds what is decoded by less than a hundredth.
-    return again.shape == latents.shape and bool((again - latents.float()).norm() < 0.02 * latents.float().norm())
+    # What a call returns as latents may be scaled already, as by FLUX.2; what its scheduler made last is not.
+    finals = (latents, *watch.last.values())
+    return any(again.shape == final.shape and _close(again, final) for final in finals)
 
 
-def size_of(pipe, size: Sequence[int], call: Mapping) -> dict[str, int]:
+def size_of(pipe, size: Sequence[int]) -> dict[str, int]:
     """The arguments of a pipeline's call that say what it draws: height and width, of clips also the frames.
 
-    ``size``: (height, width) or (frames, height, width). A number of frames in ``call`` counts for images as well.
+    ``size``: (height, width), or (frames, height, width) of clips. An image is a clip of one frame.
     """
     *frames, height, width = size
-    arguments = {"height": height, "width": width}
-    if "num_frames" in inspect.signature(sampling_loop(pipe)).parameters:
-        arguments["num_frames"] = frames[0] if frames else call.get("num_frames", 1)
-    return arguments
+    known = inspect.signature(sampling_loop(pipe)).parameters
+    wanted = {"height": height, "width": width, "num_frames": frames[0] if frames else 1}
+    return {name: value for name, value in wanted.items() if name in known}  # a class-conditional one has one size
 
 
 def _generator() -> torch.Generator:
@@ -114,6 +131,7 @@ class Condition:
     arguments: dict  # fp32, for one image
     shape: torch.Size  # of the latents, without batch dimension
     full_time: float  # the time that the denoiser is told where all is noise
+    time_dtype: torch.dtype = torch.float32  # of the time: whole numbers, or fp32
 
 
 def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: Mapping) -> Condition:
@@ -127,17 +145,7 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
     """
     network, runner, loop = one_denoiser(pipe, "conditioning"), private_copy(pipe), sampling_loop(pipe)
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    arguments = {**call, **collate(prompts)}
-    arguments |= {**size_of(pipe, size, call), "num_inference_steps": 2, "output_type": "latent"}
-    known = inspect.signature(loop).parameters
-    unknown = sorted(arguments.keys() - known.keys())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        unknown = [name for name in unknown if name in call]  # what every call is given may go to its **kwargs
-    if unknown:
-        raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
-    if "guidance_scale" in known and not network.config.get("guidance_embeds"):
-        arguments["guidance_scale"] = 1.0  # the prompt alone, without the empty one beside it
-    generators = [_generator() for _ in prompts]
+    arguments = _alone(pipe, network, prompts, size, call)
 
     def wrap(forward):
         def stop(*args, **kwargs):
@@ -148,7 +156,7 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
     told: dict = {}
     with torch.no_grad(), replaced_forward(network, wrap):
         try:
-            loop(runner, generator=generators if len(prompts) > 1 else generators[0], **arguments)
+            loop(runner, **arguments)
         except _FirstCall as first:
             told = first.args[0]
         except (EcoDiffError, torch.OutOfMemoryError):
@@ -165,10 +173,93 @@ def conditioning(pipe, prompt: str | Mapping | list, size: Sequence[int], call: 
             f"{type(pipe).__name__} does not tell its denoiser the time as an argument called timestep, so it cannot "
             "be trained by itself here: leave it as it is pruned, or train it with its own script."
         )
-    time, scheduler = told.pop("timestep").flatten()[0].item(), runner.scheduler
+    given = _single_precision(told.pop("timestep"))
+    time, scheduler = given.flatten()[0].item(), runner.scheduler
     full_time = time / scheduler.timesteps[0].item() * scheduler.config.num_train_timesteps
     kept = {name: value for name, value in told.items() if value is not None and name != "return_dict"}
-    return Condition(tree_map(_single_precision, kept), latents.shape[1:], round(full_time, 3))
+    return Condition(tree_map(_single_precision, kept), latents.shape[1:], round(full_time, 3), given.dtype)
+
+
+def _alone(pipe, network: nn.Module, prompts: list, size: Sequence[int], call: Mapping) -> dict:
+    """Arguments of a call of two steps that gives the denoiser these prompts by themselves, without the empty one."""
+    known = inspect.signature(sampling_loop(pipe)).parameters
+    arguments = {**call, **collate(prompts)}
+    arguments |= {**size_of(pipe, size), "num_inference_steps": 2, "output_type": "latent"}
+    unknown = sorted(arguments.keys() - known.keys())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [name for name in unknown if name in call]  # what every call is given may go to its **kwargs
+    if unknown:
+        raise EcoDiffError(f"The call of {type(pipe).__name__} has no argument {unknown[0]!r}.")
+    if "guidance_scale" in known and not network.config.get("guidance_embeds"):
+        arguments["guidance_scale"] = _no_guidance(pipe)  # the prompt alone, without the empty one beside it
+    generators = [_generator() for _ in prompts]
+    return {**arguments, "generator": generators if len(prompts) > 1 else generators[0]}
+
+
+def _no_guidance(pipe) -> float:
+    """The guidance scale with which a pipeline does not guide: 1, or 0 where 1 already does, as in Krea 2."""
+    runner = private_copy(pipe)
+    for scale in (1.0, 0.0):
+        vars(runner)["_guidance_scale"] = scale  # where a pipeline's call keeps it
+        try:
+            if not getattr(runner, "do_classifier_free_guidance", False):
+                return scale
+        except FAULTS:  # it depends on more than the scale
+            return 1.0
+    return 1.0
+
+
+@torch.no_grad()
+def otherwise_trained(pipe, prompt: str | Mapping, size: Sequence[int], call: Mapping) -> str | None:
+    """What in a pipeline's loop does not fit the loss that its scheduler names (`retraining.losses`), in words.
+
+    The loss supposes that the scheduler gets the denoiser's prediction as it is, and that the denoiser is told the
+    scheduler's time, in any unit. Both are looked at in a call of two steps. None where they hold.
+    """
+    network, runner = one_denoiser(pipe, "retrain"), private_copy(pipe)
+    predicted: list[tuple[float, Tensor]] = []
+    stepped: list[tuple[float, Tensor]] = []
+    scheduler = type(runner.scheduler)
+
+    def wrap(forward):
+        def noted(*args, **kwargs):
+            result = forward(*args, **kwargs)
+            time = inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]
+            predicted.append((float(time.flatten()[0]), result[0] if isinstance(result, tuple) else result.sample))
+            return result
+
+        return noted
+
+    @wraps(scheduler.step)
+    def step(self, model_output: Tensor, timestep, *args, **kwargs):
+        stepped.append((float(timestep), model_output))
+        return scheduler.step(self, model_output, timestep, *args, **kwargs)
+
+    runner.scheduler.__class__ = type(scheduler.__name__, (scheduler,), {"step": step, "__module__": __name__})
+    with replaced_forward(network, wrap):
+        sampling_loop(pipe)(runner, **_alone(pipe, network, [prompt], size, call))
+    if len(predicted) != len(stepped) or not stepped:
+        return f"it calls its denoiser {len(predicted)} times for {len(stepped)} steps of its scheduler"
+    (first_time, _), (first_step, _) = predicted[0], stepped[0]
+    for (told, prediction), (time, used) in zip(predicted, stepped, strict=True):
+        prediction = without_variance(prediction, used)
+        if prediction.shape != used.shape or not _close(used, prediction):
+            return "it changes what its denoiser predicts before its scheduler sees it"
+        if abs(told * first_step - time * first_time) > 0.01 * abs(time * first_time) or not first_time:
+            return f"it tells its denoiser the time {told:g} where its scheduler says {time:g}"
+    return None
+
+
+def without_variance(prediction: Tensor, latents: Tensor) -> Tensor:
+    """What a denoiser predicts of the latents, without the variance that some (DiT, PixArt) predict as well."""
+    if prediction.ndim == latents.ndim > 1 and prediction.shape[1] == 2 * latents.shape[1]:
+        return prediction[:, : latents.shape[1]]
+    return prediction
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors differ by no more than half precision rounds."""
+    return bool((value.float() - expected.float()).norm() <= 0.02 * expected.float().norm())
 
 
 class _FirstCall(Exception):

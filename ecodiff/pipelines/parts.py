@@ -193,5 +193,13 @@ def with_denoiser(pipe, network: nn.Module):
 
 
 def sampling_loop(pipe):
-    """The pipeline's own ``__call__`` without its ``torch.no_grad``: a function of the pipeline and its arguments."""
-    return getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__)
+    """The pipeline's own ``__call__`` without its ``torch.no_grad``: a function of the pipeline and its arguments.
+
+    Any other decorator stays: what it does belongs to the loop.
+    """
+    call = type(pipe).__call__
+    return inspect.unwrap(call, stop=lambda inner: getattr(inner, "__code__", None) is not _NO_GRAD)
+
+
+_NO_GRAD = torch.no_grad()(lambda: None).__code__
+"""The code of whatever a context of torch decorates."""

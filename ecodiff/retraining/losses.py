@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from ecodiff.errors import EcoDiffError
+from ecodiff.pipelines.conditioning import without_variance
 
 _TARGETS = ("epsilon", "v_prediction", "sample")  # a scheduler's prediction_type
 
 
-def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[..., Tensor]:
+def training_loss(
+    scheduler, time: float = 1.0, shift: float = 1.0, time_dtype: torch.dtype = torch.int64
+) -> Callable[..., Tensor]:
     """The loss ``(forward, latents, condition, generator) -> scalar`` that a diffusers scheduler's models learn by.
 
     ``flow_loss`` for flow matching (``time`` and ``shift`` go there), else ``denoising_loss`` with the scheduler's
-    betas. Raises EcoDiffError for a scheduler that says neither.
+    betas (``time_dtype`` goes there). Raises EcoDiffError for a scheduler that says neither.
     """
     of_flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
     if of_flow or "FlowMatch" in type(scheduler).__name__:
@@ -32,19 +35,28 @@ def training_loss(scheduler, time: float = 1.0, shift: float = 1.0) -> Callable[
             f"{type(scheduler).__name__}: its config does not say what the denoiser was trained to predict; take a "
             f"scheduler of flow matching, or one with a beta schedule and prediction_type {', '.join(_TARGETS)}."
         )
-    return partial(denoising_loss, diffusers.DDPMScheduler.from_config(scheduler.config, clip_sample=False))
+    noising = diffusers.DDPMScheduler.from_config(scheduler.config, clip_sample=False)
+    return partial(denoising_loss, noising, time_dtype=time_dtype)
 
 
-def denoising_loss(noising, forward, latents: Tensor, condition: dict, generator: torch.Generator) -> Tensor:
+def denoising_loss(
+    noising,
+    forward,
+    latents: Tensor,
+    condition: dict,
+    generator: torch.Generator,
+    time_dtype: torch.dtype = torch.int64,
+) -> Tensor:
     """Squared error of what the ``noising`` scheduler's config says is predicted, at a uniform time step.
 
     epsilon: the noise ε (Eq. 5); v_prediction: the velocity √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022); sample: the latents
-    x [N, C, H, W] themselves.
+    x [N, C, H, W] themselves. A variance that is predicted as well is not trained.
     """
     # Drawn on the CPU, where the generator is, so that every device gets the same noise.
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     t = torch.randint(noising.config.num_train_timesteps, (len(latents),), generator=generator).to(latents.device)
-    predicted = forward(noising.add_noise(latents, noise, t), t, **condition).sample
+    predicted = forward(noising.add_noise(latents, noise, t), timestep=t.to(time_dtype), **condition).sample
+    predicted = without_variance(predicted, latents)
     target = _target(noising, latents, noise, t)
     return torch.nn.functional.mse_loss(predicted.float(), target)
 

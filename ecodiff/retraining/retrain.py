@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 
 import torch
+from diffusers.utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
@@ -30,7 +31,7 @@ from ecodiff.method.emptied import is_emptied
 from ecodiff.method.layers import is_depthwise
 from ecodiff.method.sites import find_sites
 from ecodiff.pipelines.batches import in_batches
-from ecodiff.pipelines.conditioning import conditioning, encode, join, reads_as_said, rule_of_joining
+from ecodiff.pipelines.conditioning import conditioning, encode, join, otherwise_trained, reads_as_said, rule_of_joining
 from ecodiff.pipelines.endings import FAULTS
 from ecodiff.pipelines.parts import one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
@@ -88,7 +89,7 @@ def retrain(
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()  # small updates would be lost in the rounding of bf16
         task = Task(with_denoiser(pipe, network), pictures, captions, config, device)
-        _check_scale(pipe, captions[0], _size(pictures), config)
+        _check_loop(pipe, captions[0], _size(pictures), config)
         if config.method == "lora":
             add_adapters(network, config)
         else:
@@ -119,7 +120,7 @@ class Task:
                 f"{type(pipe).__name__}: these pictures become latents {list(self.latents.shape[1:])}, but its "
                 f"denoiser reads {list(first.shape)}; give pictures of a size that the pipeline draws."
             )
-        self.loss_of = training_loss(pipe.scheduler, first.full_time)
+        self.loss_of = training_loss(pipe.scheduler, first.full_time, time_dtype=first.time_dtype)
 
     def loss(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         """The objective for these images, a scalar; noise and time steps come from the generator."""
@@ -198,7 +199,7 @@ def _train(task: Task, network: nn.Module, config: RetrainConfig, history: list 
 def add_adapters(network: nn.Module, config: RetrainConfig) -> None:
     """LoRA beside every layer that writes or reads the units of a site; nothing else requires gradients then."""
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise EcoDiffError('retrain needs peft for method="lora": install it, or take method="full".') from error
     layers: list[str] = []
@@ -217,14 +218,19 @@ def add_adapters(network: nn.Module, config: RetrainConfig) -> None:
     if alpha is None:
         alpha = config.rank
     network.requires_grad_(False)
-    network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=layers))
+    # By peft itself: not every denoiser of diffusers has methods for adapters.
+    inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=layers), network)
 
 
 def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
     """The trained weights under the names that they had before there were adapters."""
     if config.method == "lora":
-        network.fuse_lora()
-        network.unload_lora()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+        recurse_remove_peft_layers(network)
     return network.state_dict()
 
 
@@ -250,18 +256,20 @@ def _size(pictures: Tensor) -> list[int]:
     return [*pictures.shape[1:-3], *pictures.shape[-2:]]
 
 
-def _check_scale(pipe, caption, size: Sequence[int], config: RetrainConfig) -> None:
-    """Raise EcoDiffError unless `encode` scales latents as the pipeline does where it decodes its own."""
+def _check_loop(pipe, caption, size: Sequence[int], config: RetrainConfig) -> None:
+    """Raise EcoDiffError unless the pipeline's own loop does with latents and predictions what the loss supposes."""
     try:
-        fits = reads_as_said(pipe, caption, size, config.call)
+        reason = otherwise_trained(pipe, caption, size, config.call)
+        if reason is None and not reads_as_said(pipe, caption, size, config.call):
+            reason = "it scales its latents otherwise than the config of its VAE says"
     except (EcoDiffError, torch.OutOfMemoryError):
         raise
-    except FAULTS:
-        fits = False
-    if not fits:
+    except FAULTS as error:
+        reason = f"a call of two steps fails ({type(error).__name__}: {error})"
+    if reason:
         raise EcoDiffError(
-            f"retrain: {type(pipe).__name__} scales its latents otherwise than the config of its VAE says, so pictures "
-            "cannot be made into what its denoiser reads: leave it as it is pruned, or train it with its own script."
+            f"retrain: {type(pipe).__name__} cannot be trained on pictures here, since {reason}: leave it as it is "
+            "pruned, or train it with its own script."
         )
 
 

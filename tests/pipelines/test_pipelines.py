@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import wraps
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import TINY, call_kwargs, tiny_sd, tiny_sdxl
 
 import ecodiff
 from ecodiff import EcoDiffError
-from ecodiff.pipelines.parts import denoiser, denoisers
+from ecodiff.pipelines.parts import denoiser, denoisers, sampling_loop
 from ecodiff.scores import METHODS
 
 
@@ -91,6 +92,20 @@ def test_magnitude_is_the_mean_weight_that_would_go(kind):
 
 
 @pytest.mark.slow
+def test_only_torchs_own_decorators_are_taken_off_a_loop():
+    inner = sampling_loop(tiny_sd())
+    assert inner.__qualname__ == "StableDiffusionPipeline.__call__" and not hasattr(inner, "__wrapped__")
+
+    @wraps(inner)
+    def counted(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    class Counted(type(tiny_sd())):
+        __call__ = torch.no_grad()(counted)
+
+    assert sampling_loop(Counted(**tiny_sd().components, requires_safety_checker=False)) is counted
+
+
 def test_import_is_light_and_names_are_there():
     code = (
         "import sys, ecodiff; assert not {'torch', 'diffusers'} & set(sys.modules);"

@@ -3,11 +3,12 @@
 import importlib
 import math
 import sys
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
 from tiny import PROMPTS, TINY, TOKENS, latents, tiny_flux, tiny_sd, tiny_sdxl, tiny_wan
 
 from ecodiff.errors import EcoDiffError
@@ -242,8 +243,8 @@ def test_a_denoiser_that_predicts_the_target_has_no_loss():
         scheduler = DDPMScheduler(prediction_type=kind)
         share = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
 
-        def exact(noisy, t, kind=kind, share=share):
-            a, s = (value[t][:, None, None, None] for value in share)
+        def exact(noisy, timestep, kind=kind, share=share):
+            a, s = (value[timestep][:, None, None, None] for value in share)
             torch.testing.assert_close(noisy, a * x + s * noise)
             return SimpleNamespace(sample={"epsilon": noise, "v_prediction": a * noise - s * x, "sample": x}[kind])
 
@@ -341,6 +342,56 @@ def test_images_become_latents_as_the_pipelines_own_ones_are_scaled(make, statis
     if not scaled:
         with pytest.raises(EcoDiffError, match="scales its latents otherwise"):
             quiet(pipe)
+
+
+class Odd(StableDiffusionPipeline):
+    """A pipeline whose loop does something with latents, predictions or times that no loss knows of."""
+
+    fault = None
+
+    @wraps(StableDiffusionPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        step, decode = self.scheduler.step, self.vae.decode
+        if self.fault == "sign":
+            self.scheduler.step = lambda output, *args, **more: step(-output, *args, **more)
+        if self.fault == "time":
+            self.scheduler.step = lambda output, time, *args, **more: step(output, 999 - time, *args, **more)
+        if self.fault == "scale":
+            self.vae.decode = lambda latents, *args, **more: decode(2 * latents, *args, **more)
+        if self.fault == "twice":
+            self.scheduler.step = lambda *args, **more: [step(*args, **more) for _ in range(2)][0]
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            vars(self.scheduler).pop("step", None)
+            self.vae.decode = decode
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("sign", "changes what its denoiser predicts"),
+        ("time", "where its scheduler says"),
+        ("scale", "scales its latents otherwise"),
+        ("twice", "2 times for 4 steps"),
+    ],
+)
+def test_a_loop_that_does_otherwise_than_the_loss_supposes_is_refused(fault, reason):
+    pipe = Odd(**tiny_sd().components, requires_safety_checker=False)
+    before = weights(quiet(pipe, steps=1))
+    Odd.fault = fault
+    try:
+        with pytest.raises(EcoDiffError, match=f"Odd cannot be trained on pictures here, since .*{reason}"):
+            quiet(pipe)
+    finally:
+        Odd.fault = None
+    assert not changed(before, weights(quiet(pipe, steps=1)))
+
+
+@pytest.mark.parametrize("make", [*TINY.values(), lambda: tiny_wan(None, second=False)], ids=[*TINY, "wan"])
+def test_ordinary_loops_do_what_the_loss_supposes(make):
+    pipe = make()
+    assert conditioning.otherwise_trained(pipe, PROMPTS[0], (16, 16), config_for(pipe).call) is None
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ def _saved_pipeline(small, folder: str):
     nothing of pruning."""
     small.save_pretrained(folder)
     networks = experts(find_denoiser(small))
-    others = {name: part for name, part in small.components.items() if part is not None and part not in networks}
+    others = {name: part for name, part in small.components.items() if part not in networks}
     again = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **others)
     again.set_progress_bar_config(disable=True)
     return again
@@ -280,12 +280,13 @@ def _forms(pipe, call: Mapping) -> dict[str, tuple[list, dict]]:
 
 
 def _retrained(small, call: Mapping) -> Any:
+    from ecodiff.method.generate import generate
     from ecodiff.retraining.config import RetrainConfig
     from ecodiff.retraining.retrain import retrain
 
     prompts, rest = next(iter(_forms(small, call).values()))
-    side = {"height": rest.pop("height", 32), "width": rest.pop("width", 32)}
-    pictures = torch.randint(0, 256, (2, 3, side["height"], side["width"]), dtype=torch.uint8)
+    pictures = generate(small, prompts, range(len(prompts)), num_inference_steps=2, progress=False, **rest)
+    rest = {name: given for name, given in rest.items() if name not in ("height", "width", "num_frames")}
     config = RetrainConfig(steps=1, batch_size=2, rank=2, lr=1e-4, call=rest)
     return retrain(small, pictures, prompts, config, progress=False)
 
