@@ -22,6 +22,7 @@ def test_damaged_configs_and_weights_of_models_are_refused_and_run_no_code():
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_others_do():
+@pytest.mark.parametrize("name", ["learn", "generate", "evaluate", "retrain", "save", "study"])
+def test_killed_runs_end_as_others_do(name):
     script = Path(__file__).parents[1] / "faults.py"
-    subprocess.run([sys.executable, script, "--times", "2"], check=True, timeout=1800)
+    subprocess.run([sys.executable, script, "--times", "2", "--only", name], check=True, timeout=1800)
