@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ecodiff.errors import EcoDiffError
-from ecodiff.pipelines.batches import form_of_samples, in_batches
+from ecodiff.pipelines.batches import form_of_samples, in_batches, say_one_by_one
 from ecodiff.pipelines.checks import checked_call, checked_guidance, checked_seed
 from ecodiff.pipelines.contents import Undescribed, describe, of_pipeline
-from ecodiff.pipelines.prompts import checked_prompts, encoding_once
+from ecodiff.pipelines.endings import FAULTS, failed
+from ecodiff.pipelines.prompts import NotJoined, checked_prompts, encoding_once
 from ecodiff.pipelines.running import frozen, private_copy
 from ecodiff.progress import progress_bar
 from ecodiff.storage.cache import cached
@@ -60,7 +61,7 @@ def generate(
 
     Raises:
         EcoDiffError: no prompts, an empty prompt, numbers of prompts and seeds that differ, an argument that is set
-            here, images with values that are not finite, or a damaged cache file.
+            here, a call of the pipeline that fails, images with values that are not finite, or a damaged cache file.
     """
     prompts, seeds = _checked(prompts, seeds)
     settings = _settings(batch_size, num_inference_steps, guidance_scale, call_kwargs)
@@ -121,15 +122,24 @@ def _run(pipe, pairs: list, each: Callable, batch_size: int, settings: dict, pro
     runner = encoding_once(private_copy(pipe))  # silent, with a scheduler of its own
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
+    alone: list[str] = []  # why images are generated one by one
+
     def run(numbers: list[int]) -> None:
         batch = [pairs[number] for number in numbers]
+        if alone and len(batch) > 1:
+            raise NotJoined(alone[0])
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        images = runner(
-            output_type="pt",
-            return_dict=False,
-            **form.arguments([prompt for prompt, _ in batch], generators),
-            **settings,
-        )[0]
+        arguments = form.arguments([prompt for prompt, _ in batch], generators)
+        try:
+            images = runner(output_type="pt", return_dict=False, **arguments, **settings)[0]
+        except (EcoDiffError, torch.OutOfMemoryError):
+            raise
+        except FAULTS as error:
+            if len(batch) == 1:
+                raise failed(pipe, error) from error
+            alone.append(f"a call with {len(batch)} prompts fails ({type(error).__name__}: {error})")
+            say_one_by_one(pipe, alone[0])
+            raise NotJoined(alone[0]) from error
         if not torch.isfinite(images).all():
             raise EcoDiffError(
                 f"{type(pipe).__name__} drew values that are not finite: check its weights, or give its VAE a wider "

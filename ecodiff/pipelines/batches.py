@@ -67,7 +67,7 @@ def form_of_samples(wanted: int, runner, prompts: Sequence, **call) -> Form:
                 raise
             raise failed(runner, error) from error
         if wanted > 1 and len(prompts) > 1:
-            _say_one_by_one(runner, f"it takes one prompt a call ({_line(error)})")
+            say_one_by_one(runner, f"it takes one prompt a call ({_line(error)})")
         return bare
     if wanted < 2 or len(prompts) < 2:
         return lists
@@ -80,11 +80,12 @@ def form_of_samples(wanted: int, runner, prompts: Sequence, **call) -> Form:
     else:
         if both is None or _same_samples(first, second, both):
             return Form(wanted)
-    _say_one_by_one(runner, f"in a batch the denoiser would not be told of each what it is told of it alone{reason}")
+    say_one_by_one(runner, f"in a batch the denoiser would not be told of each what it is told of it alone{reason}")
     return lists
 
 
-def _say_one_by_one(runner, why: str) -> None:
+def say_one_by_one(runner, why: str) -> None:
+    """Warn that prompts take longer than they would in batches."""
     warnings.warn(
         f"{type(runner).__name__}: prompts run one by one, which takes longer, since {why}.",
         stacklevel=4,  # past `form_of_samples` and who calls it
@@ -191,7 +192,7 @@ def _same_lists(a: Sequence, b: Sequence, both: Sequence) -> bool:
 def in_batches(samples: Sequence[int], size: int, run: Callable[[list[int]], None]) -> None:
     """Call ``run(numbers of samples)``, ``size`` at a time; one by one where their encodings do not make a batch.
 
-    `NotJoined` comes before the denoiser's first call, so nothing of such a batch has run yet.
+    `NotJoined` comes before anything of such a batch is kept.
     """
     waiting = [list(samples[first : first + size]) for first in range(0, len(samples), size)]
     while waiting:

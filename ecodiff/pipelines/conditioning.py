@@ -31,61 +31,77 @@ def through_vae(vae, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(pipe, pixels: Tensor) -> Tensor:
+def encode(pipe, pixels: Tensor, shape: torch.Size | None = None) -> Tensor:
     """Mean latents of images (float [N, 3, H, W] in -1 … 1), or of clips [N, 3, F, H, W], as the denoiser sees them.
 
     They are shifted, scaled and packed as `as_read` says; a VAE of videos takes an image as a clip of one frame.
+    ``shape``: of one sample, as the denoiser reads it, where that is known.
     """
     if pixels.ndim == 4 and any(isinstance(part, nn.Conv3d) for part in pipe.vae.modules()):
         pixels = pixels.unsqueeze(2)
     encoded = pipe.vae.encode(pixels)
-    return as_read(pipe, encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent)
+    return as_read(pipe, encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent, shape)
 
 
-def as_read(pipe, latents: Tensor) -> Tensor:
+def as_read(pipe, latents: Tensor, shape: torch.Size | None = None) -> Tensor:
     """A VAE's latents [N, C, h, w] or [N, C, f, h, w] as the pipeline's denoiser reads them.
 
     Where the VAE knows a mean and a standard deviation of each channel, these go; else a transformer's latents are
-    shifted. Then all are scaled. FLUX and Qwen-Image pack them, [N, tokens, 4 C]; FLUX.2 does that first.
+    shifted. Then all are scaled. FLUX, Qwen-Image and LTX pack them, [N, tokens, channels]; FLUX.2 makes patches first.
+    Frames come before channels where ``shape`` says so, as in CogVideoX.
     """
     if hasattr(pipe, "_patchify_latents"):
         latents = pipe._patchify_latents(latents)
     config, (mean, std) = pipe.vae.config, _statistics(pipe.vae)
     scale = config.get("scaling_factor") or 1.0
     if mean is not None:
-        shape = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (torch.as_tensor(value).to(latents).view(shape) for value in (mean, std))
+        per_channel = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (torch.as_tensor(value).to(latents).view(per_channel) for value in (mean, std))
         latents = (latents - mean) * scale / std
     else:
         shift = config.get("shift_factor") or 0.0
         latents = (latents - (shift if hasattr(pipe, "transformer") else 0.0)) * scale
-    pack = getattr(pipe, "_pack_latents", None)
-    if pack is None:
-        return latents
-    if len(inspect.signature(pack).parameters) == 1:
-        return pack(latents)
-    return pack(latents, *latents.shape[:2], *latents.shape[-2:])
+    if hasattr(pipe, "_pack_latents"):
+        return _packed(pipe, latents)
+    if shape is not None and latents.ndim == 5 and shape != latents.shape[1:]:
+        frames_first = latents.transpose(1, 2)
+        return frames_first if frames_first.shape[1:] == shape else latents
+    return latents
+
+
+def _packed(pipe, latents: Tensor) -> Tensor:
+    """Latents packed by the pipeline's own function, whose arguments differ."""
+    taken = inspect.signature(pipe._pack_latents).parameters
+    if "patch_size" in taken:
+        config = one_denoiser(pipe, "retrain").config
+        return pipe._pack_latents(latents, config["patch_size"], config["patch_size_t"])
+    if len(taken) == 1:
+        return pipe._pack_latents(latents)
+    return pipe._pack_latents(latents, *latents.shape[:2], *latents.shape[-2:])
 
 
 def _statistics(vae: nn.Module) -> tuple:
-    """Mean and standard deviation of each channel of a VAE's latents: of its config, or of a batch norm; or None."""
+    """Mean and standard deviation of each channel of a VAE's latents, where it knows them: else (None, None)."""
     norm = getattr(vae, "bn", None)
     if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
         return norm.running_mean, (norm.running_var + vae.config.get("batch_norm_eps", norm.eps)).sqrt()
-    given = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    return (None, None) if None in given else given
+    # LTX has buffers in the place of entries of the config.
+    given = [vae.config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std")]
+    return (None, None) if any(value is None for value in given) else tuple(given)
 
 
 @torch.no_grad()
 def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mapping) -> bool:
     """Whether `as_read` turns what the pipeline gives its VAE to decode back into its final latents.
 
-    Two calls of two steps each, with the same noise: one ends with latents, the other one decodes them.
+    Two calls of two steps each, with the same noise: one ends with latents, the other one decodes them. Torch's random
+    state is afterwards another one.
     """
     runner, vae, given = private_copy(pipe), pipe.vae, []
     arguments = _alone(pipe, one_denoiser(pipe, "retrain"), [prompt], size, call)
     del arguments["output_type"]
     watch = count_steps(runner.scheduler)
+    torch.manual_seed(0)  # for what a loop draws without a generator
     latents = last_latents(runner, watch, sampling_loop(pipe), {**arguments, "generator": _generator()})
     decode, own = vae.decode, vars(vae).get("decode")
 
@@ -94,6 +110,7 @@ def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mappin
         return decode(z, *args, **kwargs)
 
     vars(vae)["decode"] = noted
+    torch.manual_seed(0)
     try:
         sampling_loop(pipe)(runner, output_type="pt", **{**arguments, "generator": _generator()})
     except FAULTS:  # what is decoded is known by then, whatever becomes of it
@@ -103,10 +120,12 @@ def reads_as_said(pipe, prompt: str | Mapping, size: Sequence[int], call: Mappin
         del vars(vae)["decode"]
         if own is not None:
             vars(vae)["decode"] = own
-    again = as_read(pipe, torch.cat(given).float())
     # What a call returns as latents may be scaled already, as by FLUX.2; what its scheduler made last is not.
-    finals = (latents, *watch.last.values())
-    return any(again.shape == final.shape and _close(again, final) for final in finals)
+    for final in (latents, *watch.last.values()):
+        again = as_read(pipe, torch.cat(given).float(), final.shape[1:])
+        if again.shape == final.shape and _close(again, final):
+            return True
+    return False
 
 
 def size_of(pipe, size: Sequence[int]) -> dict[str, int]:

@@ -35,7 +35,7 @@ from ecodiff.pipelines.conditioning import conditioning, encode, join, otherwise
 from ecodiff.pipelines.endings import FAULTS
 from ecodiff.pipelines.parts import one_denoiser, with_denoiser
 from ecodiff.pipelines.prompts import checked_prompts, epoch_batch, mix
-from ecodiff.pipelines.running import in_words, on_device, without_adapters
+from ecodiff.pipelines.running import frozen, in_words, on_device, without_adapters
 from ecodiff.progress import progress_bar, say
 
 from . import two_four
@@ -89,7 +89,7 @@ def retrain(
         torch.manual_seed(mix(config.seed))
         network = copy.deepcopy(original).float()  # small updates would be lost in the rounding of bf16
         task = Task(with_denoiser(pipe, network), pictures, captions, config, device)
-        _check_loop(pipe, captions[0], _size(pictures), config)
+        _check_loop(pipe, captions[0], _size(pictures), config, device)
         if config.method == "lora":
             add_adapters(network, config)
         else:
@@ -113,8 +113,8 @@ class Task:
         size = _size(pictures)
         self.conditions = [conditioning(pipe, caption, size, config.call) for caption in captions]
         self.rule = rule_of_joining(pipe, captions, self.conditions, size, config.call)
-        self.latents = torch.cat([_latents(pipe, part, device) for part in pictures.split(8)])
         first = self.conditions[0]
+        self.latents = torch.cat([_latents(pipe, part, first.shape, device) for part in pictures.split(8)])
         if self.latents.shape[1:] != first.shape:
             raise EcoDiffError(
                 f"{type(pipe).__name__}: these pictures become latents {list(self.latents.shape[1:])}, but its "
@@ -234,14 +234,17 @@ def _merged(network: nn.Module, config: RetrainConfig) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def _latents(pipe, pictures: Tensor, device: torch.device) -> Tensor:
+def _latents(pipe, pictures: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """Latents of uint8 images, in fp32. Raises EcoDiffError where there are none, or they are not finite."""
     pixels = pictures.to(device).float() / 127.5 - 1  # a VAE reads values from -1 to 1
     if pixels.ndim == 5:
         pixels = pixels.transpose(1, 2)  # and the frames of a clip after its colours
     try:
-        latents = encode(pipe, pixels.to(pipe.vae.dtype)).float()
-    except FAULTS as error:  # a VAE of sound, one without a distribution, or none
+        latents = encode(pipe, pixels.to(pipe.vae.dtype), shape).float()
+    except FAULTS as error:
+        if len(pictures) > 1:  # a VAE may take one picture at a time, as that of HunyuanVideo 1.5 does
+            return torch.cat([_latents(pipe, picture, shape, device) for picture in pictures.split(1)])
+        # One of sound, or none.
         raise EcoDiffError(
             f"retrain: {type(pipe).__name__} does not encode these pictures by a VAE of images or videos ({error}), so "
             "it cannot be trained on them here: leave it as it is pruned, or train it with its own script."
@@ -256,12 +259,14 @@ def _size(pictures: Tensor) -> list[int]:
     return [*pictures.shape[1:-3], *pictures.shape[-2:]]
 
 
-def _check_loop(pipe, caption, size: Sequence[int], config: RetrainConfig) -> None:
+def _check_loop(pipe, caption, size: Sequence[int], config: RetrainConfig, device: torch.device) -> None:
     """Raise EcoDiffError unless the pipeline's own loop does with latents and predictions what the loss supposes."""
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     try:
-        reason = otherwise_trained(pipe, caption, size, config.call)
-        if reason is None and not reads_as_said(pipe, caption, size, config.call):
-            reason = "it scales its latents otherwise than the config of its VAE says"
+        with frozen(*modules), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            reason = otherwise_trained(pipe, caption, size, config.call)
+            if reason is None and not reads_as_said(pipe, caption, size, config.call):
+                reason = "it scales its latents otherwise than the config of its VAE says"
     except (EcoDiffError, torch.OutOfMemoryError):
         raise
     except FAULTS as error:

@@ -46,6 +46,25 @@ def test_batch_size_and_order_change_nothing(name):
     assert torch.equal(shuffled, together[order])
 
 
+def test_a_decoder_that_takes_no_batch_draws_one_by_one_and_one_that_fails_is_one_sentence():
+    pipe, sizes = tiny_sd(), []
+    expected, decode = draw(pipe), pipe.vae.decode
+
+    def single(latents, *args, **kwargs):
+        sizes.append(len(latents))
+        if len(latents) > most:
+            raise RuntimeError("output doesn't match the broadcast shape")
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode, most = single, 1
+    with pytest.warns(UserWarning, match="one by one.*a call with 2 prompts fails .RuntimeError: output doesn't"):
+        assert distance(draw(pipe, batch_size=2), expected) <= 1
+    assert sizes == [2, 1, 1, 1, 1]  # what failed once is not tried again
+    most = 0
+    with pytest.warns(UserWarning), pytest.raises(EcoDiffError, match="The call of StableDiffusionPipeline fails"):
+        draw(pipe)
+
+
 def test_a_picture_is_what_the_pipeline_draws_by_itself(sdxl):
     alone = sdxl(
         PROMPTS[1],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -100,8 +101,9 @@ def _first_call(pipe, call: Mapping, network: nn.Module) -> dict[str, Any]:
 def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
     """A tiny pipeline of a class, and the arguments of its call; raises EcoDiffError where no recipe is known."""
     entry = configurations()["pipelines"].get(name) or _derived(name)
-    components = {component: part(which) for component, which in entry["parts"].items()}
-    pipe = getattr(diffusers, name)(**components)
+    cls = getattr(diffusers, name)
+    components = {component: part(which, cls.__module__) for component, which in entry["parts"].items()}
+    pipe = cls(**components)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             trained(component)
@@ -149,10 +151,13 @@ def _derived(name: str) -> dict[str, dict]:
     return {"parts": parts, "call": call}
 
 
-def part(which: Any) -> Any:
-    """A component by its name in ``parts``, or by its class; what is no name is the component itself (None, a flag)."""
+def part(which: Any, owner: str = "") -> Any:
+    """A component by its name in ``parts``, or by its class; what is no name is the component itself (None, a flag).
+
+    ``owner``: the module of the pipeline, which may know a class that diffusers itself does not name.
+    """
     if isinstance(which, list):
-        return [part(one) for one in which]
+        return [part(one, owner) for one in which]
     if not isinstance(which, str):
         return which
     class_name = which.split(".")[0]
@@ -162,9 +167,11 @@ def part(which: Any) -> Any:
         return tokenizer(class_name)
     if hasattr(diffusers, class_name):
         return getattr(diffusers, class_name)(**config)
-    cls = getattr(transformers, class_name, None)
+    cls = getattr(transformers, class_name, None) or getattr(sys.modules.get(owner), class_name, None)
     if cls is None:
         raise EcoDiffError(f"no tiny {class_name} can be made: neither diffusers nor transformers has this class.")
+    if issubclass(cls, diffusers.ModelMixin):
+        return cls(**config)
     if issubclass(cls, transformers.PreTrainedModel):
         return cls(cls.config_class(**config) if config else _small(cls.config_class())).eval()
     parts = {name: part(config.pop(name)) for name in list(config) if name in ("tokenizer", "image_processor")}

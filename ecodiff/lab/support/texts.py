@@ -37,6 +37,8 @@ CHAT = (
 def tokenizer(name: str) -> Any:
     """A tokenizer of this class of transformers; raises EcoDiffError for a kind of tokenizer that is not known here."""
     cls = getattr(transformers, name, None)
+    if name == "ByT5Tokenizer":
+        return cls(model_max_length=LONGEST)  # its vocabulary is the 256 bytes
     taken = inspect.signature(cls.__init__).parameters if cls is not None else {}
     if cls is None or "vocab" not in taken:
         raise EcoDiffError(f"no tiny {name} can be made: it takes no vocabulary.")
