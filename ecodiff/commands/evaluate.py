@@ -100,12 +100,15 @@ def gathered(own: Comparison | None) -> Comparison:
 
 
 def features_of(images) -> Tensor:
-    """Inception features of the images of all processes; ``images`` are this process's own (None where it has none)."""
+    """Inception features of the images of all processes; ``images`` are this process's own (None where it has none).
+
+    The frames of clips count as images.
+    """
     import torch
 
     from ecodiff import metrics
 
-    own = [] if images is None else [row.clone() for row in metrics.inception_features(images)]
+    own = [] if images is None else [row.clone() for row in metrics.inception_features(images.flatten(0, -4))]
     return torch.stack(processes.gathered(own))
 
 

@@ -1,7 +1,7 @@
-"""Generate one image for each prompt, into a folder.
+"""Generate one image, or clip, for each prompt, into a folder.
 
-Image i comes from prompt i and the noise of seed SEED + i. An interrupted run goes on where it was. Processes that a
-launcher starts (accelerate launch -m ecodiff generate ...) share the prompts.
+A clip is kept as an animated PNG. Image i comes from prompt i and the noise of seed SEED + i. An interrupted run goes
+on where it was. Processes that a launcher starts (accelerate launch -m ecodiff generate ...) share the prompts.
 
 example: python -m ecodiff generate openmoji-sdxl --prompts prompts.txt --steps 8 --out images
 """

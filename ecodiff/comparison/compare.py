@@ -56,7 +56,7 @@ def of_images(
     judge=None,
     costs: tuple[dict, dict] = ({}, {}),
 ) -> Comparison:
-    """The comparison of images that are there already, uint8 [N, 3, height, width]."""
+    """The comparison of images that are there already, uint8 [N, 3, height, width] (clips: [N, frames, 3, ...])."""
     a, b = images
     if a.shape != b.shape:
         sizes = " and ".join(f"{len(each)} of {each.shape[-2]}x{each.shape[-1]}" for each in images)
@@ -78,7 +78,12 @@ def of_images(
 
 
 def _clip_scores(images: Tensor, prompts: Sequence[str], judge) -> list[float]:
-    return [metrics.clip_score(image[None], [prompt], judge) for image, prompt in zip(images, prompts, strict=True)]
+    """The CLIP score of each image with its prompt; of a clip, that of its frames."""
+    scores = []
+    for image, prompt in zip(images, prompts, strict=True):
+        frames = image.reshape(-1, *image.shape[-3:])
+        scores.append(metrics.clip_score(frames, [prompt] * len(frames), judge))
+    return scores
 
 
 def cost_of(pipe) -> dict:

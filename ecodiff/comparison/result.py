@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import os
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -17,8 +16,11 @@ from ecodiff import metrics
 from ecodiff.errors import EcoDiffError
 from ecodiff.metrics import Interval
 from ecodiff.storage.files import write_whole
+from ecodiff.storage.images import encoded
 
 PSNR_OF_EQUALS = 100.0  # dB, in the place of infinity
+FRAME = 125
+"""Milliseconds that a page shows each frame of a clip."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,7 @@ def _pair(comparison: Comparison, number: int) -> str:
 
 
 def _as_url(image: Tensor) -> str:
-    """An image, uint8 [3, height, width], as a data URL without loss."""
-    from PIL import Image
-
-    content = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(content, "WEBP", lossless=True)
-    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+    """An image, uint8 [3, height, width], or a clip [frames, 3, height, width], as a data URL without loss."""
+    options = {} if image.ndim == 3 else {"duration": FRAME, "loop": 0}
+    content = encoded(image, "WEBP", lossless=True, **options)
+    return "data:image/webp;base64," + base64.b64encode(content).decode()

@@ -43,8 +43,10 @@ def generate(
 ) -> Tensor:
     """One image for each prompt and its seed, uint8 [N, 3, height, width]; ``pipe`` is left as it was.
 
+    A pipeline of clips gives [N, frames, 3, height, width].
+
     Args:
-        pipe: a diffusers text-to-image pipeline; it runs on the device it is on.
+        pipe: a diffusers pipeline of images or clips; it runs on the device it is on.
         prompts: N prompts; or, for pipelines without text encoders, N mappings with the call's arguments for one image
             (tensors with a leading dimension of 1, ``{"prompt_embeds": ...}``).
         seeds: N whole numbers, one a prompt. The noise is drawn on the CPU, the same for every device.

@@ -18,22 +18,23 @@ _WINDOW /= _WINDOW.sum()
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair of pictures, float [N]; ``.mean()`` is the figure the paper reports.
 
-    Images are uint8, or float in [0, 1], [N, C, H, W] of at least 11x11 pixels. They are compared as they are, not
-    resized, with a Gaussian window of 11 pixels (sigma 1.5) and data range 1. Raises EcoDiffError for images that do
-    not match.
+    Images are uint8, or float in [0, 1], [N, C, H, W] of at least 11x11 pixels; clips [N, frames, C, H, W] have the
+    mean over their frames. They are compared as they are, not resized, with a Gaussian window of 11 pixels (sigma 1.5)
+    and data range 1. Raises EcoDiffError for images that do not match.
     """
     a, b = _pair(a, b)
     if min(a.shape[-2:]) < len(_WINDOW):
         raise EcoDiffError(
             f"SSIM compares windows of 11x11 pixels: pictures of {a.shape[-2]}x{a.shape[-1]} are too small."
         )
-    return _similarity(a, b).mean((1, 2, 3)).float()
+    each = _similarity(*(images.flatten(0, -4) for images in (a, b))).mean((1, 2, 3))
+    return each.view(len(a), -1).mean(1).float()
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of the window around each pixel, mean over channels: float [N, H, W].
+    """Structural similarity of the window around each pixel, mean over channels: float [N, H, W]; images only.
 
-    The input is as for ``ssim``, which is the mean over the pixels. At the border images are mirrored, as in
+    The input is images as for ``ssim``, which is the mean over the pixels. At the border images are mirrored, as in
     torchmetrics.
     """
     return _similarity(*_pair(a, b)).mean(1).float()
@@ -68,15 +69,15 @@ def _smooth(x: Tensor) -> Tensor:
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair in dB, float [N]; infinite for equal ones. Input as for ``ssim``."""
     a, b = _pair(a, b)
-    return peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
+    return peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=tuple(range(1, a.dim()))).float()
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets of images in float64 and [0, 1]. Raises EcoDiffError where they do not match."""
-    if a.shape != b.shape or a.dim() != 4 or not len(a):
+    if a.shape != b.shape or a.dim() not in (4, 5) or not len(a):
         raise EcoDiffError(
-            f"Two sets of pictures of the same shape [N, C, H, W] are compared, not {list(a.shape)} and "
-            f"{list(b.shape)}."
+            f"Two sets of pictures of the same shape [N, C, H, W] are compared, or of clips [N, frames, C, H, W], not "
+            f"{list(a.shape)} and {list(b.shape)}."
         )
     if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
         raise EcoDiffError(f"Pictures are both uint8 or both float in [0, 1], not {a.dtype} and {b.dtype}.")

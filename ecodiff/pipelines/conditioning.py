@@ -85,8 +85,8 @@ def _statistics(vae: nn.Module) -> tuple:
     norm = getattr(vae, "bn", None)
     if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
         return norm.running_mean, (norm.running_var + vae.config.get("batch_norm_eps", norm.eps)).sqrt()
-    # LTX has buffers in the place of entries of the config.
-    given = [vae.config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std")]
+    buffers = dict(vae.named_buffers(recurse=False))  # LTX has them in the place of entries of the config
+    given = [vae.config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std")]
     return (None, None) if any(value is None for value in given) else tuple(given)
 
 

@@ -7,6 +7,7 @@ holds as it ends, before a decoder makes images of it.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -165,11 +166,22 @@ def last_latents(runner, watch: Watch, call: Callable, arguments: Mapping) -> Te
 
 def failed(pipe, error: BaseException) -> EcoDiffError:
     """The error for a pipeline whose own call failed, with the last words of its own."""
+    missing = missing_name(error)
+    if missing:
+        return EcoDiffError(f"{type(pipe).__name__} needs {missing}.")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return EcoDiffError(
         f"The call of {type(pipe).__name__} fails with these prompts and arguments ({type(error).__name__}: "
         f"{lines[0][:300]}): give what one call of it needs, in each prompt (a mapping of arguments) or in `call`."
     )
+
+
+def missing_name(error: BaseException) -> str | None:
+    """What is not there, in words, where a call failed because diffusers imports it only if a library is installed."""
+    if isinstance(error, (NameError, ModuleNotFoundError)) and error.name:
+        if importlib.util.find_spec(error.name.partition(".")[0]) is None:
+            return f"{error.name}, which is not there: install the library that it comes from"
+    return None
 
 
 def _latents_in(result, modalities: int) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""Folders of generated images: a PNG file each, and one file that says what they show and how they were made."""
+"""Folders of generated images or clips: a PNG file each, and one file that says what they show and how they were made.
+
+The PNG of a clip is animated (APNG): its frames are kept without loss, and a browser plays them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -88,15 +92,23 @@ class ImageFolder:
         return [number for number in range(len(self.about.prompts)) if not _file(self.path, number).is_file()]
 
     def write(self, number: int, image: Tensor) -> None:
-        """Write one image, uint8 [3, height, width], whole or not at all."""
-        from PIL import Image
-
-        content = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(content, "PNG")
+        """Write one image, uint8 [3, height, width], or clip [frames, 3, height, width], whole or not at all."""
+        # Frames have no duration here: those that are alike would be put together then.
         try:
-            write_whole(_file(self.path, number), content.getvalue(), tidy=False)
+            write_whole(_file(self.path, number), encoded(image, "PNG"), tidy=False)
         except OSError as error:
             raise EcoDiffError(f"{self.path}: image {number} cannot be written ({error}).") from error
+
+
+def encoded(image: Tensor, kind: str, **options) -> bytes:
+    """The file of an image, uint8 [3, height, width], or of a clip [frames, 3, height, width]; options are Pillow's."""
+    from PIL import Image
+
+    frames = image.reshape(-1, *image.shape[-3:]).permute(0, 2, 3, 1).cpu().numpy()
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    content = io.BytesIO()
+    first.save(content, kind, save_all=bool(others), append_images=others, **options)
+    return content.getvalue()
 
 
 def read_about(path: str | os.PathLike) -> About:
@@ -122,7 +134,8 @@ def read_about(path: str | os.PathLike) -> About:
 def read_images(path: str | os.PathLike, numbers: Sequence[int] | None = None) -> tuple[Tensor, About]:
     """The images of a folder, uint8 [N, 3, height, width], all or those of some numbers; and what all of them show.
 
-    Raises EcoDiffError where an image is missing or damaged, or the images differ in size.
+    Clips come as [N, frames, 3, height, width]. Raises EcoDiffError where an image is missing or damaged, or the images
+    differ in size.
     """
     about = read_about(path)
     images = []
@@ -130,26 +143,35 @@ def read_images(path: str | os.PathLike, numbers: Sequence[int] | None = None) -
         file = _file(Path(path), number)
         if not file.is_file():
             raise EcoDiffError(f"{path}: image {file.name} is missing: give the command that generates them again.")
-        images.append(read_image(file))
+        images.append(_frames(file))
     if len({image.shape for image in images}) > 1:
         raise EcoDiffError(f"{path}: its images are not all of one size.")
-    return torch.stack(images), about
+    together = torch.stack(images)
+    return (together[:, 0] if together.shape[1] == 1 else together), about
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
-    """One image file as uint8 [3, height, width]; raises EcoDiffError where it cannot be read."""
+    """One image file as uint8 [3, height, width], the first frame of an animated one.
+
+    Raises EcoDiffError where it cannot be read.
+    """
+    return _frames(path, most=1)[0]
+
+
+def _frames(path: str | os.PathLike, most: int | None = None) -> Tensor:
+    """The frames of an image file, all or so many, as uint8 [frames, 3, height, width]."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     try:
         with Image.open(path) as image:
             image.verify()  # checksums, which reading leaves out; it has to be opened anew after that
         with Image.open(path) as image:
-            array = np.asarray(image.convert("RGB"))
+            frames = [np.asarray(frame.convert("RGB")) for frame in islice(ImageSequence.Iterator(image), most)]
     # What PIL raises for damaged files, and for those that are larger than it finds safe to unpack.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise EcoDiffError(f"{path}: this image cannot be read ({error}).") from error
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def _file(folder: Path, number: int) -> Path:

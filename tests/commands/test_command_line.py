@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_sd, tiny_sdxl
+from tiny import tiny_sd, tiny_sdxl, tiny_wan
 
 import ecodiff
 from ecodiff import metrics, scores
@@ -166,6 +166,34 @@ def test_a_prompt_cannot_be_markup_on_the_page():
     hostile = ['<script>alert("1")</script>', 'a" onload="b']
     text = page(of_images((images, images), hostile, [0, 1], names=("<b>", "$second")))
     assert "<script>alert" not in text and 'alt="a" onload' not in text and "&lt;b&gt;" in text
+
+
+@pytest.mark.slow
+def test_clips_go_through_all_commands(place, run):
+    tiny_wan(None, second=False).save_pretrained(place / "wan")
+    call = ["--call", "height=16", "width=16", "num_frames=5"]
+    drawn = ["--prompts", "prompts.txt", "--steps", "1", *call]
+    learned = ["--prompts", "prompts.txt", "--updates", "1", "--batch-size", "1", "--num-inference-steps", "1", *call]
+    run("learn", "wan", *learned, "--guidance-scale", "1", "--out", "wan.safetensors")
+    run("prune", "wan", "--scores", "wan.safetensors", "--ratio", "0.5", "--out", "wan-small")
+    assert run("generate", "wan", *drawn, "--out", "clips")["generated now"] == 3
+    assert run("generate", "wan", *drawn, "--out", "clips")["generated now"] == 0
+    expected = ecodiff.generate(
+        ecodiff.load(place / "wan"),
+        ["a red apple", "a cat and a pizza", "a rocket"],
+        range(3),
+        num_inference_steps=1,
+        progress=False,
+        **{"height": 16, "width": 16, "num_frames": 5},
+    )
+    assert expected.shape == (3, 5, 3, 16, 16) and torch.equal(read_images(place / "clips")[0], expected)
+    same = run("evaluate", "wan", "clips", "--prompts", "prompts.txt", "--steps", "1", *call)
+    assert same["equal images"] == 3 and same["SSIM"]["mean"] == 1
+    assert run("evaluate", "wan-small", "clips", "--steps", "1", *call)["SSIM"]["mean"] < 1
+    run("compare", "wan-small", "wan", *drawn, "--out", "clips.html")
+    assert "data:image/webp" in (place / "clips.html").read_text()
+    retrained = run("retrain", "wan-small", "--images", "clips", "--steps", "1", "--batch-size", "1", "--out", "better")
+    assert retrained["images"] == 3
 
 
 def test_retraining_takes_a_folder_of_images(run):

@@ -55,6 +55,13 @@ def test_ssim_and_psnr_of_known_pairs():
     assert metrics.ssim(flat, flat + 0.1).item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_clip_has_the_mean_ssim_of_its_frames_and_the_psnr_of_all_its_pixels():
+    a, b = (pictures(6, seed=seed).view(2, 3, 3, 32, 32) for seed in (0, 1))
+    assert torch.allclose(metrics.ssim(a, b), metrics.ssim(a.flatten(0, 1), b.flatten(0, 1)).view(2, 3).mean(1))
+    error = (a.double() / 255 - b.double() / 255).square().mean((1, 2, 3, 4))
+    assert torch.allclose(metrics.psnr(a, b), (-10 * error.log10()).float())
+
+
 def test_ssim_map_has_the_mean_of_ssim():
     a = pictures(2)
     b = (a.float() * 0.8 + pictures(2, seed=1).float() * 0.2).to(torch.uint8)

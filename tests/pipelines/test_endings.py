@@ -252,3 +252,12 @@ def test_a_denoiser_of_another_name_can_be_named():
 def test_a_call_that_fails_is_told_in_a_sentence():
     with pytest.raises(EcoDiffError, match=r"The call of Loop fails .*TypeError"):
         learn(made(Loop), samples(), LearnConfig(updates=1, call={"wheight": 3}), progress=False)
+
+
+def test_a_library_that_is_not_installed_is_named():
+    class Needs(Loop):
+        def __call__(self, *args, **kwargs):
+            return not_installed.fix(args)  # noqa: F821 (as in pipelines that import it only where it is installed)
+
+    with pytest.raises(EcoDiffError, match="Needs needs not_installed, which is not there"):
+        learn(made(Needs), samples(), LearnConfig(updates=1), progress=False)

@@ -3,9 +3,11 @@
 import os
 
 import pytest
+import torch
 
 from ecodiff import EcoDiffError
 from ecodiff.storage.files import alone_in, locked, write_whole
+from ecodiff.storage.images import About, ImageFolder, read_image, read_images
 from ecodiff.storage.paths import checked_path
 
 
@@ -46,3 +48,18 @@ def test_what_no_file_system_has_is_named(path):
     with pytest.raises(EcoDiffError, match="^--out: ") as caught:
         checked_path(path, "--out")
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["noise", "frames that repeat", "one frame"])
+def test_clips_are_kept_frame_by_frame(tmp_path, kind):
+    frames = torch.randint(256, (2, 6, 3, 16, 24), dtype=torch.uint8)
+    if kind == "frames that repeat":
+        frames[0], frames[1, 2:5] = 7, frames[1, 1]
+    if kind == "one frame":
+        frames = frames[:, :1]
+    with ImageFolder(tmp_path / "clips", About(["a", "b"], [0, 1], {}, "model")) as folder:
+        for number, clip in enumerate(frames):
+            folder.write(number, clip)
+    found, _ = read_images(tmp_path / "clips")
+    assert torch.equal(found, frames[:, 0] if kind == "one frame" else frames)
+    assert torch.equal(read_image(tmp_path / "clips" / "00001.png"), frames[1, 0])

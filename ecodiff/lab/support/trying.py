@@ -27,6 +27,7 @@ from ecodiff.method.mask import make_mask
 from ecodiff.method.sites import Site, find_sites, share_reached, skipped_modules
 from ecodiff.method.surgery import prune, prune_denoiser
 from ecodiff.method.trial import failing_sites
+from ecodiff.pipelines.endings import missing_name
 from ecodiff.pipelines.parts import denoiser as find_denoiser
 from ecodiff.pipelines.parts import experts, sampling_loop
 
@@ -98,7 +99,8 @@ def attempt(row: dict, stage: str, do: Callable) -> Any:
         row["stages"][stage] = _short(str(error))
         return None
     except Exception as error:
-        row["stages"][stage] = _short(f"unexpected {type(error).__name__}: {error}")
+        missing = missing_name(error)
+        row["stages"][stage] = _short(f"needs {missing}" if missing else f"unexpected {type(error).__name__}: {error}")
         return None
     row["stages"][stage] = True
     return result
