@@ -21,11 +21,13 @@ from ecodiff.storage.images import encoded
 PSNR_OF_EQUALS = 100.0  # dB, in the place of infinity
 FRAME = 125
 """Milliseconds that a page shows each frame of a clip."""
+SHOWN_HEIGHT = "36rem"
+"""Height of the page in a notebook."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """Images of a first and a second model, pair by pair of the same prompt and seed."""
+    """Images of a first and a second model, pair by pair of the same prompt and seed. A notebook shows its page."""
 
     names: tuple[str, str]
     prompts: list[str]
@@ -48,6 +50,19 @@ class Comparison:
             differences = [a - b for a, b in zip(*self.clip, strict=True)]
             found["CLIP score, first minus second"] = metrics.mean_interval(differences)
         return found
+
+    def __repr__(self) -> str:
+        measured = (f"{name} {found.mean:.3f}" for name, found in self.intervals().items())
+        return f"Comparison of {len(self.prompts)} pairs, {' and '.join(self.names)}: {', '.join(measured)}"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, for a notebook."""
+        title = html.escape(f"Images of {' and '.join(self.names)}, pair by pair", quote=True)
+        inside = html.escape(page(self), quote=True)
+        return (
+            f'<iframe title="{title}" srcdoc="{inside}" loading="lazy" '
+            f'style="width: 100%; height: {SHOWN_HEIGHT}; border: 1px solid #8886"></iframe>'
+        )
 
     def write(self, path: str | os.PathLike) -> None:
         """Write one HTML page that needs no other file: images with a slider, measures and costs.

@@ -1,5 +1,6 @@
 """The commands of ``python -m ecodiff``, on tiny pipelines in folders: what they write, print, and refuse."""
 
+import html
 import json
 import os
 import re
@@ -166,6 +167,16 @@ def test_a_prompt_cannot_be_markup_on_the_page():
     hostile = ['<script>alert("1")</script>', 'a" onload="b']
     text = page(of_images((images, images), hostile, [0, 1], names=("<b>", "$second")))
     assert "<script>alert" not in text and 'alt="a" onload' not in text and "&lt;b&gt;" in text
+
+
+def test_a_notebook_shows_the_page_in_a_frame():
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    comparison = of_images((images, images), ['say "a"', "b"], [0, 1], names=("small", "<whole>"))
+    shown = comparison._repr_html_()
+    start = shown.index('srcdoc="') + len('srcdoc="')
+    assert html.unescape(shown[start : shown.index('"', start)]) == page(comparison)
+    assert "small and &lt;whole&gt;" in shown
+    assert repr(comparison) == "Comparison of 2 pairs, small and <whole>: SSIM 1.000, PSNR in dB 100.000"
 
 
 @pytest.mark.slow
