@@ -21,7 +21,7 @@ from ecodiff.storage.images import encoded
 PSNR_OF_EQUALS = 100.0  # dB, in the place of infinity
 FRAME = 125
 """Milliseconds that a page shows each frame of a clip."""
-SHOWN_HEIGHT = "36rem"
+SHOWN_HEIGHT = "46rem"
 """Height of the page in a notebook."""
 
 
