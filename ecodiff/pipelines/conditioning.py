@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +237,6 @@ def otherwise_trained(pipe, prompt: str | Mapping, size: Sequence[int], call: Ma
     network, runner = one_denoiser(pipe, "retrain"), private_copy(pipe)
     predicted: list[tuple[float, Tensor]] = []
     stepped: list[tuple[float, Tensor]] = []
-    scheduler = type(runner.scheduler)
 
     def wrap(forward):
         def noted(*args, **kwargs):
@@ -249,12 +247,7 @@ def otherwise_trained(pipe, prompt: str | Mapping, size: Sequence[int], call: Ma
 
         return noted
 
-    @wraps(scheduler.step)
-    def step(self, model_output: Tensor, timestep, *args, **kwargs):
-        stepped.append((float(timestep), model_output))
-        return scheduler.step(self, model_output, timestep, *args, **kwargs)
-
-    runner.scheduler.__class__ = type(scheduler.__name__, (scheduler,), {"step": step, "__module__": __name__})
+    count_steps(runner.scheduler, lambda prediction, time: stepped.append((time, prediction)))
     with replaced_forward(network, wrap):
         sampling_loop(pipe)(runner, **_alone(pipe, network, [prompt], size, call))
     if len(predicted) != len(stepped) or not stepped:

@@ -56,8 +56,10 @@ class Watch:
         self.counts.clear()
 
 
-def count_steps(scheduler) -> Watch:
+def count_steps(scheduler, each: Callable[[Tensor, float], None] | None = None) -> Watch:
     """Make this (private) scheduler, and the copies that a loop makes of it, note their steps in the result.
+
+    each: gets the prediction and the time of each step.
 
     The scheduler gets a class of its own: a function set on the instance would go along into copies and step the
     original.
@@ -75,6 +77,9 @@ def count_steps(scheduler) -> Watch:
             watch.cut |= any(value.requires_grad for value in given) and not sample.requires_grad
             watch.last[id(self)] = sample
         watch.counts[id(self)] = watch.counts.get(id(self), 0) + 1
+        if each is not None:
+            told = inspect.signature(cls.step).bind(self, *args, **kwargs).arguments
+            each(told["model_output"], float(told["timestep"]))
         return result
 
     scheduler.__class__ = type(cls.__name__, (cls,), {"step": step, "__module__": cls.__module__})

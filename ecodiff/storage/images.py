@@ -101,8 +101,14 @@ class ImageFolder:
 
 
 def encoded(image: Tensor, kind: str, **options) -> bytes:
-    """The file of an image, uint8 [3, height, width], or of a clip [frames, 3, height, width]; options are Pillow's."""
+    """The file of an image, uint8 [3, height, width], or of a clip [frames, 3, height, width]; options are Pillow's.
+
+    Raises EcoDiffError for anything else, such as sound or a map of depths.
+    """
     from PIL import Image
+
+    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+        raise EcoDiffError(f"Images and clips of three colours are kept, not {list(image.shape)}.")
 
     frames = image.reshape(-1, *image.shape[-3:]).permute(0, 2, 3, 1).cpu().numpy()
     first, *others = (Image.fromarray(frame) for frame in frames)

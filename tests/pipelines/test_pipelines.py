@@ -91,7 +91,6 @@ def test_magnitude_is_the_mean_weight_that_would_go(kind):
         assert torch.allclose(before[name][-1], total / count, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_only_torchs_own_decorators_are_taken_off_a_loop():
     inner = sampling_loop(tiny_sd())
     assert inner.__qualname__ == "StableDiffusionPipeline.__call__" and not hasattr(inner, "__wrapped__")
@@ -106,6 +105,7 @@ def test_only_torchs_own_decorators_are_taken_off_a_loop():
     assert sampling_loop(Counted(**tiny_sd().components, requires_safety_checker=False)) is counted
 
 
+@pytest.mark.slow
 def test_import_is_light_and_names_are_there():
     code = (
         "import sys, ecodiff; assert not {'torch', 'diffusers'} & set(sys.modules);"

@@ -63,3 +63,11 @@ def test_clips_are_kept_frame_by_frame(tmp_path, kind):
     found, _ = read_images(tmp_path / "clips")
     assert torch.equal(found, frames[:, 0] if kind == "one frame" else frames)
     assert torch.equal(read_image(tmp_path / "clips" / "00001.png"), frames[1, 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 400), (1, 16, 16), (4, 16, 16), (5, 1, 16, 16)])
+def test_what_is_no_image_and_no_clip_is_refused(tmp_path, shape):
+    with ImageFolder(tmp_path / "sounds", About(["a"], [0], {}, "model")) as folder:
+        with pytest.raises(EcoDiffError, match="of three colours"):
+            folder.write(0, torch.zeros(shape, dtype=torch.uint8))
+        assert folder.missing() == [0]
